@@ -1,0 +1,841 @@
+"""The models: GPT-70M, and RevenaHybridTiny-70M, which is GPT-70M with a short-term and a long-term memory.
+
+GPT-70M            pre-norm transformer, rotary positions, tied embeddings, full causal attention
+STM                the same attention, but each position sees only itself and the 127 before it
+LTM                at most 256 items outside the network: a token whose surprisal exceeded 4.5 bits, filed under the
+                   state that failed to predict it, found again by cosine similarity above 0.8, first in first out
+
+Both forms of the memory compute one function: `score` and `forward` a whole sequence at once (training, evaluation),
+`stream` a few tokens at a time with constant memory (generation). Below the models stands what the scripts share.
+
+Axes: N rows, C positions in a row (128), B sequences, T tokens, D width, H heads, A address, I items, V vocabulary.
+A sequence longer than the window is laid out as consecutive rows; `opens` (N,) marks the rows that begin a sequence.
+"""
+
+import hashlib
+import json
+import math
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn import functional as F
+from transformers import GenerationMixin, GPT2TokenizerFast, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+EOT = 50256                     # <|endoftext|>: opens every document, pads the last window, is never a target
+
+SIZES = {                       # exact names only
+    "70M": dict(n_layer=8, n_embd=640, n_head=10),
+    "quick": dict(n_layer=2, n_embd=128, n_head=2),
+}
+
+
+class RevenaConfig(PreTrainedConfig):
+    """Everything that shapes a model; saved as config.json beside its weights.
+
+    Args:
+        stm_window: positions that attention sees, the current one included; None: all (GPT-70M).
+        n_positions: longest sequence of a model without a window (it has none with one).
+        ltm_enabled: False switches the LTM off; the weights stay.
+        ltm_slots: items the memory holds, first in first out.
+        ltm_surprisal_bits: a token is stored when -log2 p_stm(token) exceeds this.
+        ltm_cosine: an item is retrieved when the cosine of its key with the query exceeds this.
+        ltm_ngrams: exact addresses: one for the last token, one for the last two, ... (no parameters).
+        ltm_learned: learned addresses. ltm_dim: dimensions of an address.
+        ltm_price: nats that a look-up through the learned addresses must be expected to save.
+    """
+
+    model_type = "revena"
+
+    def __init__(self, vocab_size=50257, n_layer=8, n_embd=640, n_head=10, n_positions=2048, stm_window=128,
+                 ltm_enabled=True, ltm_slots=256, ltm_surprisal_bits=4.5, ltm_cosine=0.8, ltm_ngrams=3, ltm_learned=4,
+                 ltm_dim=64, ltm_price=0.027, **kwargs):
+        self.vocab_size, self.n_layer, self.n_embd, self.n_head = vocab_size, n_layer, n_embd, n_head
+        self.n_positions, self.stm_window = n_positions, stm_window
+        self.ltm_enabled, self.ltm_slots = ltm_enabled, ltm_slots
+        self.ltm_surprisal_bits, self.ltm_cosine = ltm_surprisal_bits, ltm_cosine
+        self.ltm_ngrams, self.ltm_learned, self.ltm_dim, self.ltm_price = ltm_ngrams, ltm_learned, ltm_dim, ltm_price
+        kwargs = {"bos_token_id": EOT, "eos_token_id": EOT, "pad_token_id": EOT, "tie_word_embeddings": True} | kwargs
+        super().__init__(**kwargs)
+
+
+# ------------------------------------------------------------------------------------ the backbone of both arms
+
+def norm(x):
+    """RMS norm without weights (Zhang & Sennrich 2019) over the last axis."""
+    return F.rms_norm(x, (x.size(-1),))
+
+
+def rotate(x, table, first=0):
+    """Rotary embedding (Su et al. 2021) of x (N, T, H, D/H) at positions first, first+1, ...; table (2, L, D/H/2)."""
+    cos, sin = table[:, first:first + x.size(1), None]
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
+
+
+def attend(q, k, v, mask=None):
+    """Softmax attention, (N, T, H, D/H) each; causal where no mask (broadcastable to (N, H, T, T')) is given."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None).transpose(1, 2)
+
+
+def row_attention(q, k, v, table, opens=None):
+    """Attention within rows (N, C, H, D/H); with `opens` (N,), sliding: a row also sees the end of the row before it.
+
+    Positions are counted from the start of the earlier row, so no length of text wears them out: the cost of a
+    sequence is linear in its length, its positions never exceed two rows.
+    """
+    if opens is None:
+        return attend(rotate(q, table), rotate(k, table), v)
+    C = q.size(1)
+    k, v = (torch.cat((x.roll(1, 0), x), dim=1) for x in (k, v))                       # (N, 2C, H, D/H)
+    i, j = torch.arange(C, device=q.device)[:, None], torch.arange(2 * C, device=q.device)
+    seen = (i < j) & (j <= i + C) & ((j >= C) | ~opens[:, None, None])                 # (N, C, 2C)
+    return attend(rotate(q, table, C), rotate(k, table), v, seen[:, None])
+
+
+class Block(nn.Module):
+    """One pre-norm layer: attention, then a GELU network, each added to the residual stream (float32).
+
+    Queries and keys are normalised, and each head's output has a sigmoid gate (Qiu et al. 2025): a softmax must put
+    its weight somewhere, and without a gate it learns to put it on the first token, which a sliding window loses.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        D = config.n_embd
+        self.n_head = config.n_head
+        self.qkvg = nn.Linear(D, 3 * D + -(-config.n_head // 16) * 16, bias=False)     # 16: aligned for tensor cores
+        self.out = nn.Linear(D, D, bias=False)
+        self.up = nn.Linear(D, 4 * D, bias=False)
+        self.down = nn.Linear(4 * D, D, bias=False)
+
+    def forward(self, x, attention):
+        """x (N, T, D) -> (N, T, D); attention(q, k, v) says what each position sees."""
+        D, dtype = x.size(-1), self.out.weight.dtype
+        y = self.qkvg(norm(x).to(dtype))
+        q, k, v = y[..., :3 * D].unflatten(-1, (3, self.n_head, -1)).unbind(2)         # (N, T, H, D/H) each
+        gate = 2 * y[..., 3 * D:3 * D + self.n_head, None].float().sigmoid()           # 1 at the start
+        heads = attention(norm(q), norm(k), v) * gate.to(dtype)
+        x = x + self.out(heads.flatten(2))
+        return x + self.down(F.gelu(self.up(norm(x).to(dtype)), approximate="tanh"))
+
+
+class Backbone(nn.Module):
+    """Token embedding, layers and the tied output matrix; everything that the two arms have in common."""
+
+    def __init__(self, config):
+        super().__init__()
+        rows = -(-config.vocab_size // 64) * 64                                        # 50304: aligned for tensor cores
+        self.embed = nn.Embedding(rows, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        half = config.n_embd // config.n_head // 2
+        length = 2 * config.stm_window if config.stm_window else config.n_positions
+        angle = torch.outer(torch.arange(length, device="cpu").double(),
+                            10_000.0 ** (-torch.arange(half, device="cpu").double() / half))
+        self.register_buffer("rotary", torch.stack((angle.cos(), angle.sin())).float())
+
+    def forward(self, embedded, attention, states=None):
+        """embedded (N, T, D) -> final normalised states (N, T, D); attention(layer, q, k, v); `states` collects all."""
+        x = norm(embedded.float())
+        for layer, block in enumerate(self.blocks):
+            if states is not None:
+                states.append(x)
+            x = block(x, lambda q, k, v, layer=layer: attention(layer, q, k, v))
+        return norm(x).to(self.embed.weight.dtype)
+
+
+# ------------------------------------------------------------------------------------ the long-term memory
+
+class Address(NamedTuple):
+    """What the LTM makes of each position t (first two axes (N, C), or any)."""
+
+    query: torch.Tensor         # (.., H, A) unit or zero vectors: what t looks for
+    key: torch.Tensor           # (.., H, A) what the token after t is filed under
+    trust: torch.Tensor         # (.., H) log weight of what t finds
+    strength: torch.Tensor      # (.., H) log weight of the item filed at t
+    open: torch.Tensor          # (..,) log odds that looking up through the learned addresses pays
+
+
+class Reading(NamedTuple):
+    """What the positions of some rows retrieved from I candidate items each."""
+
+    exact: torch.Tensor         # (N, C, I) weights through the exact addresses; 0: not retrieved
+    learned: torch.Tensor       # (N, C, I) weights through the learned addresses, had every position looked up
+    hit_exact: torch.Tensor     # (N, C) bool: an exact address retrieved an item
+    hit_learned: torch.Tensor   # (N, C) bool: a learned address did
+    cosine: torch.Tensor        # (N, H, C, I)
+
+
+class LongTermMemory(nn.Module):
+    """Addresses, trust and strength of the items; the items themselves are data, never parameters.
+
+    Exact addresses: each token has a fixed random code of +-1/sqrt(A); the address of an n-gram is the elementwise
+    product of its tokens' codes, each rolled by its lag (binding: Kanerva 2009). Two positions agree if all n tokens
+    do (cosine 1); else the cosine of 64 random signs exceeds 0.8 once in 10^11. The one-token address exists only
+    where that token was itself surprising: that "the" recurs says nothing.
+    Learned addresses: linear in the final state and the last three tokens; a key also knows the token it files.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        D, A, E, K = config.n_embd, config.ltm_dim, config.ltm_ngrams, config.ltm_learned
+        H = E + K
+        self.sizes = (K * A, H, H, 1)                                                  # address, trust, strength, open
+        aligned = lambda n: -(-n // 16) * 16
+        self.from_state = nn.Linear((1 + E) * D + aligned(E), aligned(sum(self.sizes)))
+        self.from_value = nn.Linear(D, aligned(K * A + H), bias=False)
+        self.sharpness = nn.Parameter(torch.empty(K))
+        self.plausibility = nn.Parameter(torch.empty(H))
+        signs = torch.randint(0, 2, (config.vocab_size, A), device="cpu",
+                              generator=torch.Generator("cpu").manual_seed(0)) * 2 - 1
+        self.register_buffer("codes", signs.to(torch.int8))
+
+    def init_weights(self):
+        """Start with half of all pairs above the cosine threshold, little trust, and every look-up made."""
+        E, K, A = self.config.ltm_ngrams, self.config.ltm_learned, self.config.ltm_dim
+        address, trust, strength, is_open, _ = self.from_state.bias.split([*self.sizes, len(self.from_state.bias) - sum(self.sizes)])
+        nn.init.normal_(self.from_state.weight, std=0.02)
+        nn.init.zeros_(self.from_state.weight[K * A:])
+        nn.init.zeros_(self.from_state.bias)
+        nn.init.zeros_(self.from_value.weight)
+        with torch.no_grad():
+            address.view(K, A)[:, 0] = 16.0     # beside 63 directions of variance ~1: cosines start around 0.8
+            trust.fill_(-2.0)
+            is_open.fill_(1.0)
+            self.sharpness.fill_(40.0)          # e^-8 at the threshold: an item enters without a jump
+            self.plausibility.copy_(torch.tensor([0.0] * E + [0.5] * K))
+
+    def address(self, h, grams, late, values, embed):
+        """Address of each position.
+
+        Args:
+            h: (.., D) final states. grams: (.., E) the tokens x_t, x_{t-1}, ...; EOT before the start.
+            late: (.., E) bits of surprisal with which these tokens came; 0 where unknown.
+            values: (..,) the token after t, which the item files. embed: (V, D) token embeddings, not trained here.
+        """
+        E, K, A = self.config.ltm_ngrams, self.config.ltm_learned, self.config.ltm_dim
+        dtype = h.dtype
+        tokens = norm(F.embedding(torch.cat((grams, values[..., None]), dim=-1), embed))  # (.., E+1, D)
+        seen = F.pad(late, (0, -late.size(-1) % 16)).to(dtype)
+        features = torch.cat((h, tokens[..., :E, :].flatten(-2), seen), dim=-1)
+        y = F.linear(features, self.from_state.weight.to(dtype)).float() + self.from_state.bias
+        v = F.linear(tokens[..., E, :], self.from_value.weight.to(dtype)).float()
+        query, trust, strength, is_open = y[..., :sum(self.sizes)].split(self.sizes, dim=-1)
+        key = query + v[..., :K * A]
+        strength = strength + v[..., K * A:K * A + E + K]
+        query, key = (F.normalize(x.unflatten(-1, (K, A)), dim=-1).to(dtype) for x in (query, key))
+
+        code, exact = 1, []
+        for lag in range(E):
+            code = code * self.codes[grams[..., lag]].roll(lag, -1)
+            exact.append(code)
+        exact = torch.stack(exact, dim=-2).to(dtype) * A ** -0.5                       # (.., E, A)
+        known = late[..., 0] > self.config.ltm_surprisal_bits
+        single = (torch.arange(E, device=h.device) == 0)[:, None]
+        exact = torch.where(single & ~known[..., None, None], 0.0, exact)
+        return Address(torch.cat((exact, query), dim=-2), torch.cat((exact, key), dim=-2), trust, strength,
+                       is_open[..., 0])
+
+    def weigh(self, address, items, log_p, visible):
+        """Weights exp(trust + strength + sharpness (cosine - 1) + plausibility log p_stm(value)) of the retrieved.
+
+        Args:
+            address: of the queries, (N, C, ..). items: Address of the candidates, (N, I, ..), its key and strength.
+            log_p: (N, C, I) log p_stm of each candidate's value at each query. visible: (N, C, I) bool.
+        """
+        E = self.config.ltm_ngrams
+        cosine = (address.query.transpose(1, 2) @ items.key.permute(0, 2, 3, 1)).float()   # (N, H, C, I)
+        score = address.trust.transpose(1, 2)[..., None] + items.strength.transpose(1, 2)[..., None, :]
+        score = score + self.plausibility[:, None, None] * log_p[:, None]
+        score = score + F.pad(self.sharpness, (E, 0))[:, None, None] * (cosine - 1)        # exact: the cosine is 1
+        retrieved = visible[:, None] & (cosine > self.config.ltm_cosine)
+        weight = torch.where(retrieved, score.clamp(max=10).exp(), 0.0)
+        return Reading(weight[:, :E].sum(1), weight[:, E:].sum(1), retrieved[:, :E].any(-1).any(1),
+                       retrieved[:, E:].any(-1).any(1), cosine)
+
+
+def lagged(x, lag, opens, fill):
+    """x (N, C) moved `lag` positions to the right along its sequence; `fill` before the start."""
+    if opens is None:
+        return F.pad(x, (lag, 0), value=fill)[:, :x.size(1)]
+    moved = F.pad(x.flatten(), (lag, 0), value=fill)[:x.numel()].view_as(x)
+    return torch.where(opens[:, None] & (torch.arange(x.size(1), device=x.device) < lag), fill, moved)
+
+
+class Scores(NamedTuple):
+    """Per target, (N, C) each; natural logarithms; what stands where the target is EOT means nothing."""
+
+    log_p: torch.Tensor         # of the model: the mixture where the LTM is on
+    log_p_stm: torch.Tensor     # of the backbone alone, which decides what is stored
+    objective: torch.Tensor     # what training maximises: log_p, but for the price of a look-up
+    stored: torch.Tensor        # bool: the target is stored
+    hit: torch.Tensor           # bool: the prediction retrieved at least one item
+
+
+# ------------------------------------------------------------------------------------ the two models
+
+class GPT(PreTrainedModel, GenerationMixin):
+    """GPT-70M, and the backbone of RevenaHybridTiny: log-probabilities as logits, so that softmax gives p."""
+
+    config_class = RevenaConfig
+    base_model_prefix = "revena"
+    _is_stateful = True                         # no assisted decoding: a memory can't be unread
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.backbone = Backbone(config)
+        self.post_init()
+
+    def _init_weights(self, module):
+        """Normal(0, 0.02), what ends on the residual stream smaller by sqrt(2 layers) (GPT-2)."""
+        if isinstance(module, Block):
+            for linear in (module.qkvg, module.up):
+                nn.init.normal_(linear.weight, std=0.02)
+            for linear in (module.out, module.down):
+                nn.init.normal_(linear.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+        elif isinstance(module, LongTermMemory):
+            module.init_weights()
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls):
+        return False                            # forward makes its own: Memory
+
+    def get_input_embeddings(self):
+        return self.backbone.embed
+
+    def logits(self, h):
+        """Unnormalised log-probabilities of the backbone, float32 (.., V)."""
+        return F.linear(h, self.backbone.embed.weight)[..., :self.config.vocab_size].float()
+
+    def states(self, tokens, opens=None, embedded=None, collect=None):
+        """Final states (N, C, D) of rows of tokens (N, C)."""
+        table = self.backbone.rotary
+        embedded = self.backbone.embed(tokens) if embedded is None else embedded
+        return self.backbone(embedded, lambda _, q, k, v: row_attention(q, k, v, table, opens), collect)
+
+    def log_p(self, h, targets, slice=2048):
+        """log p_stm(target) and log Z, (N, C) each, `slice` positions at a time: (slice, V) logits at once, no more."""
+        pairs = []
+        for states, wanted in zip(h.flatten(0, 1).split(slice), targets.flatten().split(slice)):
+            logits = self.logits(states)
+            log_z = logits.logsumexp(-1)
+            # a masked sum where a gather would do: its gradient needs no (positions, V) matrix of its own
+            at = torch.arange(logits.size(-1), device=h.device) == wanted[:, None]
+            pairs.append((torch.where(at, logits, 0.0).sum(-1) - log_z, log_z))
+        return tuple(torch.cat(parts).view_as(targets) for parts in zip(*pairs))
+
+    def score(self, tokens, targets, opens=None, embedded=None):
+        """Scores of the targets (N, C), EOT where there is none, given the tokens up to each position."""
+        log_p, _ = self.log_p(self.states(tokens, opens, embedded), targets)
+        nothing = torch.zeros_like(targets, dtype=torch.bool)
+        return Scores(log_p, log_p, log_p, nothing, nothing)
+
+    def forward(self, input_ids, attention_mask=None, past_key_values=None, labels=None, use_cache=None,
+                output_hidden_states=None, logits_to_keep=0, return_dict=None, **unused):
+        """Log-probabilities of the next token as `logits` (B, T, V): softmax(logits) = exp(logits) = p.
+
+        Args:
+            input_ids: (B, T). attention_mask: (B, T) ones for text, zeros for padding on the left or, without a
+                cache, on the right.
+            past_key_values: a Memory to go on from; use_cache=True starts one. Then `input_ids` are only the new
+                tokens, a few at a time or one, and the cost of a token does not depend on how many came before.
+            labels: (B, T), -100 ignored; gives `loss`, the mean negative log-likelihood of labels[:, 1:] in nats.
+            logits_to_keep: give the last so many positions only; 0: all.
+
+        Raises:
+            ValueError: a mask with holes, no mask where inputs are embeddings, a sequence beyond n_positions.
+        """
+        if unused.pop("output_attentions", None) or unused.pop("inputs_embeds", None) is not None:
+            raise ValueError("this model takes input_ids and gives no attentions")
+        B, T = input_ids.shape
+        hidden = [] if output_hidden_states else None
+        real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask[:, -T:].bool()
+        if past_key_values is None and not use_cache:
+            logits = self._whole(input_ids, real, logits_to_keep, hidden)
+        else:
+            if (real[:, :-1] & ~real[:, 1:]).any():
+                raise ValueError("with a cache, pad on the left: tokenizer.padding_side = 'left'")
+            memory = Memory(self, B) if past_key_values is None else past_key_values
+            logits = self._streamed(input_ids, real, memory, logits_to_keep, hidden)
+            past_key_values = memory
+        loss = None
+        if labels is not None:
+            loss = F.nll_loss(logits[:, :-1].flatten(0, 1), labels[:, -logits.size(1):][:, 1:].flatten(), ignore_index=-100)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values,
+                                      hidden_states=None if hidden is None else tuple(hidden))
+
+    def _whole(self, ids, real, keep, hidden):
+        """forward without a cache: padding moved to the right, sequences cut into rows, all rows at once."""
+        B, T = ids.shape
+        lead = real.long().argmax(1)                                                   # padding on the left
+        if (real.sum(1) + lead != T - real.flip(1).long().argmax(1)).any():
+            raise ValueError("attention_mask has holes; mask padding only, before or after the text")
+        place = (torch.arange(T, device=ids.device) + lead[:, None]) % T
+        tokens = ids.masked_fill(~real, EOT).gather(1, place)
+        W = self.config.stm_window or T
+        if T > W or self.config.stm_window is None:
+            rows = -(-T // W)
+            if self.config.stm_window is None and T > self.config.n_positions:
+                raise ValueError(f"{T} tokens; a model without a window sees at most {self.config.n_positions}")
+            opens = torch.arange(B * rows, device=ids.device) % rows == 0 if rows > 1 else None
+        else:
+            rows, W, opens = 1, T, None
+        tokens = F.pad(tokens, (0, rows * W - T), value=EOT)
+        targets = F.pad(tokens[:, 1:], (0, 1), value=EOT)
+        tokens, targets = tokens.view(B * rows, W), targets.reshape(B * rows, W)
+        h = self.states(tokens, opens, collect=hidden)
+        back = (torch.arange(T, device=ids.device) - lead[:, None]) % T
+        unrow = lambda x: x.reshape(B, rows * W, -1)[:, :T].gather(1, back[..., None].expand(-1, -1, x.size(-1)))
+        if hidden is not None:
+            hidden[:] = [unrow(x) for x in [*hidden, h]]
+        return unrow(self.distribution(h, tokens, targets, opens))[:, -keep:]
+
+    def distribution(self, h, tokens, targets, opens):
+        """log p of every token of the vocabulary, (N, C, V)."""
+        return self.logits(h).log_softmax(-1)
+
+    def _streamed(self, ids, real, memory, keep, hidden):
+        """forward with a cache: blocks of at most a window, each continuing what `memory` holds."""
+        step = self.config.stm_window or ids.size(1)
+        parts, states = [], []
+        for block, mask in zip(ids.masked_fill(~real, EOT).split(step, 1), real.split(step, 1)):
+            collected = None if hidden is None else []
+            parts.append(self.stream(block, memory, mask, collected))
+            if keep:
+                parts = [torch.cat(parts, 1)[:, -keep:]]
+            states.append(collected)
+        if hidden is not None:
+            hidden[:] = [torch.cat(layer, 1) for layer in zip(*states)]
+        return torch.cat(parts, 1)
+
+    def advance(self, tokens, memory, real, collect=None):
+        """States (B, n, D) of a block of new tokens (B, n), attention going on from `memory`, which takes them in."""
+        n, window = tokens.size(1), self.config.stm_window
+        past = memory.real.size(1)
+        if window is None and past + n > self.config.n_positions:
+            raise ValueError(f"{past + n} tokens; a model without a window sees at most {self.config.n_positions}")
+        known = torch.cat((memory.real, real), dim=1)
+        query, key = torch.arange(past, past + n, device=tokens.device), torch.arange(past + n, device=tokens.device)
+        ahead = query[:, None] - key
+        seen = (ahead >= 0) & (ahead < (window or past + n)) & known[:, None] | (ahead == 0)     # (B, n, past + n)
+
+        def attention(layer, q, k, v):
+            keys, values = memory.keys[layer], memory.values[layer]
+            k, v = torch.cat((keys, k), dim=1), torch.cat((values, v), dim=1)
+            memory.keys[layer], memory.values[layer] = (k, v) if window is None else (k[:, n:], v[:, n:])
+            table = self.backbone.rotary
+            return attend(rotate(q, table, past), rotate(k, table), v, seen[:, None])
+
+        h = self.backbone(self.backbone.embed(tokens), attention, collect)
+        memory.real = known if window is None else known[:, n:]
+        memory.length += n
+        return h
+
+    def stream(self, tokens, memory, real=None, collect=None):
+        """Go on from `memory` with tokens (B, n), n at most a window: log p (B, n, V) of what comes after each.
+
+        Constant memory and constant cost a token; equal to the parallel form. `real` (B, n) is False on padding.
+        """
+        real = torch.ones_like(tokens, dtype=torch.bool) if real is None else real
+        h = self.advance(tokens, memory, real, collect)
+        if collect is not None:
+            collect.append(h)
+        return self.logits(h).log_softmax(-1)
+
+
+class RevenaHybridTiny(GPT):
+    """GPT with sliding-window attention (STM) and, where config.ltm_enabled, a long-term memory (LTM).
+
+    p(y) = (p_stm(y) + sum_i a_i [value_i = y]) / (1 + sum_i a_i), i over the retrieved items (pointer mixture;
+    cf. Grave et al. 2017, Merity et al. 2017), a_i as in LongTermMemory.weigh. It sums to one whatever the a_i.
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.memory = LongTermMemory(config)
+        self.post_init()
+
+    def route(self, log_p, targets):
+        """Surprisal in bits of each target, 0 where there is none, and whether it is stored (both like `targets`)."""
+        none = targets == EOT
+        bits = (-log_p.detach() / math.log(2)).masked_fill(none, 0.0)
+        return bits, ~none & (bits > self.config.ltm_surprisal_bits)
+
+    def read(self, h, tokens, targets, log_p, log_z, opens=None):
+        """The parallel form: what every position of the rows retrieves.
+
+        Item i (value: the target of position i) is visible to t iff it was stored, i < t in the same sequence, and
+        fewer than `ltm_slots` items were stored after it before t. Stored items are numbered; a row's candidates are
+        the slots' worth of numbers before it and those stored in it, so the cost is linear in the length.
+
+        Returns: Reading, values (N, I) of the candidates, stored (N, C), log odds of looking up (N, C).
+        """
+        config, embed = self.config, self.backbone.embed.weight.detach()
+        E, M, (N, C) = config.ltm_ngrams, config.ltm_slots, tokens.shape
+        bits, stored = self.route(log_p, targets)
+        grams = torch.stack([lagged(tokens, lag, opens, EOT) for lag in range(E)], dim=-1)
+        late = torch.stack([lagged(bits, lag + 1, opens, 0.0) for lag in range(E)], dim=-1)
+        address = self.memory.address(h, grams, late, targets, embed)
+
+        if opens is None:                                   # every row is a sequence: its own tokens are candidates
+            count = stored.cumsum(1)
+            before = count - stored.long()                  # items stored before t
+            number, items, values = count - 1, address, targets
+            low = (before - M)[..., None]
+            visible = stored[:, None] & (number[:, None] < before[..., None]) & (number[:, None] >= low)
+        else:
+            count = stored.flatten().cumsum(0)
+            before = count.view(N, C) - stored.long()
+            row = torch.arange(N, device=h.device)
+            first = before[torch.where(opens, row, 0).cummax(0).values, 0]     # number of the sequence's first item
+            number = (before[:, 0] - M).maximum(first)[:, None] + torch.arange(M + C, device=h.device)     # (N, I)
+            at = torch.searchsorted(count, number + 1).clamp(max=N * C - 1)
+            items = Address(*(x.flatten(0, 1)[at] for x in address))
+            values = targets.flatten()[at]
+            low = (before - M).maximum(first[:, None])[..., None]
+            visible = (number[:, None] < before[..., None]) & (number[:, None] >= low)
+        item_log_p = (h.detach() @ embed[values].mT).float() - log_z.detach()[..., None]
+        return self.memory.weigh(address, items, item_log_p, visible), values, stored, address.open
+
+    def score(self, tokens, targets, opens=None, embedded=None):
+        if not self.config.ltm_enabled:
+            return super().score(tokens, targets, opens, embedded)
+        h = self.states(tokens, opens, embedded)
+        log_p, log_z = self.log_p(h, targets)
+        read, values, stored, odds = self.read(h, tokens, targets, log_p, log_z, opens)
+        same = values[:, None] == targets[..., None]
+
+        def mixture(weight):
+            numerator = log_p.exp() + torch.where(same, weight, 0.0).sum(-1)
+            return numerator.clamp(min=1e-38).log() - weight.sum(-1).log1p()
+
+        without, within = mixture(read.exact), mixture(read.exact + read.learned)
+        # a look-up through the learned addresses is made when it is expected to save its price: training weighs
+        # both outcomes by the odds, so that these learn from each position what the other outcome would have cost
+        pays = odds.sigmoid()
+        objective = pays * (within - self.config.ltm_price) + (1 - pays) * without
+        return Scores(torch.where(odds > 0, within, without), log_p, objective, stored,
+                      read.hit_exact | read.hit_learned & (odds > 0))
+
+    def distribution(self, h, tokens, targets, opens):
+        logits = self.logits(h)
+        log_z = logits.logsumexp(-1)
+        stm = logits - log_z[..., None]
+        if not self.config.ltm_enabled:
+            return stm
+        log_p = stm.gather(-1, targets[..., None])[..., 0]
+        read, values, _, odds = self.read(h, tokens, targets, log_p, log_z, opens)
+        return mix(stm, read.exact + read.learned * (odds > 0)[..., None], values)
+
+    def stream(self, tokens, memory, real=None, collect=None):
+        if not self.config.ltm_enabled:
+            return super().stream(tokens, memory, real, collect)
+        config, embed = self.config, self.backbone.embed.weight
+        E, M, (B, n) = config.ltm_ngrams, config.ltm_slots, tokens.shape
+        real = torch.ones_like(tokens, dtype=torch.bool) if real is None else real
+        h = self.advance(tokens, memory, real, collect)
+        if collect is not None:
+            collect.append(h)
+        logits = self.logits(h)
+        log_z = logits.logsumexp(-1)
+
+        # write: the tokens that came, under the states that should have predicted them (one position earlier)
+        earlier = torch.cat((memory.state[:, None].to(h.dtype), h), dim=1)             # positions -1 .. n-1
+        earlier_z = torch.cat((memory.log_z[:, None], log_z), dim=1)
+        log_p = (earlier[:, :n] * F.embedding(tokens, embed)).float().sum(-1) - earlier_z[:, :n]
+        predicted = torch.cat((memory.started[:, None], real[:, :-1]), dim=1) & real
+        bits, stored = self.route(log_p, tokens.masked_fill(~predicted, EOT))
+        tail, tail_bits = torch.cat((memory.tail, tokens), 1), torch.cat((memory.tail_bits, bits), 1)   # (B, E + n)
+        grams, late = (torch.stack([x[:, E - 1 - lag:E + n - lag] for lag in range(E)], -1) for x in (tail, tail_bits))
+        coming = F.pad(tokens, (0, 1), value=EOT)                                      # the last one is not known yet
+        address = self.memory.address(earlier, grams, late, coming, embed)
+        arrived = memory.count[:, None] + stored.cumsum(1)                             # items that each position can see
+        slot = torch.arange(M, device=h.device)
+        held = memory.count[:, None] - 1 - (memory.count[:, None] - 1 - slot) % M      # number of the item in each slot
+        number = torch.cat((held, torch.where(stored, arrived - 1, -1)), dim=1)        # (B, M + n)
+        new = dict(key=address.key[:, :n], strength=address.strength[:, :n], value=tokens, bits=bits,
+                   position=memory.length - n + torch.arange(n, device=h.device).expand(B, n))
+        items = {name: torch.cat((memory.items[name], new[name].to(memory.items[name].dtype)), 1) for name in new}
+
+        # read: the query of each position against the ring and what came within this block
+        visible = (number >= 0)[:, None] & (number[:, None] < arrived[..., None]) & (number[:, None] >= (arrived - M)[..., None])
+        query = Address(*(x[:, 1:] for x in address))
+        filed = Address(None, items["key"].to(h.dtype), None, items["strength"], None)
+        item_log_p = (h @ embed[items["value"]].mT).float() - log_z[..., None]
+        read = self.memory.weigh(query, filed, item_log_p, visible)
+        weight = read.exact + read.learned * (query.open > 0)[..., None]
+        looked = torch.ones_like(read.cosine[:, :, -1], dtype=torch.bool)
+        looked[:, E:] = (query.open[:, -1] > 0)[:, None, None]
+        memory.last = dict(value=items["value"], position=items["position"], weight=weight[:, -1],
+                           cosine=(read.cosine[:, :, -1] * looked * visible[:, None, -1]).amax(1), total=1 + weight[:, -1].sum(-1))
+
+        # keep: the newest `ltm_slots` items, each in the slot of its number; what is older than the ring falls out
+        slots = torch.where(stored & (arrived > arrived[:, -1:] - M), (arrived - 1) % M, M)
+        for name, kept in memory.items.items():
+            index = slots.view(B, n, *[1] * (kept.dim() - 2)).expand_as(new[name])
+            memory.items[name] = F.pad(kept, (0, 0) * (kept.dim() - 2) + (0, 1)).scatter(1, index, new[name].to(kept.dtype))[:, :M]
+        memory.count = arrived[:, -1]
+        memory.state, memory.log_z, memory.started = h[:, -1], log_z[:, -1], real[:, -1] | memory.started
+        memory.tail, memory.tail_bits = tail[:, n:], tail_bits[:, n:]
+        return mix(logits - log_z[..., None], weight, items["value"])
+
+
+def mix(stm, weight, values):
+    """log of (p_stm + the items' weights at their values) / (1 + all weights): (N, C, V), (N, C, I), (N, I)."""
+    added = torch.zeros_like(stm).scatter_add_(2, values[:, None].expand(-1, stm.size(1), -1), weight)
+    return (stm.exp() + added).clamp(min=1e-38).log() - weight.sum(-1, keepdim=True).log1p()
+
+
+class Memory(Cache):
+    """What generation carries from token to token: the STM's last 127 keys and values a layer, and the LTM's items.
+
+    Pass it back in as `past_key_values` and the next turn remembers; `save` and `load` it and a later process does;
+    `clear` it and all is forgotten. Its size does not depend on how much it has read.
+
+    Attributes:
+        items: the ring, oldest overwritten first: key (B, M, H, A), strength (B, M, H), value (B, M) the token,
+            bits (B, M) its surprisal, position (B, M) where it stood. count: (B,) items ever stored.
+        last: what the newest prediction retrieved: value, position, cosine, weight (B, I), total (B,).
+    """
+
+    is_compileable = False
+
+    def __init__(self, model, batch_size=1):
+        super().__init__(layers=[])
+        self.model = model
+        self.clear(batch_size)
+
+    def clear(self, batch_size=None):
+        """Forget everything, as at the start of a sequence."""
+        model, config = self.model, self.model.config
+        B = batch_size or len(self.count)
+        D, heads, H = config.n_embd, config.n_head, config.ltm_ngrams + config.ltm_learned
+        M, E, past = config.ltm_slots, config.ltm_ngrams, (config.stm_window or 1) - 1
+        zeros = lambda *shape, dtype=model.dtype: torch.zeros(B, *shape, dtype=dtype, device=model.device)
+        self.keys = [zeros(past, heads, D // heads) for _ in range(config.n_layer)]
+        self.values = [zeros(past, heads, D // heads) for _ in range(config.n_layer)]
+        self.real = zeros(past, dtype=torch.bool)
+        self.items = dict(key=zeros(M, H, config.ltm_dim), strength=zeros(M, H, dtype=torch.float32),
+                          value=zeros(M, dtype=torch.long), bits=zeros(M, dtype=torch.float32),
+                          position=zeros(M, dtype=torch.long))
+        self.count, self.started = zeros(dtype=torch.long), zeros(dtype=torch.bool)
+        self.state, self.log_z = zeros(D), zeros(dtype=torch.float32)
+        self.tail, self.tail_bits = zeros(E, dtype=torch.long) + EOT, zeros(E, dtype=torch.float32)
+        self.length, self.last = 0, None
+
+    def contents(self, tokenizer=None, sequence=0):
+        """The items of one sequence, oldest first: a list of dicts with token, text, bits, position."""
+        count, M = int(self.count[sequence]), self.model.config.ltm_slots
+        slots = [number % M for number in range(max(0, count - M), count)]
+        token, bits, position = (self.items[name][sequence].tolist() for name in ("value", "bits", "position"))
+        return [dict(token=token[s], text=tokenizer.decode([token[s]]) if tokenizer else None, bits=bits[s],
+                     position=position[s]) for s in slots]
+
+    def retrieved(self, tokenizer=None, sequence=0):
+        """What the last prediction drew on, heaviest first: dicts with token, text, position, cosine, share of p."""
+        if self.last is None:
+            return []
+        value, position, cosine, weight = (self.last[n][sequence].tolist() for n in ("value", "position", "cosine", "weight"))
+        total = float(self.last["total"][sequence])
+        found = [dict(token=v, text=tokenizer.decode([v]) if tokenizer else None, position=p, cosine=c, share=w / total)
+                 for v, p, c, w in zip(value, position, cosine, weight) if w > 0]
+        return sorted(found, key=lambda item: -item["share"])
+
+    def _tensors(self):
+        """Every tensor of the state by name, and how to put it back."""
+        named = {name: getattr(self, name) for name in ("real", "count", "started", "state", "log_z", "tail", "tail_bits")}
+        named |= {f"items.{name}": x for name, x in self.items.items()}
+        return named | {f"{kind}.{i}": x for kind in ("keys", "values") for i, x in enumerate(getattr(self, kind))}
+
+    def _put(self, named):
+        for name, x in named.items():
+            head, _, rest = name.partition(".")
+            if not rest:
+                setattr(self, head, x)
+            else:
+                getattr(self, head)[int(rest) if rest.isdigit() else rest] = x
+
+    def save(self, path):
+        """Write the memory to a safetensors file."""
+        metadata = {"length": str(self.length)}
+        save_file({name: x.contiguous() for name, x in self._tensors().items()}, path, metadata=metadata)
+
+    @classmethod
+    def load(cls, path, model):
+        """Read a memory that `save` wrote, for a model of the same shape; ValueError if it is of another."""
+        named = load_file(path, device=str(model.device))
+        memory = cls(model, len(named.get("count", [0])))
+        expected = {name: (x.shape[1:], x.dtype) for name, x in memory._tensors().items()}
+        if model.config.stm_window and {name: (x.shape[1:], x.dtype) for name, x in named.items()} != expected:
+            raise ValueError(f"{path} is not a memory of this model")
+        memory._put(named)
+        with safe_open(path, "pt") as file:
+            memory.length = int(file.metadata()["length"])
+        return memory
+
+    def get_seq_length(self, layer_idx=0):
+        return self.length
+
+    def reorder_cache(self, beam_idx):
+        """Let beam b go on from what beam beam_idx[b] has read."""
+        self._put({name: x.index_select(0, beam_idx.to(x.device)) for name, x in self._tensors().items()})
+
+    def reset(self):
+        self.clear()
+
+
+# ------------------------------------------------------------------ what the scripts share: files, failures, data
+
+TOKENIZER_SHA256 = {            # GPT-2's tokenizer (Radford et al. 2019), wherever it came from
+    "vocab.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+    "merges.txt": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+}
+
+
+class StageError(Exception):
+    """A failure the user can act on: one line that says what is wrong and which command to run next."""
+
+
+def run_stage(main):
+    """Run a script's `main()` and leave the process; every failure a user can cause is one line on stderr.
+
+    Exit codes: 0 done, 1 a StageError, a failing disk or no memory, 2 bad flags (argparse), 130 Ctrl-C, 143 SIGTERM.
+    """
+    name = Path(sys.argv[0]).name
+
+    def on_sigterm(*_):
+        raise SystemExit(143)
+
+    signal.signal(signal.SIGTERM, on_sigterm)
+    try:
+        sys.exit(main() or 0)
+    except StageError as error:
+        sys.exit(f"{name}: {error}")
+    except torch.OutOfMemoryError:
+        sys.exit(f"{name}: the GPU is out of memory; close what else uses it or lower the batch size at the top of "
+                 f"{name}, then run it again")
+    except KeyboardInterrupt:
+        print(f"\n{name}: interrupted; run the same command again to go on", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        place = f" ({error.filename})" if error.filename else ""
+        sys.exit(f"{name}: {error.strerror or error}{place}; mend that, then run {name} again")
+
+
+def sha256(path):
+    """SHA-256 of a file's bytes, as hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_atomic(path, data):
+    """Write `data` (bytes or str) so that `path` is either what it was or all of `data`, never a part of it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(aside, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    """Write a JSON file atomically; raises StageError on NaN and Infinity, which JSON has no words for."""
+    try:
+        text = json.dumps(value, indent=1, allow_nan=False)
+    except ValueError:
+        raise StageError(f"a number that belongs into {path} is NaN or infinite; the file was left as it was") from None
+    write_atomic(path, text + "\n")
+
+
+def read_json(path, made_by):
+    """Read a JSON object; raises StageError naming `made_by`, the command that makes it, where that fails."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise StageError(f"{path} is missing; make it with: {made_by}") from None
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise StageError(f"{path} is damaged; make it again with: {made_by}")
+    return value
+
+
+def load_tokenizer(root):
+    """GPT-2's tokenizer from `root`/data/tokenizer; raises StageError where a file is missing or another one."""
+    folder = Path(root) / "data" / "tokenizer"
+    for name, expected in TOKENIZER_SHA256.items():
+        if not (folder / name).is_file():
+            raise StageError(f"{folder / name} is missing; get it with: python download_models.py --root {root}")
+        if sha256(folder / name) != expected:
+            raise StageError(f"{folder / name} is not GPT-2's; get it with: python download_models.py --root {root}")
+    tokenizer = GPT2TokenizerFast(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    # by other keyword names the same call gives an empty vocabulary without a word
+    assert len(tokenizer) == EOT + 1 and tokenizer.encode("Hello world") == [15496, 995], "the tokenizer came out empty"
+    return tokenizer
+
+
+def characters_per_token(tokenizer):
+    """Characters each token adds to a text: its bytes that are not UTF-8 continuation bytes. (vocab,) int64 array.
+
+    Summed over a document's tokens this is len(text), also where one character is spread over two tokens.
+    """
+    letter_of_byte = bytes_to_unicode()
+    continuation = {letter_of_byte[byte] for byte in range(0x80, 0xC0)}
+    counts = np.zeros(len(tokenizer), np.int64)
+    for token, index in tokenizer.get_vocab().items():
+        counts[index] = sum(letter not in continuation for letter in token)
+    counts[EOT] = 0
+    return counts
+
+
+def load_split(root, split):
+    """The windows of one split, verified against meta.json: ((rows, 128) uint16 memmap, meta dict).
+
+    Raises StageError where a file is missing, cut short, changed, or holds a token beyond the vocabulary.
+    """
+    again = f"python prepare_data.py --root {root}"
+    meta = read_json(Path(root) / "data" / "meta.json", again)
+    path = Path(root) / "data" / f"{split}.bin"
+    try:
+        entry, window = meta["splits"][split], int(meta["window"])
+        expected_bytes, expected_hash = int(entry["bytes"]), entry["sha256"]
+    except (KeyError, TypeError, ValueError):
+        raise StageError(f"{root}/data/meta.json is damaged; make it again with: {again}") from None
+    sealed = json.dumps({key: value for key, value in meta.items() if key != "sha256"}, sort_keys=True)
+    if meta.get("sha256") != hashlib.sha256(sealed.encode()).hexdigest():
+        raise StageError(f"{root}/data/meta.json was changed after it was made; make it again with: {again}")
+    if meta.get("tokenizer_sha256") != TOKENIZER_SHA256:
+        raise StageError(f"{root}/data/meta.json names another tokenizer; make it again with: {again}")
+    if not path.is_file():
+        raise StageError(f"{path} is missing; make it with: {again}")
+    if path.stat().st_size != expected_bytes or expected_bytes == 0 or expected_bytes % (2 * window):
+        raise StageError(f"{path} has {path.stat().st_size} bytes, meta.json says {expected_bytes}; "
+                         f"make it again with: {again}")
+    if sha256(path) != expected_hash:
+        raise StageError(f"{path} is not the file meta.json describes (its hash differs); make it again with: {again}")
+    rows = np.memmap(path, np.uint16, mode="r").reshape(-1, window)
+    if rows.max() > EOT:
+        raise StageError(f"{path} holds token {rows.max()}, the vocabulary ends at {EOT}; make it again with: {again}")
+    return rows, meta

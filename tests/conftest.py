@@ -1,0 +1,65 @@
+"""What the tests share: no network, the project on the path, and fresh roots that hold the tokenizer.
+
+The tokenizer's files come from the project's data/tokenizer or, once, by way of download_models.py into tests/.cache.
+"""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"          # before anything imports the hub's client: no test waits for a network
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
+
+import download_models                                      # noqa: E402
+import models                                               # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir():
+    """A folder with GPT-2's verified tokenizer files."""
+    for root in (PROJECT, PROJECT / "tests" / ".cache"):
+        if not download_models.wrong_files(root / "data" / "tokenizer"):
+            return root / "data" / "tokenizer"
+    download_models.main(["--root", str(root)])
+    return root / "data" / "tokenizer"
+
+
+@pytest.fixture
+def make_root(tmp_path, tokenizer_dir):
+    """make_root(name): a fresh root folder with data/tokenizer in it and nothing else."""
+    def make(name="root"):
+        shutil.copytree(tokenizer_dir, tmp_path / name / "data" / "tokenizer")
+        return tmp_path / name
+    return make
+
+
+@pytest.fixture
+def stage(capsys, monkeypatch):
+    """stage(main, *flags): run a script's main() as the command line would; (exit code, stdout, what stderr says)."""
+    monkeypatch.setattr(models.signal, "signal", lambda *_: None)
+
+    def run(main, *flags):
+        with pytest.raises(SystemExit) as exit_:
+            models.run_stage(lambda: main([str(flag) for flag in flags]))
+        printed = capsys.readouterr()
+        code = exit_.value.code
+        # sys.exit("a line") prints the line and leaves with 1, as the interpreter does
+        return (1, printed.out, printed.err + code) if isinstance(code, str) else (code, printed.out, printed.err)
+    return run
+
+
+@pytest.fixture
+def write_jsonl(tmp_path):
+    """write_jsonl(texts, name): a file of such rows; a text that is bytes goes in as a line of its own, as it is."""
+    def write(texts, name="corpus.jsonl"):
+        lines = [text if isinstance(text, bytes) else json.dumps({"text": text}).encode() for text in texts]
+        path = tmp_path / name
+        path.write_bytes(b"".join(line + b"\n" for line in lines))
+        return path
+    return write

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# The tests: sets up what they need, then runs them, without a network. Arguments go on to pytest:
+#   tests/run.sh -k memory        only those with "memory" in their name
+#   tests/run.sh -m slow          only the slow ones, which are left out otherwise
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+. tests/setup.sh
+# shellcheck disable=SC2119  # this script's arguments are pytest's
+find_python
+
+export HF_HUB_OFFLINE=1                     # a test that wants the network fails at once
+export WANDB_MODE=offline
+export MPLBACKEND=Agg                       # pictures without a screen
+export TOKENIZERS_PARALLELISM=false
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"      # models this small are slower on many threads
+exec "$PYTHON" -m pytest tests -q "$@"
