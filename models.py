@@ -31,6 +31,7 @@ from transformers import GenerationMixin, GPT2TokenizerFast, PreTrainedConfig, P
 from transformers.cache_utils import Cache
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import logging
 
 EOT = 50256                     # <|endoftext|>: opens every document, pads the last window, is never a target
 
@@ -532,11 +533,11 @@ class RevenaHybridTiny(GPT):
                       read.hit_exact | read.hit_learned & (odds > 0))
 
     def distribution(self, h, tokens, targets, opens):
+        if not self.config.ltm_enabled:
+            return super().distribution(h, tokens, targets, opens)
         logits = self.logits(h)
         log_z = logits.logsumexp(-1)
         stm = logits - log_z[..., None]
-        if not self.config.ltm_enabled:
-            return stm
         log_p = stm.gather(-1, targets[..., None])[..., 0]
         read, values, _, odds = self.read(h, tokens, targets, log_p, log_z, opens)
         return mix(stm, read.exact + read.learned * (odds > 0)[..., None], values)
@@ -839,3 +840,85 @@ def load_split(root, split):
     if rows.max() > EOT:
         raise StageError(f"{path} holds token {rows.max()}, the vocabulary ends at {EOT}; make it again with: {again}")
     return rows, meta
+
+
+def manifest_of(folder, **facts):
+    """Write `folder`/manifest.json: the hash of every file in it, and `facts`. It comes last: no manifest, no folder."""
+    files = {path.name: sha256(path) for path in sorted(Path(folder).iterdir()) if path.name != "manifest.json"}
+    write_json(Path(folder) / "manifest.json", {"files": files, **facts})
+
+
+def read_manifest(folder):
+    """The manifest of a folder whose files all match it; raises StageError naming the first that does not."""
+    folder = Path(folder)
+    manifest = read_json(folder / "manifest.json", "the stage that writes this folder")
+    files = manifest.get("files")
+    if not isinstance(files, dict) or any(Path(name).name != name for name in files):
+        raise StageError(f"{folder / 'manifest.json'} is damaged")
+    for name, expected in files.items():
+        if not (folder / name).is_file() or sha256(folder / name) != expected:
+            raise StageError(f"{folder / name} is damaged: its hash is not the one in manifest.json")
+    return manifest
+
+
+def save_model(model, tokenizer, folder):
+    """Write a Hugging Face folder: config, weights (safetensors, float32), tokenizer, and this file as its code."""
+    logging.disable_progress_bar()
+    type(model).register_for_auto_class("AutoModelForCausalLM")
+    RevenaConfig.register_for_auto_class()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def load_model(folder, device="cpu", made_by="python add_memory.py"):
+    """The RevenaHybridTiny of `folder`; raises StageError where its config or weights are missing or damaged.
+
+    Nothing but JSON and safetensors is read: no code of the folder's runs.
+    """
+    folder = Path(folder)
+    settings = read_json(folder / "config.json", made_by)
+    try:
+        weights = load_file(folder / "model.safetensors")
+    except FileNotFoundError:
+        raise StageError(f"{folder / 'model.safetensors'} is missing; make it with: {made_by}") from None
+    except Exception as error:                      # safetensors raises its own type, and OSError for some damage
+        raise StageError(f"{folder / 'model.safetensors'} is not a whole safetensors file ({error}); "
+                         f"make it again with: {made_by}") from None
+    try:
+        model = RevenaHybridTiny(RevenaConfig.from_dict(settings))
+        model.load_state_dict(weights)
+    except (RuntimeError, TypeError, ValueError, KeyError, ZeroDivisionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise StageError(f"{folder}: config.json and model.safetensors do not fit ({reason}); "
+                         f"make it again with: {made_by}") from None
+    return model.to(device).eval()
+
+
+def parameters_by_group(model):
+    """Trainable parameters: {group: count}."""
+    count = lambda module: sum(p.numel() for p in module.parameters())
+    groups = {"token embedding (tied)": count(model.backbone.embed), "layers": count(model.backbone.blocks)}
+    return groups | ({"long-term memory": count(model.memory)} if hasattr(model, "memory") else {})
+
+
+def pick_device():
+    """The best device here: CUDA, then Apple's MPS, then the CPU."""
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def lower_precision(model):
+    """Let the backbone compute in bfloat16 where the GPU does (the stream, norms, softmax and LTM stay float32)."""
+    if next(model.parameters()).is_cuda and torch.cuda.is_bf16_supported(including_emulation=False):
+        model.backbone.to(torch.bfloat16)
+        model.backbone.rotary = model.backbone.rotary.float()
+    return model
+
+
+def default_root(root, quick):
+    """The folder that data/, trained/ and the results lie in: --root, or the project's own, or its quick/."""
+    return Path(root) if root else Path("quick" if quick else ".")
+
+
+def arm_folder(root, seed, arm):
+    """Where seed `seed` keeps "init", "baseline" or "with_ltm"."""
+    return Path(root) / "trained" / (f"seed{seed}" if seed else "") / arm

@@ -203,7 +203,8 @@ def new_figure(height, results, gone, title=None):
     if data["quick"]:
         figure.text(0.97, 1 - 0.8 / height, "QUICK RUN: shows that it runs, not what it is worth", weight="bold",
                     color="white", ha="right", va="top", bbox=dict(facecolor=INK, edgecolor=INK))
-    words = (f"Data: {textwrap.shorten(data['source'], 100)}; {data['val_documents']:,} validation documents, "
+    words = ("Quick run. " * data["quick"] + f"Data: {textwrap.shorten(data['source'], 100)}; "
+             f"{data['val_documents']:,} validation documents, "
              f"{data['val_characters']:,} characters. Model: {run['parameters'] / 1e6:.1f}M parameters, "
              f"{run['steps']:,} training steps, seeds: {', '.join(map(str, run['seeds']))}. Hardware: {run['device']}, "
              f"torch {run['torch']}. Recall: forced choice, {detail['recall']['trials_per_distance']:,} trials per "

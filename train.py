@@ -1,0 +1,647 @@
+"""Train one arm: the hybrid with its long-term memory off (--baseline) or on (--with-ltm).
+
+reads   data/train.bin, data/meta.json, trained/init/
+writes  trained/baseline/ or trained/with_ltm/   the newest weights as a Hugging Face folder, history.jsonl,
+                                                  checkpoints/step-NNNNNN/ (the last two, with the optimizer)
+
+    python train.py --baseline              STM only (the default)
+    python train.py --with-ltm              STM and LTM
+    python train.py --with-ltm --resume     go on where it was stopped: the same bits as without the stop
+    python train.py --baseline --quick      the small model under quick/, on any CPU
+    torchrun --nproc_per_node=2 train.py --baseline     the same batch, shared by two processes
+
+Both arms start from the same weights and see the same rows in the same order. On CUDA the whole step - rows
+gathered, forward, backward, clipping, AdamW, statistics - is one CUDA graph, which the host only replays.
+"""
+
+import argparse
+import fcntl
+import importlib.util
+import json
+import math
+import os
+import queue
+import shutil
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from models import (EOT, StageError, arm_folder, default_root, load_model, load_split, load_tokenizer, lower_precision,
+                    manifest_of, pick_device, read_json, read_manifest, run_stage, save_model, sha256, write_atomic,
+                    write_json)
+
+STEPS = 10_000
+BATCH = 8                       # rows of 128 tokens a step
+LR, MIN_LR = 5e-4, 5e-5         # cosine from one to the other
+WARMUP = 500                    # steps of linear warm-up before
+BETAS, EPS = (0.9, 0.95), 1e-8
+WEIGHT_DECAY = 0.1              # of matrices; vectors have none
+CLIP = 1.0                      # gradient norm, of the backbone and of the LTM apart: neither can swamp the other
+LOG_EVERY = 50                  # steps; a logged value is their mean
+CHECKPOINT_STEPS = 2_500
+KEEP = 2                        # checkpoints
+WANDB_PROJECT = "revena"
+QUICK = dict(STEPS=300, BATCH=2, WARMUP=30, LOG_EVERY=10, CHECKPOINT_STEPS=100)
+
+STATISTICS = ("loss", "routed_token_ratio", "avg_surprisal_routed", "ltm_hit_rate", "grad_norm", "grad_norm_ltm")
+
+
+# ------------------------------------------------------------------------------------ the training step
+
+def learning_rates(steps):
+    """Linear warm-up, then a cosine to MIN_LR: float32 (steps,)."""
+    step = torch.arange(steps, dtype=torch.float64)
+    progress = ((step - WARMUP) / max(1, steps - WARMUP)).clamp(0, 1)
+    cosine = MIN_LR + (LR - MIN_LR) * 0.5 * (1 + (math.pi * progress).cos())
+    return torch.where(step < WARMUP, LR * (step + 1) / WARMUP, cosine).float()
+
+
+def row_order(rows, steps, batch, seed):
+    """Which rows each step sees: (steps, batch) int64; a new permutation each epoch, the same for both arms."""
+    need = steps * batch
+    epochs = [np.random.default_rng((seed, epoch)).permutation(rows) for epoch in range(-(-need // rows))]
+    return torch.from_numpy(np.concatenate(epochs)[:need].reshape(steps, batch))
+
+
+def adamw(weights, masters, gradients, first, second, decay, rate, step, scale, halted):
+    """One AdamW step (Loshchilov & Hutter 2019) on float32 masters, of which `weights` are copies to compute with.
+
+    A loop over plain tensors: compiled, each tensor is one pass over memory; elsewhere it runs as it stands.
+    `halted` (a bool tensor) leaves everything as it is.
+    """
+    (b1, b2), live = BETAS, ~halted
+    for w, p, g, m, v, d in zip(weights, masters, gradients, first, second, decay):
+        g = g.float() * scale
+        m.copy_(torch.where(live, m + (1 - b1) * (g - m), m))
+        v.copy_(torch.where(live, v + (1 - b2) * (g * g - v), v))
+        update = m / (1 - b1 ** step) / ((v / (1 - b2 ** step)).sqrt() + EPS)
+        p.copy_(torch.where(live, p - rate * (update + d * p), p))
+        if w is not p:
+            w.copy_(p)
+
+
+class Group:
+    """Parameters that are clipped together, and AdamW's state of them (float32, also where they compute in bf16)."""
+
+    def __init__(self, named):
+        self.names, self.parameters = list(named), list(named.values())
+        self.weights = [p.detach() for p in self.parameters]
+        self.masters = [w if w.dtype == torch.float32 else w.float() for w in self.weights]
+        self.first = [torch.zeros_like(p) for p in self.masters]
+        self.second = [torch.zeros_like(p) for p in self.masters]
+        self.decay = [WEIGHT_DECAY if p.dim() > 1 else 0.0 for p in self.masters]
+
+    def state(self):
+        """{"exp_avg.NAME": .., "exp_avg_sq.NAME": ..}, the tensors themselves."""
+        pairs = (("exp_avg", self.first), ("exp_avg_sq", self.second))
+        return {f"{kind}.{name}": x for kind, tensors in pairs for name, x in zip(self.names, tensors)}
+
+
+class Training:
+    """The state of a run on one device, and its step.
+
+    Args:
+        model: a RevenaHybridTiny on `device`, float32; `lower_precision` is applied here.
+        rows: (N, 128) uint16 array. order: (steps, batch) row numbers.
+    """
+
+    def __init__(self, model, rows, order):
+        self.device = next(model.parameters()).device
+        named = {name: p.detach().clone() for name, p in model.named_parameters()}       # the float32 originals
+        self.model = lower_precision(model).train()
+        on = model.config.ltm_enabled
+        groups = [Group({n: p for n, p in model.named_parameters() if n.startswith(prefix)})
+                  for prefix in ("backbone.", "memory.")[:1 + on]]
+        for group in groups:
+            for name, master in zip(group.names, group.masters):
+                master.copy_(named[name])
+        self.groups = groups
+        self.rows = torch.from_numpy(rows.astype(np.int32)).to(self.device)
+        self.order = order.to(self.device)
+        self.rates = learning_rates(len(order)).to(self.device)
+        self.statistics = torch.zeros(len(order), len(STATISTICS), device=self.device)
+        self.done = 0                                                                    # on the host
+        self.at = torch.zeros(1, dtype=torch.long, device=self.device)                   # the same, on the device
+        self.halted = torch.zeros((), dtype=torch.bool, device=self.device)
+        self.world = dist.get_world_size() if dist.is_initialized() else 1
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.objective, self.update, self.graph = self._objective, adamw, None
+
+    def _objective(self, tokens, embedded, targets_in_batch):
+        """-objective summed over this process's rows / targets in the whole batch, and the statistics' sums."""
+        targets = F.pad(tokens[:, 1:], (0, 1), value=EOT)
+        scores = self.model.score(tokens, targets, embedded=embedded)
+        real = targets != EOT
+        total = lambda x: torch.where(real, x, 0.0).sum()
+        bits = torch.where(scores.stored, -scores.log_p_stm / math.log(2), 0.0)
+        sums = torch.stack((-total(scores.log_p), scores.stored.sum(), bits.sum(), (scores.hit & real).sum())).detach()
+        return -total(scores.objective) / targets_in_batch, sums
+
+    def step(self):
+        """One optimizer step, without a word to the host."""
+        batch = self.rows[self.order.index_select(0, self.at)[0]].long()
+        targets_in_batch = (batch[:, 1:] != EOT).sum().clamp(min=1)
+        tokens = batch.tensor_split(self.world)[self.rank]
+        embed = self.model.backbone.embed.weight
+        embedded = F.embedding(tokens, embed.detach()).requires_grad_()
+        loss, sums = self.objective(tokens, embedded, targets_in_batch)
+        parameters = [p for group in self.groups for p in group.parameters]
+        *gradients, looked_up = torch.autograd.grad(loss, [*parameters, embedded])
+
+        # the embedding is also the output matrix, whose gradient is whole; the look-up adds to its own rows alone.
+        # Rows of equal tokens are summed by a matrix product and written with equal values: no atomics, same bits
+        flat, looked_up = tokens.flatten(), looked_up.flatten(0, 1)
+        same = (flat[:, None] == flat).to(looked_up.dtype)
+        whole = gradients[[p is embed for p in parameters].index(True)]
+        whole[flat] += (same @ looked_up).to(whole.dtype)
+        if self.world > 1:
+            for tensor in (*gradients, sums):
+                dist.all_reduce(tensor)
+
+        rate, step = self.rates.index_select(0, self.at)[0], (self.at[0] + 1).float()
+        norms, start = [], 0
+        for group in self.groups:
+            mine = gradients[start:start + len(group.parameters)]
+            start += len(mine)
+            norms.append(torch.stack(torch._foreach_norm(mine, 2, torch.float32)).norm())
+        self.halted |= ~torch.isfinite(torch.stack(norms)).all()         # NaN, Inf: nothing moves from here on
+        start = 0
+        for group, norm in zip(self.groups, norms):
+            mine = gradients[start:start + len(group.parameters)]
+            start += len(mine)
+            scale = (CLIP / norm.clamp(min=1e-12)).clamp(max=1)
+            self.update(group.weights, group.masters, mine, group.first, group.second, group.decay, rate, step, scale,
+                        self.halted)
+        loss_sum, stored, bits, hits = sums
+        row = torch.stack((loss_sum / targets_in_batch, stored / targets_in_batch, bits / stored.clamp(min=1),
+                           hits / targets_in_batch, norms[0], norms[1] if len(norms) > 1 else norms[0] * 0))
+        self.statistics.index_copy_(0, self.at, row[None])
+        self.at += 1
+
+    def run(self, steps):
+        """Take `steps` steps; returns at once where a CUDA graph is replayed."""
+        for _ in range(steps):
+            if self.graph is None:
+                self.step()
+            else:
+                self.graph.replay()
+        self.done += steps
+
+    def accelerate(self):
+        """Compile the step and capture it as a CUDA graph where that can be had; returns one line that says so.
+
+        Takes three steps (the warm-up that capture asks for): they are steps like any other.
+        """
+        if self.device.type != "cuda":
+            return f"plain PyTorch step on {self.device.type} (no CUDA)"
+        if self.world > 1:
+            return "plain PyTorch step, shared by several processes"
+        how = "compiled and captured as one CUDA graph"
+        if importlib.util.find_spec("triton"):
+            self.objective, self.update = torch.compile(self._objective, dynamic=False), torch.compile(adamw, dynamic=False)
+        else:
+            how = "captured as one CUDA graph, not compiled (no Triton here)"
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for _ in range(min(3, len(self.order) - self.done)):
+                self.run(1)
+        torch.cuda.synchronize()
+        if self.done < len(self.order):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=stream):
+                self.step()                                              # recorded, not run
+            self.graph = graph
+        return how
+
+    def state(self):
+        """Everything a resumed run needs beside the weights: optimizer, statistics so far. On the CPU."""
+        tensors = {k: v for group in self.groups for k, v in group.state().items()}
+        tensors["statistics"] = self.statistics[:self.done]
+        tensors["rng"] = torch.get_rng_state()                           # nothing draws from it; kept all the same
+        return {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+
+    def weights(self):
+        """All the model's float32 tensors by name: masters, the LTM's weights also where it is off, buffers."""
+        masters = {n: p for group in self.groups for n, p in zip(group.names, group.masters)}
+        return {n: masters.get(n, x).detach().float().cpu() if x.is_floating_point() else x.cpu()
+                for n, x in self.model.state_dict().items()}
+
+    def restore(self, weights, state):
+        """Go on from what `weights()` and `state()` gave."""
+        for group in self.groups:
+            for name, w, p in zip(group.names, group.weights, group.masters):
+                p.copy_(weights[name])
+                w.copy_(p)
+            for name, x in group.state().items():
+                x.copy_(state[name])
+        self.done = len(state["statistics"])
+        self.statistics[:self.done] = state["statistics"].to(self.device)
+        self.at.fill_(self.done)
+        torch.set_rng_state(state["rng"])
+
+
+# ------------------------------------------------------------------------------------ checkpoints
+
+def fsync(path):
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+class Run:
+    """The folder of a run: what it was started with, its checkpoints, its newest weights, its history.
+
+    A checkpoint is written aside, its manifest (hashes) last, and renamed; older ones go only after that. The
+    folder's own model.safetensors is replaced in one rename, and manifest.json names the new hash before that and
+    the old one after, so that whoever reads the folder at any time finds a whole model that its manifest knows.
+    """
+
+    def __init__(self, folder, settings):
+        self.folder, self.settings = folder, settings
+        self.checkpoints = folder / "checkpoints"
+
+    def lock(self):
+        """Hold the folder until this process ends; raises StageError where another one does."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.held = open(self.folder / ".lock", "w")
+        try:
+            fcntl.flock(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise StageError(f"another training run is writing {self.folder}; wait for it or stop it") from None
+
+    def clear(self):
+        """Remove an earlier run."""
+        for path in self.folder.iterdir():
+            if path.name != ".lock":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def saved(self):
+        """Checkpoint folders, newest first."""
+        return sorted(self.checkpoints.glob("step-*"), reverse=True)
+
+    def newest(self):
+        """(step, weights, state) of the newest whole checkpoint, damaged ones named and passed over; None: no run.
+
+        Raises StageError where the run was started with other settings, or where no checkpoint is whole.
+        """
+        again = " ".join(["python", *sys.argv]).replace(" --resume", "") + " --fresh"
+        for folder in self.saved():
+            try:
+                manifest = read_manifest(folder)
+                weights, state = load_file(folder / "model.safetensors"), load_file(folder / "optimizer.safetensors")
+            except StageError as error:
+                tqdm.write(f"{error}; trying the checkpoint before it", file=sys.stderr)
+                continue
+            theirs = manifest.get("settings", {})
+            differ = [f"{k} was {theirs.get(k)!r}, is {v!r}" for k, v in self.settings.items() if theirs.get(k) != v]
+            if differ:
+                raise StageError(f"{folder} is of a run with other settings ({'; '.join(differ)}); set them back, or "
+                                 f"start over with: {again}")
+            return manifest["step"], weights, state
+        if self.saved():
+            raise StageError(f"no checkpoint in {self.checkpoints} is whole; start over with: {again}")
+        return None
+
+    def begin(self, model, tokenizer):
+        """Lay out the folder, so that it loads from the first moment: config, code, tokenizer, initial weights."""
+        save_model(model, tokenizer, self.folder)
+        self.describe(0, {sha256(self.folder / "model.safetensors"): 0})
+
+    def describe(self, step, hashes):
+        write_json(self.folder / "manifest.json", {"step": step, "weights": hashes, "settings": self.settings})
+
+    def save(self, training):
+        """Write a checkpoint of `training` and make its weights the folder's own."""
+        step = training.done
+        final = self.checkpoints / f"step-{step:06d}"
+        aside = self.checkpoints / f".{final.name}.tmp"
+        shutil.rmtree(aside, ignore_errors=True)
+        fresh = self.folder / ".model.safetensors.tmp"
+        try:
+            aside.mkdir(parents=True)
+            save_file(training.weights(), aside / "model.safetensors", metadata={"format": "pt"})
+            save_file(training.state(), aside / "optimizer.safetensors")
+            fsync(aside / "model.safetensors")
+            fsync(aside / "optimizer.safetensors")
+            manifest_of(aside, step=step, settings=self.settings)
+            if final.exists():
+                shutil.rmtree(final)
+            os.replace(aside, final)
+
+            known = read_json(self.folder / "manifest.json", "train.py").get("weights", {})
+            new = json.loads((final / "manifest.json").read_text())["files"]["model.safetensors"]
+            fresh.unlink(missing_ok=True)
+            try:
+                os.link(final / "model.safetensors", fresh)
+            except OSError:                                              # a file system without hard links
+                shutil.copyfile(final / "model.safetensors", fresh)
+            self.describe(step, {**dict(list(known.items())[-1:]), new: step})
+            os.replace(fresh, self.folder / "model.safetensors")
+        except Exception as error:                       # a full disk is an OSError here, safetensors' own error there
+            shutil.rmtree(aside, ignore_errors=True)
+            fresh.unlink(missing_ok=True)
+            last = next((path.name for path in self.saved()), "none")
+            raise StageError(f"the checkpoint of step {step} could not be written ({error}); the last good one is {last}; "
+                             f"free some space, then run the same command with --resume") from None
+        for old in self.saved()[KEEP:]:
+            shutil.rmtree(old)
+
+
+# ------------------------------------------------------------------------------------ what a run says
+
+class Wandb:
+    """Weights & Biases in a thread of its own: missing, raising or hanging, it costs a warning and nothing else.
+
+    Online where the user has logged in (or WANDB_MODE says so), else offline: it never asks.
+    """
+
+    def __init__(self, settings, arm, folder):
+        self.entries, self.failed = queue.Queue(), False
+        self.thread = threading.Thread(target=self._work, args=(settings, arm, folder), daemon=True)
+        self.thread.start()
+
+    def _work(self, settings, arm, folder):
+        try:
+            os.environ.setdefault("WANDB_SILENT", "true")
+            import wandb
+            if "WANDB_MODE" not in os.environ and not wandb.api.api_key:
+                os.environ["WANDB_MODE"] = "offline"
+            run = wandb.init(project=WANDB_PROJECT, group=f"seed{settings['seed']}", name=arm, dir=str(folder),
+                             config=settings)
+            while (entry := self.entries.get()) is not None:
+                run.log(entry, step=entry["step"])
+            run.finish()
+        except Exception as error:
+            self.failed = True
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            tqdm.write(f"wandb is left out ({reason}); history.jsonl holds the same numbers", file=sys.stderr)
+
+    def log(self, entry):
+        if not self.failed:
+            self.entries.put(entry)
+
+    def finish(self, seconds=15):
+        self.entries.put(None)
+        self.thread.join(seconds)
+        if self.thread.is_alive():
+            tqdm.write(f"wandb did not end within {seconds} s and is left behind; history.jsonl holds the same numbers",
+                       file=sys.stderr)
+
+
+class History:
+    """history.jsonl: a line every LOG_EVERY steps, the mean of its steps. Read back a whole interval late, so that the
+    device never waits for the host."""
+
+    def __init__(self, path, training, enabled, wandb):
+        self.path, self.training, self.enabled, self.wandb = path, training, enabled, wandb
+        self.pending = []                                # (end step, statistics on the host, event)
+        self.clock = time.perf_counter()
+        old = {}
+        if path.exists():
+            for line in path.read_text().splitlines():
+                try:
+                    old[json.loads(line)["step"]] = line
+                except (ValueError, KeyError, TypeError):
+                    continue                             # cut off by a crash: made again below
+        lines = [old.get(end) or json.dumps(self.entry(end, training.statistics[end - LOG_EVERY:end].cpu(), None))
+                 for end in range(LOG_EVERY, training.done + 1, LOG_EVERY)]
+        write_atomic(path, "".join(line + "\n" for line in lines))
+        self.file = open(path, "a")
+
+    def entry(self, end, rows, seconds):
+        means = dict(zip(STATISTICS, rows.double().mean(0).tolist()))
+        # routed surprisal is a mean over routed tokens, not over steps: weigh each step by what it routed
+        routed = rows[:, 1].double()
+        means["avg_surprisal_routed"] = float((rows[:, 2].double() * routed).sum() / routed.sum().clamp(min=1e-12))
+        tokens = len(rows) * self.training.order.size(1) * self.training.rows.size(1)
+        rate = tokens / seconds if seconds else None
+        left = (len(self.training.order) - end) / len(rows) * seconds if seconds else None
+        return {"step": end, "LTM_enabled": self.enabled, **means, "lr": float(self.training.rates[end - 1]),
+                "tok/sec": rate, "ETA": left}
+
+    def note(self, end):
+        """Step `end` has been asked for: fetch its interval without waiting."""
+        rows = self.training.statistics[end - LOG_EVERY:end]
+        if rows.is_cuda:
+            host = torch.empty(rows.shape, pin_memory=True).copy_(rows, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        else:
+            host, event = rows.clone(), None
+        self.pending.append((end, host, event))
+
+    def settle(self, keep=0):
+        """Write the lines of all pending intervals but the last `keep`; returns the last entry, or None.
+
+        Raises StageError where a loss or gradient is not finite; the device has stopped updating at that step.
+        """
+        entry = None
+        while len(self.pending) > keep:
+            end, rows, event = self.pending.pop(0)
+            if event:
+                event.synchronize()
+            bad = (~torch.isfinite(rows).all(1)).nonzero()
+            if len(bad):
+                raise StageError(f"the loss or its gradient is not finite at step {end - len(rows) + int(bad[0]) + 1}; "
+                                 f"no weight was updated from there on; the last good checkpoint is in "
+                                 f"{self.path.parent / 'checkpoints'}; lower LR in train.py and start over with --fresh")
+            now = time.perf_counter()
+            entry, self.clock = self.entry(end, rows, now - self.clock), now
+            self.file.write(json.dumps(entry) + "\n")
+            self.file.flush()
+            self.wandb.log(entry)
+        return entry
+
+
+CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+license: mit
+---
+# RevenaHybridTiny: {arm}
+
+A GPT of {parameters:,} parameters with a sliding attention window of 128 tokens (STM) and a surprisal-routed memory of
+256 items outside the network (LTM), {state}. The weights of step {step:,} of {steps:,}.
+
+| | |
+|---|---|
+| data | {source}: {documents:,} documents, {tokens:,} tokens |
+| training loss (mixture, nats a token) | {loss:.4f} |
+| seed, batch, learning rate | {seed}, {batch} rows of 128 tokens, {lr} |
+| torch, device | {torch}, {device} |
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained("{folder}", trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained("{folder}", trust_remote_code=True)
+text = tokenizer("The memory of", return_tensors="pt")
+print(tokenizer.decode(model.generate(**text, max_new_tokens=50)[0]))
+```
+
+Limits: a small model trained on little text to answer one question (does a memory help?); it knows next to nothing,
+repeats itself, and says whatever its data said.
+"""
+
+
+def distributed():
+    """Join torchrun's process group where there is one; the device of this process."""
+    device = pick_device()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    return device
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def whole(text):
+        if (number := int(text)) < 0:
+            raise ValueError
+        return number
+
+    whole.__name__ = "whole number"
+    arm = parser.add_mutually_exclusive_group()
+    arm.add_argument("--baseline", action="store_true", help="short-term memory only (the default)")
+    arm.add_argument("--with-ltm", action="store_true", help="short- and long-term memory")
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="go on from the newest checkpoint, if there is one")
+    again.add_argument("--fresh", action="store_true", help="remove an earlier run of this arm and start over")
+    parser.add_argument("--steps", type=whole, metavar="N", help=f"optimizer steps (default {STEPS:,})")
+    parser.add_argument("--seed", type=whole, default=0, metavar="S", help="of weights and data order (default 0)")
+    parser.add_argument("--root", metavar="DIR", help="folder of data/ and trained/ (default: this one)")
+    parser.add_argument("--quick", action="store_true", help="the small setting, under quick/")
+    args = parser.parse_args(argv)
+    if args.steps == 0:
+        parser.error("--steps must be at least 1")
+    return args
+
+
+def main(argv=None):
+    args = parse(argv)
+    if args.quick:
+        globals().update(QUICK)
+    began = time.time()
+    root, arm = default_root(args.root, args.quick), "with_ltm" if args.with_ltm else "baseline"
+    steps, device = args.steps or STEPS, distributed()
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    stop = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda caught, _: stop.append(caught))
+
+    tokenizer = load_tokenizer(root)
+    rows, meta = load_split(root, "train")
+    init = arm_folder(root, args.seed, "init")
+    made_by = f"python add_memory.py --root {root} --seed {args.seed}" + " --quick" * args.quick
+    start_hash = read_json(init / "manifest.json", made_by).get("files", {}).get("model.safetensors")
+    model = load_model(init, made_by=made_by)
+    if sha256(init / "model.safetensors") != start_hash:
+        raise StageError(f"{init / 'model.safetensors'} is not the file its manifest names; make it with: {made_by}")
+    model.config.ltm_enabled = args.with_ltm
+    settings = dict(arm=arm, seed=args.seed, steps=steps, batch=BATCH, lr=LR, min_lr=MIN_LR, warmup=WARMUP,
+                    betas=list(BETAS), weight_decay=WEIGHT_DECAY, clip=CLIP, data=meta["splits"]["train"]["sha256"],
+                    init=start_hash)
+
+    run = Run(arm_folder(root, args.seed, arm), settings)
+    if first:
+        run.lock()
+        if args.fresh:
+            run.clear()
+        elif not args.resume and (run.saved() or (run.folder / "manifest.json").exists()):
+            theirs = read_json(run.folder / "manifest.json", "train.py")
+            differ = [k for k, v in settings.items() if theirs.get("settings", {}).get(k) != v]
+            differing = f"with other {', '.join(differ)}, " if differ else ""
+            raise StageError(f"{run.folder} holds a run already, {differing}at step {theirs.get('step')} of "
+                             f"{theirs.get('settings', {}).get('steps')}; go on with --resume or start over with --fresh")
+    if dist.is_initialized():
+        dist.barrier()
+    resumed = run.newest()
+    if resumed and resumed[0] == steps:
+        print(f"{run.folder}: all {steps:,} steps are done already; next: python eval.py --root {root}")
+        return
+    if first and not resumed:
+        run.clear()
+        run.begin(model, tokenizer)
+
+    training = Training(model.to(device), rows, row_order(len(rows), steps, BATCH, args.seed))
+    if resumed:
+        training.restore(*resumed[1:])
+    wandb = Wandb(settings, arm, run.folder) if first else None
+    history = History(run.folder / "history.jsonl", training, args.with_ltm, wandb) if first else None
+    if first:
+        print(f"{arm}, seed {args.seed}: {steps:,} steps of {BATCH} x {rows.shape[1]} tokens, "
+              f"{len(rows):,} rows, from step {training.done:,}", flush=True)
+
+    bar = tqdm(total=steps, initial=training.done, unit="step", disable=None if first else True, smoothing=0.05)
+    said, warm = time.time(), training.done
+    how = training.accelerate()
+    if first:
+        tqdm.write(f"{how}, ready after {time.time() - said:.0f} s")
+        history.clock = time.perf_counter()
+    last_entry, checkpointed = None, training.done if resumed else -1
+    while training.done < steps:
+        stopping = bool(stop)
+        if training.world > 1:                           # all stop together, or the others would wait forever
+            flag = torch.tensor(float(stopping), device=device)
+            dist.all_reduce(flag)
+            stopping = flag.item() > 0
+        if stopping:
+            break
+        # up to the end of the interval, one step at a time where a step takes long enough to be interrupted in
+        count = min(LOG_EVERY - training.done % LOG_EVERY, steps - training.done) if training.graph else 1
+        training.run(count)
+        if first:
+            bar.update(training.done - warm)
+            warm = training.done
+            if training.done % LOG_EVERY == 0:
+                history.note(training.done)
+                last_entry = history.settle(keep=1 if training.graph else 0) or last_entry
+                if last_entry:
+                    bar.set_postfix(LTM_enabled=args.with_ltm, loss=f"{last_entry['loss']:.3f}",
+                                    routed_token_ratio=f"{last_entry['routed_token_ratio']:.2f}",
+                                    avg_surprisal_routed=f"{last_entry['avg_surprisal_routed']:.1f}",
+                                    ltm_hit_rate=f"{last_entry['ltm_hit_rate']:.2f}",
+                                    **{"tok/sec": f"{last_entry['tok/sec'] or 0:,.0f}"})
+                    if bar.disable and last_entry["step"] % max(LOG_EVERY, steps // 10) == 0:
+                        print(f"step {last_entry['step']:,}: loss {last_entry['loss']:.4f}, "
+                              f"{last_entry['tok/sec'] or 0:,.0f} tok/sec, ETA {last_entry['ETA'] or 0:.0f} s", flush=True)
+            if training.done % CHECKPOINT_STEPS == 0 and training.done < steps:
+                last_entry = history.settle() or last_entry
+                run.save(training)
+                checkpointed = training.done
+    bar.close()
+    if not first:
+        return
+    last_entry = history.settle() or last_entry
+    if bool(training.halted):
+        rows_left = training.statistics[:training.done].cpu()
+        raise StageError(f"the loss or its gradient is not finite at step "
+                         f"{int((~torch.isfinite(rows_left).all(1)).nonzero()[0]) + 1}; the last good checkpoint is "
+                         f"{next((path for path in run.saved()), 'none')}; lower LR in train.py and start over with --fresh")
+    if training.done != checkpointed:
+        run.save(training)
+    loss = float(training.statistics[max(0, training.done - LOG_EVERY):training.done, 0].mean())
+    write_atomic(run.folder / "README.md", CARD.format(
+        arm=arm, state="switched on" if args.with_ltm else "switched off", step=training.done, steps=steps, loss=loss,
+        parameters=sum(p.numel() for p in model.parameters()), source=meta["source"], seed=args.seed, batch=BATCH, lr=LR,
+        documents=meta["splits"]["train"]["documents"], tokens=meta["splits"]["train"]["tokens"], torch=torch.__version__,
+        device=torch.cuda.get_device_name() if device == "cuda" else device, folder=run.folder))
+    wandb.finish()
+    if stop:
+        print(f"stopped at step {training.done:,} and saved; go on with --resume", file=sys.stderr)
+        return 128 + stop[0]
+    following = "python train.py --with-ltm" if arm == "baseline" else "python eval.py"
+    print(f"loss {loss:.4f}; wrote {run.folder}/ in {time.time() - began:.0f} s; next: {following} --root {root}")
+
+
+if __name__ == "__main__":
+    run_stage(main)
