@@ -87,14 +87,14 @@ def milliseconds(hybrid, repeats=5):
     return [sorted(taken[1:])[repeats // 2] for taken in times.values()]
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", help="folder that holds data/ and trained/ (default: this one; quick/ with --quick)")
     parser.add_argument("--seed", type=int, default=0, help="of the initial weights (default 0)")
     parser.add_argument("--quick", action="store_true", help="a small model of the same class")
-    args = parser.parse_args()
-    if args.seed < 0:
-        parser.error("--seed must not be negative")
+    args = parser.parse_args(argv)
+    if not 0 <= args.seed < 2 ** 32:
+        parser.error("--seed must be from 0 to 4294967295")
     start = time.time()
     root = default_root(args.root, args.quick)
     tokenizer = load_tokenizer(root)
@@ -115,7 +115,8 @@ def main():
           f"{on - off:+.1f} ms to the {off:.1f} ms of scoring 1,024 tokens on this CPU ({(on - off) / off:+.1%})")
 
     folder = arm_folder(root, args.seed, "init")
-    aside = folder.with_name(f".init.{os.getpid()}.tmp")
+    aside = folder.with_name(".init.tmp")
+    shutil.rmtree(aside, ignore_errors=True)             # of a run that was killed
     aside.mkdir(parents=True)
     try:
         save_model(hybrid, tokenizer, aside)

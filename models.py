@@ -774,7 +774,7 @@ def read_json(path, made_by):
     """Read a JSON object; raises StageError naming `made_by`, the command that makes it, where that fails."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise StageError(f"{path} is missing; make it with: {made_by}") from None
     except (ValueError, RecursionError):
         value = None
@@ -795,6 +795,12 @@ def load_tokenizer(root):
     # by other keyword names the same call gives an empty vocabulary without a word
     assert len(tokenizer) == EOT + 1 and tokenizer.encode("Hello world") == [15496, 995], "the tokenizer came out empty"
     return tokenizer
+
+
+def seal(value):
+    """SHA-256 of a JSON object but for its own "sha256": kept there, it tells when a byte of the file has changed."""
+    rest = {key: entry for key, entry in value.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def characters_per_token(tokenizer):
@@ -824,8 +830,7 @@ def load_split(root, split):
         expected_bytes, expected_hash = int(entry["bytes"]), entry["sha256"]
     except (KeyError, TypeError, ValueError):
         raise StageError(f"{root}/data/meta.json is damaged; make it again with: {again}") from None
-    sealed = json.dumps({key: value for key, value in meta.items() if key != "sha256"}, sort_keys=True)
-    if meta.get("sha256") != hashlib.sha256(sealed.encode()).hexdigest():
+    if meta.get("sha256") != seal(meta):
         raise StageError(f"{root}/data/meta.json was changed after it was made; make it again with: {again}")
     if meta.get("tokenizer_sha256") != TOKENIZER_SHA256:
         raise StageError(f"{root}/data/meta.json names another tokenizer; make it again with: {again}")
@@ -845,19 +850,22 @@ def load_split(root, split):
 def manifest_of(folder, **facts):
     """Write `folder`/manifest.json: the hash of every file in it, and `facts`. It comes last: no manifest, no folder."""
     files = {path.name: sha256(path) for path in sorted(Path(folder).iterdir()) if path.name != "manifest.json"}
-    write_json(Path(folder) / "manifest.json", {"files": files, **facts})
+    manifest = {"files": files, **facts}
+    write_json(Path(folder) / "manifest.json", {**manifest, "sha256": seal(manifest)})
 
 
-def read_manifest(folder):
+def read_manifest(folder, made_by="the stage that writes this folder"):
     """The manifest of a folder whose files all match it; raises StageError naming the first that does not."""
     folder = Path(folder)
-    manifest = read_json(folder / "manifest.json", "the stage that writes this folder")
+    manifest = read_json(folder / "manifest.json", made_by)
     files = manifest.get("files")
-    if not isinstance(files, dict) or any(Path(name).name != name for name in files):
-        raise StageError(f"{folder / 'manifest.json'} is damaged")
+    # a name is a file of this folder, never a path out of it
+    if manifest.get("sha256") != seal(manifest) or not isinstance(files, dict) or any("/" in name for name in files):
+        raise StageError(f"{folder / 'manifest.json'} is damaged; make it again with: {made_by}")
     for name, expected in files.items():
         if not (folder / name).is_file() or sha256(folder / name) != expected:
-            raise StageError(f"{folder / name} is damaged: its hash is not the one in manifest.json")
+            raise StageError(f"{folder / name} is missing, damaged or changed: manifest.json has another hash; "
+                             f"make it again with: {made_by}")
     return manifest
 
 
@@ -870,19 +878,20 @@ def save_model(model, tokenizer, folder):
     tokenizer.save_pretrained(folder)
 
 
-def load_model(folder, device="cpu", made_by="python add_memory.py"):
+def load_model(folder, device="cpu", made_by="python add_memory.py", weights=None):
     """The RevenaHybridTiny of `folder`; raises StageError where its config or weights are missing or damaged.
 
-    Nothing but JSON and safetensors is read: no code of the folder's runs.
+    `weights`: another safetensors file than the folder's own. Nothing but JSON and safetensors is read: no code of the folder's runs.
     """
     folder = Path(folder)
     settings = read_json(folder / "config.json", made_by)
+    path = weights or folder / "model.safetensors"
     try:
-        weights = load_file(folder / "model.safetensors")
+        weights = load_file(path)
     except FileNotFoundError:
-        raise StageError(f"{folder / 'model.safetensors'} is missing; make it with: {made_by}") from None
+        raise StageError(f"{path} is missing; make it with: {made_by}") from None
     except Exception as error:                      # safetensors raises its own type, and OSError for some damage
-        raise StageError(f"{folder / 'model.safetensors'} is not a whole safetensors file ({error}); "
+        raise StageError(f"{path} is not a whole safetensors file ({error}); "
                          f"make it again with: {made_by}") from None
     try:
         model = RevenaHybridTiny(RevenaConfig.from_dict(settings))
@@ -909,8 +918,8 @@ def pick_device():
 def lower_precision(model):
     """Let the backbone compute in bfloat16 where the GPU does (the stream, norms, softmax and LTM stay float32)."""
     if next(model.parameters()).is_cuda and torch.cuda.is_bf16_supported(including_emulation=False):
-        model.backbone.to(torch.bfloat16)
-        model.backbone.rotary = model.backbone.rotary.float()
+        table = model.backbone.rotary
+        model.backbone.to(torch.bfloat16).rotary = table
     return model
 
 

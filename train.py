@@ -19,6 +19,7 @@ import fcntl
 import importlib.util
 import json
 import math
+import netrc
 import os
 import queue
 import shutil
@@ -26,7 +27,7 @@ import signal
 import sys
 import threading
 import time
-from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -49,7 +50,7 @@ CLIP = 1.0                      # gradient norm, of the backbone and of the LTM 
 LOG_EVERY = 50                  # steps; a logged value is their mean
 CHECKPOINT_STEPS = 2_500
 KEEP = 2                        # checkpoints
-WANDB_PROJECT = "revena"
+WANDB_PROJECT, WANDB_SECONDS = "revena", 15      # how long its start and its end may take
 QUICK = dict(STEPS=300, BATCH=2, WARMUP=30, LOG_EVERY=10, CHECKPOINT_STEPS=100)
 
 STATISTICS = ("loss", "routed_token_ratio", "avg_surprisal_routed", "ltm_hit_rate", "grad_norm", "grad_norm_ltm")
@@ -260,8 +261,8 @@ class Run:
     """The folder of a run: what it was started with, its checkpoints, its newest weights, its history.
 
     A checkpoint is written aside, its manifest (hashes) last, and renamed; older ones go only after that. The
-    folder's own model.safetensors is replaced in one rename, and manifest.json names the new hash before that and
-    the old one after, so that whoever reads the folder at any time finds a whole model that its manifest knows.
+    folder's own model.safetensors is replaced in one rename, and manifest.json names the new hash before that beside
+    the old one, so that whoever reads the folder at any time finds a whole model that its manifest knows.
     """
 
     def __init__(self, folder, settings):
@@ -281,33 +282,55 @@ class Run:
         """Remove an earlier run."""
         for path in self.folder.iterdir():
             if path.name != ".lock":
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
     def saved(self):
         """Checkpoint folders, newest first."""
-        return sorted(self.checkpoints.glob("step-*"), reverse=True)
+        return sorted(self.checkpoints.glob("step-*"), key=lambda path: (len(path.name), path.name), reverse=True)
+
+    def last(self):
+        """The newest checkpoint, in words."""
+        return f"the last good checkpoint is {next(iter(self.saved()), 'none')}"
+
+    def manifest(self):
+        """What manifest.json holds: step, weights {hash: step}, settings; nothing where it is missing or damaged."""
+        try:
+            return read_json(self.folder / "manifest.json", "train.py")
+        except StageError:
+            return {}
+
+    def differing(self, theirs):
+        """The settings that differ from `theirs`, as text with both values; hashes shortened."""
+        short = lambda value: value[:12] if isinstance(value, str) else value
+        return ", ".join(f"{name} was {short(theirs.get(name))}, is {short(value)}"
+                         for name, value in self.settings.items() if theirs.get(name) != value)
+
+    def refuse_another(self):
+        """Raise StageError where the folder holds a run already."""
+        if self.saved() or (self.folder / "manifest.json").exists():
+            theirs = self.manifest()
+            differing = self.differing(theirs.get("settings", {}))
+            raise StageError(f"{self.folder} holds a run already, at step {theirs.get('step')}" +
+                             (f", with other settings ({differing}); " if differing else "; go on with --resume, or ") +
+                             "start over with --fresh")
 
     def newest(self):
-        """(step, weights, state) of the newest whole checkpoint, damaged ones named and passed over; None: no run.
+        """(folder, weights, state) of the newest whole checkpoint, damaged ones named and passed over; None: no run.
 
         Raises StageError where the run was started with other settings, or where no checkpoint is whole.
         """
-        again = " ".join(["python", *sys.argv]).replace(" --resume", "") + " --fresh"
         for folder in self.saved():
             try:
-                manifest = read_manifest(folder)
-                weights, state = load_file(folder / "model.safetensors"), load_file(folder / "optimizer.safetensors")
+                theirs = read_manifest(folder).get("settings", {})
             except StageError as error:
-                tqdm.write(f"{error}; trying the checkpoint before it", file=sys.stderr)
+                tqdm.write(f"{str(error).partition(';')[0]}; going on from the checkpoint before it", file=sys.stderr)
                 continue
-            theirs = manifest.get("settings", {})
-            differ = [f"{k} was {theirs.get(k)!r}, is {v!r}" for k, v in self.settings.items() if theirs.get(k) != v]
-            if differ:
-                raise StageError(f"{folder} is of a run with other settings ({'; '.join(differ)}); set them back, or "
-                                 f"start over with: {again}")
-            return manifest["step"], weights, state
+            if differing := self.differing(theirs):
+                raise StageError(f"{folder} is of a run with other settings ({differing}); set them back, or start over "
+                                 f"with --fresh in place of --resume")
+            return folder, load_file(folder / "model.safetensors"), load_file(folder / "optimizer.safetensors")
         if self.saved():
-            raise StageError(f"no checkpoint in {self.checkpoints} is whole; start over with: {again}")
+            raise StageError(f"no checkpoint in {self.checkpoints} is whole; start over with --fresh in place of --resume")
         return None
 
     def begin(self, model, tokenizer):
@@ -320,62 +343,76 @@ class Run:
 
     def save(self, training):
         """Write a checkpoint of `training` and make its weights the folder's own."""
-        step = training.done
-        final = self.checkpoints / f"step-{step:06d}"
+        final = self.checkpoints / f"step-{training.done:06d}"
         aside = self.checkpoints / f".{final.name}.tmp"
-        shutil.rmtree(aside, ignore_errors=True)
-        fresh = self.folder / ".model.safetensors.tmp"
         try:
+            shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
             save_file(training.weights(), aside / "model.safetensors", metadata={"format": "pt"})
             save_file(training.state(), aside / "optimizer.safetensors")
             fsync(aside / "model.safetensors")
             fsync(aside / "optimizer.safetensors")
-            manifest_of(aside, step=step, settings=self.settings)
+            manifest_of(aside, step=training.done, settings=self.settings)
             if final.exists():
-                shutil.rmtree(final)
+                shutil.rmtree(final)                     # a damaged one that was passed over
             os.replace(aside, final)
-
-            known = read_json(self.folder / "manifest.json", "train.py").get("weights", {})
-            new = json.loads((final / "manifest.json").read_text())["files"]["model.safetensors"]
-            fresh.unlink(missing_ok=True)
-            try:
-                os.link(final / "model.safetensors", fresh)
-            except OSError:                                              # a file system without hard links
-                shutil.copyfile(final / "model.safetensors", fresh)
-            self.describe(step, {**dict(list(known.items())[-1:]), new: step})
-            os.replace(fresh, self.folder / "model.safetensors")
+            self.publish(final)
         except Exception as error:                       # a full disk is an OSError here, safetensors' own error there
             shutil.rmtree(aside, ignore_errors=True)
-            fresh.unlink(missing_ok=True)
-            last = next((path.name for path in self.saved()), "none")
-            raise StageError(f"the checkpoint of step {step} could not be written ({error}); the last good one is {last}; "
-                             f"free some space, then run the same command with --resume") from None
+            raise StageError(f"the checkpoint of step {training.done} could not be written ({error}); {self.last()}; "
+                             f"mend that (free some space?), then run the same command with --resume") from None
         for old in self.saved()[KEEP:]:
             shutil.rmtree(old)
+
+    def publish(self, checkpoint):
+        """Make a checkpoint's weights the folder's own."""
+        model, fresh = self.folder / "model.safetensors", self.folder / ".model.safetensors.tmp"
+        theirs = read_json(checkpoint / "manifest.json", "train.py")
+        known, now = self.manifest().get("weights", {}), sha256(model) if model.exists() else None
+        new = {theirs["files"]["model.safetensors"]: theirs["step"]}
+        try:
+            fresh.unlink(missing_ok=True)
+            try:
+                os.link(checkpoint / "model.safetensors", fresh)
+            except OSError:                              # a file system without hard links
+                shutil.copyfile(checkpoint / "model.safetensors", fresh)
+            self.describe(theirs["step"], {**({now: known[now]} if now in known else {}), **new})
+            os.replace(fresh, model)
+        finally:
+            fresh.unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------------------ what a run says
 
+def wandb_mode():
+    """None, which leaves it to the environment, where there are credentials; else wandb would ask for them: "offline"."""
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).netloc
+    try:
+        entry = netrc.netrc(os.path.expanduser(os.environ.get("NETRC", "~/.netrc"))).authenticators(host)
+    except (OSError, netrc.NetrcParseError):
+        entry = None
+    if entry or os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") == "disabled":
+        return None
+    return "offline"
+
+
 class Wandb:
     """Weights & Biases in a thread of its own: missing, raising or hanging, it costs a warning and nothing else.
 
-    Online where the user has logged in (or WANDB_MODE says so), else offline: it never asks.
+    Online where the user has logged in (`wandb login`, WANDB_API_KEY) and WANDB_MODE does not say otherwise.
     """
 
-    def __init__(self, settings, arm, folder):
+    def __init__(self, settings, folder):
         self.entries, self.failed = queue.Queue(), False
-        self.thread = threading.Thread(target=self._work, args=(settings, arm, folder), daemon=True)
+        self.thread = threading.Thread(target=self._work, args=(settings, folder), daemon=True)
         self.thread.start()
 
-    def _work(self, settings, arm, folder):
+    def _work(self, settings, folder):
         try:
-            os.environ.setdefault("WANDB_SILENT", "true")
             import wandb
-            if "WANDB_MODE" not in os.environ and not wandb.api.api_key:
-                os.environ["WANDB_MODE"] = "offline"
-            run = wandb.init(project=WANDB_PROJECT, group=f"seed{settings['seed']}", name=arm, dir=str(folder),
-                             config=settings)
+            quiet = wandb.Settings(console="off", silent=True, init_timeout=WANDB_SECONDS, finish_timeout=WANDB_SECONDS)
+            run = wandb.init(project=WANDB_PROJECT, group=f"seed{settings['seed']}", name=settings["arm"],
+                             dir=str(folder), config=settings, mode=wandb_mode(), settings=quiet)
             while (entry := self.entries.get()) is not None:
                 run.log(entry, step=entry["step"])
             run.finish()
@@ -388,32 +425,33 @@ class Wandb:
         if not self.failed:
             self.entries.put(entry)
 
-    def finish(self, seconds=15):
+    def finish(self):
         self.entries.put(None)
-        self.thread.join(seconds)
+        self.thread.join(WANDB_SECONDS)
         if self.thread.is_alive():
-            tqdm.write(f"wandb did not end within {seconds} s and is left behind; history.jsonl holds the same numbers",
-                       file=sys.stderr)
+            tqdm.write(f"wandb did not end within {WANDB_SECONDS} s and is left behind; history.jsonl holds the same "
+                       f"numbers", file=sys.stderr)
 
 
 class History:
     """history.jsonl: a line every LOG_EVERY steps, the mean of its steps. Read back a whole interval late, so that the
     device never waits for the host."""
 
-    def __init__(self, path, training, enabled, wandb):
-        self.path, self.training, self.enabled, self.wandb = path, training, enabled, wandb
+    def __init__(self, run, training, enabled, wandb):
+        self.run, self.training, self.enabled, self.wandb = run, training, enabled, wandb
         self.pending = []                                # (end step, statistics on the host, event)
         self.clock = time.perf_counter()
-        old = {}
-        if path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    old[json.loads(line)["step"]] = line
-                except (ValueError, KeyError, TypeError):
-                    continue                             # cut off by a crash: made again below
-        lines = [old.get(end) or json.dumps(self.entry(end, training.statistics[end - LOG_EVERY:end].cpu(), None))
-                 for end in range(LOG_EVERY, training.done + 1, LOG_EVERY)]
-        write_atomic(path, "".join(line + "\n" for line in lines))
+        path, timing = run.folder / "history.jsonl", {}
+        for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+            try:
+                old = json.loads(line)
+                timing[old["step"]] = {name: old[name] for name in ("tok/sec", "ETA")}
+            except (ValueError, KeyError, TypeError):
+                continue                                 # cut off by a crash: made again below
+        self.noted = training.done - training.done % LOG_EVERY
+        lines = [{**self.entry(end, training.statistics[end - LOG_EVERY:end].cpu(), None), **timing.get(end, {})}
+                 for end in range(LOG_EVERY, self.noted + 1, LOG_EVERY)]
+        write_atomic(path, "".join(json.dumps(line) + "\n" for line in lines))
         self.file = open(path, "a")
 
     def entry(self, end, rows, seconds):
@@ -427,38 +465,40 @@ class History:
         return {"step": end, "LTM_enabled": self.enabled, **means, "lr": float(self.training.rates[end - 1]),
                 "tok/sec": rate, "ETA": left}
 
-    def note(self, end):
-        """Step `end` has been asked for: fetch its interval without waiting."""
-        rows = self.training.statistics[end - LOG_EVERY:end]
-        if rows.is_cuda:
-            host = torch.empty(rows.shape, pin_memory=True).copy_(rows, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-        else:
-            host, event = rows.clone(), None
-        self.pending.append((end, host, event))
+    def note(self):
+        """Fetch the intervals that have been asked for by now, without waiting."""
+        for end in range(self.noted + LOG_EVERY, self.training.done + 1, LOG_EVERY):
+            rows = self.training.statistics[end - LOG_EVERY:end]
+            if rows.is_cuda:
+                host = torch.empty(rows.shape, pin_memory=True).copy_(rows, non_blocking=True)
+                event = torch.cuda.Event()
+                event.record()
+            else:
+                host, event = rows.clone(), None
+            self.pending.append((end, host, event))
+            self.noted = end
 
     def settle(self, keep=0):
-        """Write the lines of all pending intervals but the last `keep`; returns the last entry, or None.
-
-        Raises StageError where a loss or gradient is not finite; the device has stopped updating at that step.
-        """
+        """Write the lines of all pending intervals but the last `keep`; returns the last entry, or None."""
         entry = None
         while len(self.pending) > keep:
             end, rows, event = self.pending.pop(0)
             if event:
                 event.synchronize()
-            bad = (~torch.isfinite(rows).all(1)).nonzero()
-            if len(bad):
-                raise StageError(f"the loss or its gradient is not finite at step {end - len(rows) + int(bad[0]) + 1}; "
-                                 f"no weight was updated from there on; the last good checkpoint is in "
-                                 f"{self.path.parent / 'checkpoints'}; lower LR in train.py and start over with --fresh")
+            self.refuse_nan(end - len(rows), rows)
             now = time.perf_counter()
             entry, self.clock = self.entry(end, rows, now - self.clock), now
             self.file.write(json.dumps(entry) + "\n")
             self.file.flush()
             self.wandb.log(entry)
         return entry
+
+    def refuse_nan(self, start, rows):
+        """Raise StageError where a loss or gradient after step `start` is not finite: the device stopped there."""
+        bad = (~torch.isfinite(rows).all(1)).nonzero()
+        if len(bad):
+            raise StageError(f"the loss or its gradient is not finite at step {start + int(bad[0]) + 1}, and no weight was "
+                             f"updated from there on; {self.run.last()}; lower LR in train.py and start over with --fresh")
 
 
 CARD = """---
@@ -505,7 +545,7 @@ def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def whole(text):
-        if (number := int(text)) < 0:
+        if not 0 <= (number := int(text)) < 2 ** 32:
             raise ValueError
         return number
 
@@ -521,8 +561,8 @@ def parse(argv=None):
     parser.add_argument("--root", metavar="DIR", help="folder of data/ and trained/ (default: this one)")
     parser.add_argument("--quick", action="store_true", help="the small setting, under quick/")
     args = parser.parse_args(argv)
-    if args.steps == 0:
-        parser.error("--steps must be at least 1")
+    if args.steps is not None and not 1 <= args.steps <= 10_000_000:
+        parser.error("--steps must be from 1 to 10,000,000")
     return args
 
 
@@ -532,6 +572,7 @@ def main(argv=None):
         globals().update(QUICK)
     began = time.time()
     root, arm = default_root(args.root, args.quick), "with_ltm" if args.with_ltm else "baseline"
+    following = "python train.py --with-ltm" if arm == "baseline" else "python eval.py"
     steps, device = args.steps or STEPS, distributed()
     first = not dist.is_initialized() or dist.get_rank() == 0
     stop = []
@@ -542,41 +583,38 @@ def main(argv=None):
     rows, meta = load_split(root, "train")
     init = arm_folder(root, args.seed, "init")
     made_by = f"python add_memory.py --root {root} --seed {args.seed}" + " --quick" * args.quick
-    start_hash = read_json(init / "manifest.json", made_by).get("files", {}).get("model.safetensors")
+    start = read_manifest(init, made_by)["files"]
     model = load_model(init, made_by=made_by)
-    if sha256(init / "model.safetensors") != start_hash:
-        raise StageError(f"{init / 'model.safetensors'} is not the file its manifest names; make it with: {made_by}")
     model.config.ltm_enabled = args.with_ltm
     settings = dict(arm=arm, seed=args.seed, steps=steps, batch=BATCH, lr=LR, min_lr=MIN_LR, warmup=WARMUP,
-                    betas=list(BETAS), weight_decay=WEIGHT_DECAY, clip=CLIP, data=meta["splits"]["train"]["sha256"],
-                    init=start_hash)
+                    betas=list(BETAS), eps=EPS, weight_decay=WEIGHT_DECAY, clip=CLIP,
+                    data=meta["splits"]["train"]["sha256"], init=start["model.safetensors"],
+                    init_config=start["config.json"])
 
     run = Run(arm_folder(root, args.seed, arm), settings)
     if first:
         run.lock()
         if args.fresh:
             run.clear()
-        elif not args.resume and (run.saved() or (run.folder / "manifest.json").exists()):
-            theirs = read_json(run.folder / "manifest.json", "train.py")
-            differ = [k for k, v in settings.items() if theirs.get("settings", {}).get(k) != v]
-            differing = f"with other {', '.join(differ)}, " if differ else ""
-            raise StageError(f"{run.folder} holds a run already, {differing}at step {theirs.get('step')} of "
-                             f"{theirs.get('settings', {}).get('steps')}; go on with --resume or start over with --fresh")
+        elif not args.resume:
+            run.refuse_another()
     if dist.is_initialized():
         dist.barrier()
     resumed = run.newest()
-    if resumed and resumed[0] == steps:
-        print(f"{run.folder}: all {steps:,} steps are done already; next: python eval.py --root {root}")
-        return
-    if first and not resumed:
+    if first and resumed:
+        run.publish(resumed[0])                          # a kill may have come between the checkpoint and this
+    elif first:
         run.clear()
         run.begin(model, tokenizer)
+    if resumed and len(resumed[2]["statistics"]) == steps:
+        print(f"{run.folder}: all {steps:,} steps are done already; next: {following} --root {root}")
+        return
 
     training = Training(model.to(device), rows, row_order(len(rows), steps, BATCH, args.seed))
     if resumed:
         training.restore(*resumed[1:])
-    wandb = Wandb(settings, arm, run.folder) if first else None
-    history = History(run.folder / "history.jsonl", training, args.with_ltm, wandb) if first else None
+    wandb = Wandb(settings, run.folder) if first else None
+    history = History(run, training, args.with_ltm, wandb) if first else None
     if first:
         print(f"{arm}, seed {args.seed}: {steps:,} steps of {BATCH} x {rows.shape[1]} tokens, "
               f"{len(rows):,} rows, from step {training.done:,}", flush=True)
@@ -603,7 +641,7 @@ def main(argv=None):
             bar.update(training.done - warm)
             warm = training.done
             if training.done % LOG_EVERY == 0:
-                history.note(training.done)
+                history.note()
                 last_entry = history.settle(keep=1 if training.graph else 0) or last_entry
                 if last_entry:
                     bar.set_postfix(LTM_enabled=args.with_ltm, loss=f"{last_entry['loss']:.3f}",
@@ -621,25 +659,21 @@ def main(argv=None):
     bar.close()
     if not first:
         return
-    last_entry = history.settle() or last_entry
-    if bool(training.halted):
-        rows_left = training.statistics[:training.done].cpu()
-        raise StageError(f"the loss or its gradient is not finite at step "
-                         f"{int((~torch.isfinite(rows_left).all(1)).nonzero()[0]) + 1}; the last good checkpoint is "
-                         f"{next((path for path in run.saved()), 'none')}; lower LR in train.py and start over with --fresh")
-    if training.done != checkpointed:
-        run.save(training)
+    history.note()
+    history.settle()
+    history.refuse_nan(0, training.statistics[:training.done].cpu())     # also in the steps after the last interval
     loss = float(training.statistics[max(0, training.done - LOG_EVERY):training.done, 0].mean())
     write_atomic(run.folder / "README.md", CARD.format(
         arm=arm, state="switched on" if args.with_ltm else "switched off", step=training.done, steps=steps, loss=loss,
         parameters=sum(p.numel() for p in model.parameters()), source=meta["source"], seed=args.seed, batch=BATCH, lr=LR,
         documents=meta["splits"]["train"]["documents"], tokens=meta["splits"]["train"]["tokens"], torch=torch.__version__,
         device=torch.cuda.get_device_name() if device == "cuda" else device, folder=run.folder))
+    if training.done != checkpointed:
+        run.save(training)
     wandb.finish()
     if stop:
         print(f"stopped at step {training.done:,} and saved; go on with --resume", file=sys.stderr)
         return 128 + stop[0]
-    following = "python train.py --with-ltm" if arm == "baseline" else "python eval.py"
     print(f"loss {loss:.4f}; wrote {run.folder}/ in {time.time() - began:.0f} s; next: {following} --root {root}")
 
 
