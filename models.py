@@ -12,6 +12,7 @@ Axes: N rows, C positions in a row (128), B sequences, T tokens, D width, H head
 A sequence longer than the window is laid out as consecutive rows; `opens` (N,) marks the rows that begin a sequence.
 """
 
+import copy
 import hashlib
 import json
 import math
@@ -37,7 +38,7 @@ EOT = 50256                     # <|endoftext|>: opens every document, pads the 
 
 SIZES = {                       # exact names only
     "70M": dict(n_layer=8, n_embd=640, n_head=10),
-    "quick": dict(n_layer=2, n_embd=128, n_head=2),
+    "quick": dict(n_layer=2, n_embd=64, n_head=2),
 }
 
 
@@ -328,9 +329,9 @@ class GPT(PreTrainedModel, GenerationMixin):
         embedded = self.backbone.embed(tokens) if embedded is None else embedded
         return self.backbone(embedded, lambda _, q, k, v: row_attention(q, k, v, table, opens), collect)
 
-    def log_p(self, h, targets, slice=2048):
-        """log p_stm(target) and log Z, (N, C) each, `slice` positions at a time: (slice, V) logits at once, no more."""
-        pairs = []
+    def log_p(self, h, targets):
+        """log p_stm(target) and log Z, (N, C) each, a slice of positions at a time: no more logits than that at once."""
+        pairs, slice = [], 2048 if h.is_cuda else 64                   # 64 x V floats: what malloc keeps and reuses
         for states, wanted in zip(h.flatten(0, 1).split(slice), targets.flatten().split(slice)):
             logits = self.logits(states)
             log_z = logits.logsumexp(-1)
@@ -358,7 +359,8 @@ class GPT(PreTrainedModel, GenerationMixin):
             logits_to_keep: give the last so many positions only; 0: all.
 
         Raises:
-            ValueError: a mask with holes, no mask where inputs are embeddings, a sequence beyond n_positions.
+            ValueError: a mask with holes, inputs that are embeddings, a sequence beyond n_positions, a Memory of
+                another number of sequences.
         """
         if unused.pop("output_attentions", None) or unused.pop("inputs_embeds", None) is not None:
             raise ValueError("this model takes input_ids and gives no attentions")
@@ -368,9 +370,19 @@ class GPT(PreTrainedModel, GenerationMixin):
         if past_key_values is None and not use_cache:
             logits = self._whole(input_ids, real, logits_to_keep, hidden)
         else:
+            memory = Memory(self, B) if past_key_values is None else past_key_values
+            if type(memory).__name__ != "Memory":           # by name: a folder's copy of this file has its own class
+                raise ValueError(f"past_key_values must be a Memory, not a {type(memory).__name__}")
+            if len(memory.count) != B:
+                raise ValueError(f"this memory holds {len(memory.count)} sequences, not {B}: make it with "
+                                 f"Memory(model, {B}), or repeat it with memory.batch_repeat_interleave(..)")
+            if T == 0:
+                raise ValueError("no tokens: generate() takes the whole text so far, or what is new with an "
+                                 "attention_mask over both")
             if (real[:, :-1] & ~real[:, 1:]).any():
                 raise ValueError("with a cache, pad on the left: tokenizer.padding_side = 'left'")
-            memory = Memory(self, B) if past_key_values is None else past_key_values
+            if (memory.real.any(1, keepdim=True) & ~real).any():
+                raise ValueError("with a cache, pad only before the first token of a sequence, not between its turns")
             logits = self._streamed(input_ids, real, memory, logits_to_keep, hidden)
             past_key_values = memory
         loss = None
@@ -688,12 +700,37 @@ class Memory(Cache):
             memory.length = int(file.metadata()["length"])
         return memory
 
+    def __len__(self):
+        return len(self.keys)                           # layers, as in any Cache; 0 would make it false
+
+    def __repr__(self):
+        held = self.count.clamp(max=self.model.config.ltm_slots).tolist()
+        return f"Memory({self.length} tokens read, items held per sequence: {held})"
+
     def get_seq_length(self, layer_idx=0):
         return self.length
 
     def reorder_cache(self, beam_idx):
         """Let beam b go on from what beam beam_idx[b] has read."""
-        self._put({name: x.index_select(0, beam_idx.to(x.device)) for name, x in self._tensors().items()})
+        chosen = lambda tensors: {name: x.index_select(0, beam_idx.to(x.device)) for name, x in tensors.items()}
+        self._put(chosen(self._tensors()))
+        self.last = self.last and chosen(self.last)
+
+    def batch_select_indices(self, indices):
+        self.reorder_cache(indices)
+
+    def batch_repeat_interleave(self, repeats):
+        """Make `repeats` copies of each sequence, side by side: for beams, or several ways to go on."""
+        self.reorder_cache(torch.arange(len(self.count)).repeat_interleave(repeats))
+
+    def crop(self, *_):
+        raise ValueError("what a memory has read cannot be unread; keep a copy.deepcopy of it from before")
+
+    def __deepcopy__(self, memo):
+        memo[id(self.model)] = self.model               # a copy of the memory, not of the model
+        twin = type(self).__new__(type(self))
+        twin.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return twin
 
     def reset(self):
         self.clear()
@@ -791,7 +828,8 @@ def load_tokenizer(root):
             raise StageError(f"{folder / name} is missing; get it with: python download_models.py --root {root}")
         if sha256(folder / name) != expected:
             raise StageError(f"{folder / name} is not GPT-2's; get it with: python download_models.py --root {root}")
-    tokenizer = GPT2TokenizerFast(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    tokenizer = GPT2TokenizerFast(str(folder / "vocab.json"), str(folder / "merges.txt"),
+                                  pad_token="<|endoftext|>", padding_side="left")      # GPT-2 has none; for batches
     # by other keyword names the same call gives an empty vocabulary without a word
     assert len(tokenizer) == EOT + 1 and tokenizer.encode("Hello world") == [15496, 995], "the tokenizer came out empty"
     return tokenizer

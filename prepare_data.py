@@ -371,7 +371,7 @@ class SplitWriter:
         return {**self.counts, "sha256": self.hash.hexdigest()}
 
 
-def prepare(root, text, quick):
+def prepare(root, text, quick, name=None):
     """Write ROOT/data/{train.bin, val.bin, meta.json} and return meta; where it raises, they are what they were."""
     folder, limit = root / "data", QUICK_DOCUMENTS if quick else DOCUMENTS
     tokenizer = load_tokenizer(root)
@@ -380,6 +380,7 @@ def prepare(root, text, quick):
     with ExitStack() as stack:
         writers = {split: SplitWriter(folder / f"{split}.bin", stack) for split in ("train", "val")}
         rows, source, fingerprint = open_source(text, quick)
+        source = name or source
         print(f"source: {source}", flush=True)
         bar = stack.enter_context(tqdm(total=limit, unit=" documents", disable=None, mininterval=0.5))
         for ids, reason in stack.enter_context(closing(tokenized(rows, tokenizer))):
@@ -432,6 +433,7 @@ def main(argv=None):
     parser.add_argument("--root", type=Path, metavar="DIR",
                         help="the folder that holds data/ (default: the project folder; with --quick its quick/)")
     parser.add_argument("--text", type=Path, nargs="+", metavar="FILE", help="local documents instead of OpenWebText")
+    parser.add_argument("--name", metavar="TEXT", help="what results are to call these documents (default: their files)")
     parser.add_argument("--quick", action="store_true",
                         help=f"at most {QUICK_DOCUMENTS:,} documents; without --text, Python's own documentation")
     flags = parser.parse_args(argv)
@@ -440,7 +442,7 @@ def main(argv=None):
         logging.getLogger(library).setLevel(logging.CRITICAL)
     root, start = flags.root or (PROJECT / "quick" if flags.quick else PROJECT), time.monotonic()
 
-    meta = prepare(root, flags.text, flags.quick)
+    meta = prepare(root, flags.text, flags.quick, flags.name)
     for split, counts in meta["splits"].items():
         print(f"{split}: {counts['documents']:,} documents, {counts['windows']:,} windows, "
               f"{counts['tokens']:,} tokens, {counts['characters']:,} characters")

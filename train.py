@@ -32,6 +32,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -50,7 +51,8 @@ CLIP = 1.0                      # gradient norm, of the backbone and of the LTM 
 LOG_EVERY = 50                  # steps; a logged value is their mean
 CHECKPOINT_STEPS = 2_500
 KEEP = 2                        # checkpoints
-WANDB_PROJECT, WANDB_SECONDS = "revena", 15      # how long its start and its end may take
+WANDB_PROJECT = "revena"
+WANDB_SECONDS = 15              # that its start and its end may take
 QUICK = dict(STEPS=300, BATCH=2, WARMUP=30, LOG_EVERY=10, CHECKPOINT_STEPS=100)
 
 STATISTICS = ("loss", "routed_token_ratio", "avg_surprisal_routed", "ltm_hit_rate", "grad_norm", "grad_norm_ltm")
@@ -77,15 +79,16 @@ def adamw(weights, masters, gradients, first, second, decay, rate, step, scale, 
     """One AdamW step (Loshchilov & Hutter 2019) on float32 masters, of which `weights` are copies to compute with.
 
     A loop over plain tensors: compiled, each tensor is one pass over memory; elsewhere it runs as it stands.
-    `halted` (a bool tensor) leaves everything as it is.
+    `halted` (a bool tensor) keeps the weights as they are.
     """
-    (b1, b2), live = BETAS, ~halted
+    b1, b2 = BETAS
     for w, p, g, m, v, d in zip(weights, masters, gradients, first, second, decay):
         g = g.float() * scale
-        m.copy_(torch.where(live, m + (1 - b1) * (g - m), m))
-        v.copy_(torch.where(live, v + (1 - b2) * (g * g - v), v))
-        update = m / (1 - b1 ** step) / ((v / (1 - b2 ** step)).sqrt() + EPS)
-        p.copy_(torch.where(live, p - rate * (update + d * p), p))
+        m.lerp_(g, 1 - b1)
+        v.lerp_(g * g, 1 - b2)
+        update = m / (v / (1 - b2 ** step)).sqrt_().add_(EPS)
+        update = update.mul_(rate / (1 - b1 ** step)).add_(p * (rate * d))
+        p.sub_(torch.where(halted, 0.0, update))
         if w is not p:
             w.copy_(p)
 
@@ -227,7 +230,7 @@ class Training:
         """Everything a resumed run needs beside the weights: optimizer, statistics so far. On the CPU."""
         tensors = {k: v for group in self.groups for k, v in group.state().items()}
         tensors["statistics"] = self.statistics[:self.done]
-        tensors["rng"] = torch.get_rng_state()                           # nothing draws from it; kept all the same
+        tensors["rng"] = torch.get_rng_state()
         return {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
 
     def weights(self):
@@ -277,6 +280,8 @@ class Run:
             fcntl.flock(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise StageError(f"another training run is writing {self.folder}; wait for it or stop it") from None
+        for path in self.folder.glob(".*.tmp"):          # left by a run that was killed
+            path.unlink()
 
     def clear(self):
         """Remove an earlier run."""
@@ -322,15 +327,16 @@ class Run:
         for folder in self.saved():
             try:
                 theirs = read_manifest(folder).get("settings", {})
-            except StageError as error:
-                tqdm.write(f"{str(error).partition(';')[0]}; going on from the checkpoint before it", file=sys.stderr)
+                weights, state = load_file(folder / "model.safetensors"), load_file(folder / "optimizer.safetensors")
+            except (StageError, OSError, SafetensorError) as error:
+                tqdm.write(f"{folder} is passed over: {str(error).partition(';')[0]}", file=sys.stderr)
                 continue
             if differing := self.differing(theirs):
-                raise StageError(f"{folder} is of a run with other settings ({differing}); set them back, or start over "
-                                 f"with --fresh in place of --resume")
-            return folder, load_file(folder / "model.safetensors"), load_file(folder / "optimizer.safetensors")
+                raise StageError(f"{folder} is of a run with other settings ({differing}); set them back, or start "
+                                 f"over with --fresh in place of --resume")
+            return folder, weights, state
         if self.saved():
-            raise StageError(f"no checkpoint in {self.checkpoints} is whole; start over with --fresh in place of --resume")
+            raise StageError(f"no checkpoint in {self.checkpoints} is whole; start over with --fresh, not --resume")
         return None
 
     def begin(self, model, tokenizer):
@@ -344,7 +350,7 @@ class Run:
     def save(self, training):
         """Write a checkpoint of `training` and make its weights the folder's own."""
         final = self.checkpoints / f"step-{training.done:06d}"
-        aside = self.checkpoints / f".{final.name}.tmp"
+        aside = self.checkpoints / ".saving.tmp"
         try:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
@@ -370,6 +376,8 @@ class Run:
         theirs = read_json(checkpoint / "manifest.json", "train.py")
         known, now = self.manifest().get("weights", {}), sha256(model) if model.exists() else None
         new = {theirs["files"]["model.safetensors"]: theirs["step"]}
+        if now in new and now in known:
+            return
         try:
             fresh.unlink(missing_ok=True)
             try:
@@ -385,15 +393,14 @@ class Run:
 # ------------------------------------------------------------------------------------ what a run says
 
 def wandb_mode():
-    """None, which leaves it to the environment, where there are credentials; else wandb would ask for them: "offline"."""
+    """None (the environment decides) where there are credentials; else "offline": wandb would ask for them."""
     host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).netloc
     try:
         entry = netrc.netrc(os.path.expanduser(os.environ.get("NETRC", "~/.netrc"))).authenticators(host)
     except (OSError, netrc.NetrcParseError):
         entry = None
-    if entry or os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") == "disabled":
-        return None
-    return "offline"
+    named = any(map(os.environ.get, ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")))
+    return None if entry or named or os.environ.get("WANDB_MODE") == "disabled" else "offline"
 
 
 class Wandb:
@@ -479,7 +486,10 @@ class History:
             self.noted = end
 
     def settle(self, keep=0):
-        """Write the lines of all pending intervals but the last `keep`; returns the last entry, or None."""
+        """Write the lines of all pending intervals but the last `keep`; returns the last entry, or None.
+
+        With none left pending, every step so far is known to be finite: a checkpoint may be written.
+        """
         entry = None
         while len(self.pending) > keep:
             end, rows, event = self.pending.pop(0)
@@ -491,14 +501,17 @@ class History:
             self.file.write(json.dumps(entry) + "\n")
             self.file.flush()
             self.wandb.log(entry)
+        if not keep:
+            self.refuse_nan(0, self.training.statistics[:self.training.done].cpu())
         return entry
 
     def refuse_nan(self, start, rows):
         """Raise StageError where a loss or gradient after step `start` is not finite: the device stopped there."""
         bad = (~torch.isfinite(rows).all(1)).nonzero()
         if len(bad):
-            raise StageError(f"the loss or its gradient is not finite at step {start + int(bad[0]) + 1}, and no weight was "
-                             f"updated from there on; {self.run.last()}; lower LR in train.py and start over with --fresh")
+            raise StageError(f"the loss or its gradient is not finite at step {start + int(bad[0]) + 1}, and no weight "
+                             f"was updated from there on; {self.run.last()}; lower LR in train.py and start over with "
+                             f"--fresh")
 
 
 CARD = """---
@@ -586,6 +599,7 @@ def main(argv=None):
     start = read_manifest(init, made_by)["files"]
     model = load_model(init, made_by=made_by)
     model.config.ltm_enabled = args.with_ltm
+    torch.manual_seed(args.seed)                         # nothing draws from it; what would, would draw the same
     settings = dict(arm=arm, seed=args.seed, steps=steps, batch=BATCH, lr=LR, min_lr=MIN_LR, warmup=WARMUP,
                     betas=list(BETAS), eps=EPS, weight_decay=WEIGHT_DECAY, clip=CLIP,
                     data=meta["splits"]["train"]["sha256"], init=start["model.safetensors"],
@@ -607,7 +621,8 @@ def main(argv=None):
         run.clear()
         run.begin(model, tokenizer)
     if resumed and len(resumed[2]["statistics"]) == steps:
-        print(f"{run.folder}: all {steps:,} steps are done already; next: {following} --root {root}")
+        if first:
+            print(f"{run.folder}: all {steps:,} steps are done already; next: {following} --root {root}")
         return
 
     training = Training(model.to(device), rows, row_order(len(rows), steps, BATCH, args.seed))
@@ -661,7 +676,6 @@ def main(argv=None):
         return
     history.note()
     history.settle()
-    history.refuse_nan(0, training.statistics[:training.done].cpu())     # also in the steps after the last interval
     loss = float(training.statistics[max(0, training.done - LOG_EVERY):training.done, 0].mean())
     write_atomic(run.folder / "README.md", CARD.format(
         arm=arm, state="switched on" if args.with_ltm else "switched off", step=training.done, steps=steps, loss=loss,
@@ -671,9 +685,9 @@ def main(argv=None):
     if training.done != checkpointed:
         run.save(training)
     wandb.finish()
-    if stop:
+    if training.done < steps:
         print(f"stopped at step {training.done:,} and saved; go on with --resume", file=sys.stderr)
-        return 128 + stop[0]
+        return 128 + (stop or [signal.SIGTERM])[0]       # another process of torchrun's may be the one that was told
     print(f"loss {loss:.4f}; wrote {run.folder}/ in {time.time() - began:.0f} s; next: {following} --root {root}")
 
 
