@@ -330,7 +330,7 @@ class GPT(PreTrainedModel, GenerationMixin):
         return self.backbone(embedded, lambda _, q, k, v: row_attention(q, k, v, table, opens), collect)
 
     def log_p(self, h, targets):
-        """log p_stm(target) and log Z, (N, C) each, a slice of positions at a time: no more logits than that at once."""
+        """log p_stm(target) and log Z, (N, C) each, a slice of positions at a time, to bound the logits."""
         pairs, slice = [], 2048 if h.is_cuda else 64                   # 64 x V floats: what malloc keeps and reuses
         for states, wanted in zip(h.flatten(0, 1).split(slice), targets.flatten().split(slice)):
             logits = self.logits(states)
@@ -892,7 +892,7 @@ def load_split(root, split):
 
 
 def manifest_of(folder, **facts):
-    """Write `folder`/manifest.json: the hash of every file in it, and `facts`. It comes last: no manifest, no folder."""
+    """Write `folder`/manifest.json: the hash of every file in it, and `facts`. Comes last: no manifest, no folder."""
     files = {path.name: sha256(path) for path in sorted(Path(folder).iterdir()) if path.name != "manifest.json"}
     manifest = {"files": files, **facts}
     write_json(Path(folder) / "manifest.json", {**manifest, "sha256": seal(manifest)})
@@ -925,7 +925,8 @@ def save_model(model, tokenizer, folder):
 def load_model(folder, device="cpu", made_by="python add_memory.py", weights=None):
     """The RevenaHybridTiny of `folder`; raises StageError where its config or weights are missing or damaged.
 
-    `weights`: another safetensors file than the folder's own. Nothing but JSON and safetensors is read: no code of the folder's runs.
+    `weights`: another safetensors file than the folder's own. Nothing but JSON and safetensors is read: no code of
+    the folder's runs.
     """
     folder = Path(folder)
     settings = read_json(folder / "config.json", made_by)

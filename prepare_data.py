@@ -433,7 +433,7 @@ def main(argv=None):
     parser.add_argument("--root", type=Path, metavar="DIR",
                         help="the folder that holds data/ (default: the project folder; with --quick its quick/)")
     parser.add_argument("--text", type=Path, nargs="+", metavar="FILE", help="local documents instead of OpenWebText")
-    parser.add_argument("--name", metavar="TEXT", help="what results are to call these documents (default: their files)")
+    parser.add_argument("--name", metavar="TEXT", help="what to call these documents in results (default: their files)")
     parser.add_argument("--quick", action="store_true",
                         help=f"at most {QUICK_DOCUMENTS:,} documents; without --text, Python's own documentation")
     flags = parser.parse_args(argv)
