@@ -107,8 +107,8 @@ def main(argv=None):
         print(f"{count:>12,}  {name}")
     print(f"{total:>12,}  in all: RevenaHybridTiny-{size}, seed {args.seed}")
     if size == "70M" and not TOTAL[0] <= total <= TOTAL[1]:
-        raise StageError(f"{total:,} parameters are not 70M; set SIZES in models.py back to between {TOTAL[0]:,.0f} and "
-                         f"{TOTAL[1]:,.0f}")
+        raise StageError(f"{total:,} parameters are not 70M; set SIZES in models.py back to between "
+                         f"{TOTAL[0]:,.0f} and {TOTAL[1]:,.0f}")
     prove(gpt, hybrid)
     off, on = milliseconds(hybrid)
     print("proved: LTM off = GPT bit for bit; memory empty at each start; FIFO exact; nothing of the future is seen")

@@ -42,6 +42,7 @@ cd "$home"
 mkdir -p "$root/.run_all" 2>/dev/null || die "--root: no folder can be made at '$root'" 2
 find_python pytest                      # sets PYTHON; pytest is for the tests only
 export PYTHONUNBUFFERED=1               # lines come in order, in a log file too
+export PYTORCH_ENABLE_MPS_FALLBACK=1    # what an Apple GPU has no kernel for runs on the CPU
 
 exec 8>"$root/.run_all/lock"
 lock "$PYTHON" 8 || die "another run_all.sh is at work in '$root'; wait for it, or choose another --root"
