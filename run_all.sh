@@ -40,7 +40,7 @@ case $root in "") root=${quick:+quick} ;; /*) ;; *) root=$PWD/$root ;; esac
 root=${root:-.}
 cd "$home"
 mkdir -p "$root/.run_all" 2>/dev/null || die "--root: no folder can be made at '$root'" 2
-find_python pytest                      # sets PYTHON; pytest is for the tests only
+find_python pytest pytest-xdist         # sets PYTHON; the spare ones are for the tests only
 export PYTHONUNBUFFERED=1               # lines come in order, in a log file too
 export PYTORCH_ENABLE_MPS_FALLBACK=1    # what an Apple GPU has no kernel for runs on the CPU
 

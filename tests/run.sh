@@ -12,5 +12,5 @@ export HF_HUB_OFFLINE=1                     # a test that wants the network fail
 export WANDB_MODE=offline
 export MPLBACKEND=Agg                       # pictures without a screen
 export TOKENIZERS_PARALLELISM=false
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"      # models this small are slower on many threads
-exec "$PYTHON" -m pytest tests -q "$@"
+export OMP_NUM_THREADS=1                   # two tests at a time on two cores
+exec "$PYTHON" -m pytest tests -q -n 2 --dist worksteal "$@"
