@@ -335,9 +335,12 @@ class GPT(PreTrainedModel, GenerationMixin):
         for states, wanted in zip(h.flatten(0, 1).split(slice), targets.flatten().split(slice)):
             logits = self.logits(states)
             log_z = logits.logsumexp(-1)
-            # a masked sum where a gather would do: its gradient needs no (positions, V) matrix of its own
-            at = torch.arange(logits.size(-1), device=h.device) == wanted[:, None]
-            pairs.append((torch.where(at, logits, 0.0).sum(-1) - log_z, log_z))
+            if h.is_cuda:       # a gather's gradient is a (positions, V) matrix of zeros to fill; a masked sum fuses
+                at = torch.arange(logits.size(-1), device=h.device) == wanted[:, None]
+                picked = torch.where(at, logits, 0.0).sum(-1)
+            else:
+                picked = logits.gather(-1, wanted[:, None])[:, 0]
+            pairs.append((picked - log_z, log_z))
         return tuple(torch.cat(parts).view_as(targets) for parts in zip(*pairs))
 
     def score(self, tokens, targets, opens=None, embedded=None):

@@ -61,7 +61,7 @@ REVISIONS = ("79d93d786212f7344586290adb811d4ae6a1762c",    # parquet, 8,013,769
              "refs/convert/parquet")                        # the hub's own copy, should that one go away
 RETRIES = 6                 # when the stream breaks: after 1, 2, 4, ... 32 s
 DOCUMENTS = 10_000          # documents kept; for one that is skipped the next one is taken
-QUICK_DOCUMENTS = 1_000     # the same with --quick
+QUICK_DOCUMENTS = 300
 WINDOW = 128                # tokens in a row
 STRIDE = 64                 # tokens from one row's start to the next's
 MAX_DOC_TOKENS = 2048       # tokens of a document with its <|endoftext|>; the rest of it is left out

@@ -53,7 +53,7 @@ CHECKPOINT_STEPS = 2_500
 KEEP = 2                        # checkpoints
 WANDB_PROJECT = "revena"
 WANDB_SECONDS = 15              # that its start and its end may take
-QUICK = dict(STEPS=300, BATCH=2, WARMUP=30, LOG_EVERY=10, CHECKPOINT_STEPS=100)
+QUICK = dict(STEPS=200, BATCH=2, WARMUP=20, LOG_EVERY=10, CHECKPOINT_STEPS=100)
 
 STATISTICS = ("loss", "routed_token_ratio", "avg_surprisal_routed", "ltm_hit_rate", "grad_norm", "grad_norm_ltm")
 
@@ -211,7 +211,8 @@ class Training:
             return "plain PyTorch step, shared by several processes"
         how = "compiled and captured as one CUDA graph"
         if importlib.util.find_spec("triton"):
-            self.objective, self.update = torch.compile(self._objective, dynamic=False), torch.compile(adamw, dynamic=False)
+            self.objective = torch.compile(self._objective, dynamic=False)
+            self.update = torch.compile(adamw, dynamic=False)
         else:
             how = "captured as one CUDA graph, not compiled (no Triton here)"
         stream = torch.cuda.Stream()
@@ -446,8 +447,9 @@ class History:
 
     def __init__(self, run, training, enabled, wandb):
         self.run, self.training, self.enabled, self.wandb = run, training, enabled, wandb
-        self.pending = []                                # (end step, statistics on the host, event)
-        self.clock = time.perf_counter()
+        self.rates = learning_rates(len(training.order))  # here on the host: reading the device's would wait for it
+        self.pending = []                                # (end step, statistics on the host, when the device was there)
+        self.restart()
         path, timing = run.folder / "history.jsonl", {}
         for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
             try:
@@ -461,6 +463,18 @@ class History:
         write_atomic(path, "".join(json.dumps(line) + "\n" for line in lines))
         self.file = open(path, "a")
 
+    def restart(self):
+        """Time the next interval from here: what came before (compiling, a checkpoint) is not training."""
+        self.mark = self.now()
+
+    def now(self):
+        """This point of the run: seconds on the CPU, an event that a GPU will pass."""
+        if self.training.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
     def entry(self, end, rows, seconds):
         means = dict(zip(STATISTICS, rows.double().mean(0).tolist()))
         # routed surprisal is a mean over routed tokens, not over steps: weigh each step by what it routed
@@ -469,20 +483,15 @@ class History:
         tokens = len(rows) * self.training.order.size(1) * self.training.rows.size(1)
         rate = tokens / seconds if seconds else None
         left = (len(self.training.order) - end) / len(rows) * seconds if seconds else None
-        return {"step": end, "LTM_enabled": self.enabled, **means, "lr": float(self.training.rates[end - 1]),
+        return {"step": end, "LTM_enabled": self.enabled, **means, "lr": float(self.rates[end - 1]),
                 "tok/sec": rate, "ETA": left}
 
     def note(self):
         """Fetch the intervals that have been asked for by now, without waiting."""
         for end in range(self.noted + LOG_EVERY, self.training.done + 1, LOG_EVERY):
             rows = self.training.statistics[end - LOG_EVERY:end]
-            if rows.is_cuda:
-                host = torch.empty(rows.shape, pin_memory=True).copy_(rows, non_blocking=True)
-                event = torch.cuda.Event()
-                event.record()
-            else:
-                host, event = rows.clone(), None
-            self.pending.append((end, host, event))
+            host = torch.empty(rows.shape, pin_memory=rows.is_cuda).copy_(rows, non_blocking=True)
+            self.pending.append((end, host, self.now()))
             self.noted = end
 
     def settle(self, keep=0):
@@ -492,12 +501,14 @@ class History:
         """
         entry = None
         while len(self.pending) > keep:
-            end, rows, event = self.pending.pop(0)
-            if event:
-                event.synchronize()
+            end, rows, mark = self.pending.pop(0)
+            if isinstance(mark, float):
+                seconds = mark - self.mark
+            else:
+                mark.synchronize()                       # then `rows` has arrived too
+                seconds = self.mark.elapsed_time(mark) / 1000
             self.refuse_nan(end - len(rows), rows)
-            now = time.perf_counter()
-            entry, self.clock = self.entry(end, rows, now - self.clock), now
+            entry, self.mark = self.entry(end, rows, seconds), mark
             self.file.write(json.dumps(entry) + "\n")
             self.file.flush()
             self.wandb.log(entry)
@@ -639,7 +650,7 @@ def main(argv=None):
     how = training.accelerate()
     if first:
         tqdm.write(f"{how}, ready after {time.time() - said:.0f} s")
-        history.clock = time.perf_counter()
+        history.restart()
     last_entry, checkpointed = None, training.done if resumed else -1
     while training.done < steps:
         stopping = bool(stop)
@@ -666,11 +677,13 @@ def main(argv=None):
                                     **{"tok/sec": f"{last_entry['tok/sec'] or 0:,.0f}"})
                     if bar.disable and last_entry["step"] % max(LOG_EVERY, steps // 10) == 0:
                         print(f"step {last_entry['step']:,}: loss {last_entry['loss']:.4f}, "
-                              f"{last_entry['tok/sec'] or 0:,.0f} tok/sec, ETA {last_entry['ETA'] or 0:.0f} s", flush=True)
+                              f"{last_entry['tok/sec'] or 0:,.0f} tok/sec, ETA {last_entry['ETA'] or 0:.0f} s",
+                              flush=True)
             if training.done % CHECKPOINT_STEPS == 0 and training.done < steps:
                 last_entry = history.settle() or last_entry
                 run.save(training)
                 checkpointed = training.done
+                history.restart()
     bar.close()
     if not first:
         return
@@ -679,9 +692,9 @@ def main(argv=None):
     loss = float(training.statistics[max(0, training.done - LOG_EVERY):training.done, 0].mean())
     write_atomic(run.folder / "README.md", CARD.format(
         arm=arm, state="switched on" if args.with_ltm else "switched off", step=training.done, steps=steps, loss=loss,
-        parameters=sum(p.numel() for p in model.parameters()), source=meta["source"], seed=args.seed, batch=BATCH, lr=LR,
-        documents=meta["splits"]["train"]["documents"], tokens=meta["splits"]["train"]["tokens"], torch=torch.__version__,
-        device=torch.cuda.get_device_name() if device == "cuda" else device, folder=run.folder))
+        parameters=sum(p.numel() for p in model.parameters()), source=meta["source"], seed=args.seed, batch=BATCH,
+        lr=LR, documents=meta["splits"]["train"]["documents"], tokens=meta["splits"]["train"]["tokens"],
+        torch=torch.__version__, device=torch.cuda.get_device_name() if device == "cuda" else device, folder=run.folder))
     if training.done != checkpointed:
         run.save(training)
     wandb.finish()
