@@ -4,7 +4,6 @@ reads   data/val.bin, data/meta.json, trained/baseline/, trained/with_ltm/ (and 
 writes  results.json
 
     python eval.py                  what the README reports
-    python eval.py --controls       also what each part of the memory is worth (results.json: detail.controls)
     python eval.py --quick          the small models under quick/
 
 bpc                 bits of all validation tokens / their characters; whole documents, memory empty at each start
@@ -15,7 +14,6 @@ tokens_per_sec      scoring those documents, both arms in turn in this process
 """
 
 import argparse
-import copy
 import math
 import statistics
 import time
@@ -68,9 +66,9 @@ def documents(rows):
 
 
 def packs(sequences, width, device):
-    """Pack sequences (longest first, so that little is left over) into Packs of PACK rows; longer ones get their own."""
+    """Lay sequences out in Packs of PACK rows, longest first, so that little is left over; a longer one has its own."""
     order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
-    waiting = []
+
     def rows_of(i):
         return -(-len(sequences[i]) // width)
 
@@ -87,7 +85,7 @@ def packs(sequences, width, device):
             row += rows_of(i)
         return Pack(*(torch.from_numpy(x).to(device) for x in (tokens, targets, opens)), places)
 
-    used = 0
+    waiting, used = [], 0
     for i in order:
         if waiting and used + rows_of(i) > PACK:
             yield emit(waiting)
@@ -166,8 +164,8 @@ def questions(texts, tokenizer, form, distance, count, extra=0):
     `extra` facts more, never asked for, are planted in front of the question, as many as fit.
     """
     draw = np.random.default_rng((SEED, list(FORMATS).index(form), distance, extra))
-    before, after, stop = FORMATS[form]
-    key_at, value_at = before.index("{key}"), len(before)
+    before, _, stop = FORMATS[form]
+    key_at = before.index("{key}")
     encode = lambda text: tokenizer.encode(text) if text else []
     opening, middle = encode(before[:key_at].rstrip()), encode(before[key_at + len("{key}"):])
     closing = encode(stop)
@@ -183,7 +181,8 @@ def questions(texts, tokenizer, form, distance, count, extra=0):
     def scatter(text, facts):
         cuts = np.sort(draw.integers(0, len(text) + 1, len(facts)))
         pieces = np.split(np.asarray(text), cuts)
-        return np.concatenate([pieces[0], *(np.concatenate((f, p)) for f, p in zip(facts, pieces[1:]))]).astype(np.int64)
+        parts = [pieces[0], *(np.concatenate(pair) for pair in zip(facts, pieces[1:]))]
+        return np.concatenate(parts).astype(np.int64)
 
     made = []
     for _ in range(count):
@@ -227,8 +226,10 @@ def answer(model, asked, width, device):
             retrieved[numbers] = ((weight > 0) & (values[row] == truth[:, None])).any(1).cpu().numpy()
             fact = torch.tensor([f + asked[i].place - 1 for i, f in zip(numbers, first)], device=device)
             stored[numbers] = kept.flatten()[fact].cpu().numpy()
-        choices = torch.from_numpy(np.stack([asked[i].choices for i in numbers])).to(device)
-        right[numbers] = (p.gather(1, choices).argmax(1) == 0).cpu().numpy()
+        # in order of their ids: where two are equally likely (bfloat16 has few digits) the right one has no advantage
+        choices = torch.from_numpy(np.stack([np.sort(asked[i].choices) for i in numbers])).to(device)
+        picked = choices.gather(1, p.gather(1, choices).argmax(1, keepdim=True))[:, 0]
+        right[numbers] = (picked == truth).cpu().numpy()
         top[numbers] = (p.argmax(1) == truth).cpu().numpy()
     return right, top, stored, retrieved
 
@@ -240,7 +241,7 @@ def wilson(successes, trials):
     z, share = 1.959964, successes / trials
     centre = (share + z * z / (2 * trials)) / (1 + z * z / trials)
     half = z / (1 + z * z / trials) * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
-    return [max(0.0, centre - half), min(1.0, centre + half)]
+    return [max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))]      # none or all: exactly 0 or 1
 
 
 def mcnemar(first, second):
@@ -279,18 +280,22 @@ def paired_bootstrap(bits, characters):
 
 
 def kinds_of_target(tokens, stored, window, slots):
-    """For each target of a document: 0 new in it, 1 last seen inside the window, 2 beyond it but in memory, 3 beyond both.
+    """For each target of a document: 0 new in it, 1 last seen inside the window, 2 beyond it but in memory, 3 neither.
 
+    `window`: positions that attention sees, so that the target's own distance from what it sees goes up to this.
     `stored` (len(tokens) - 1,): whether each target was stored; it is in memory until `slots` more have been.
     """
     count = np.concatenate(([0], np.cumsum(stored)))
     last, kept, kinds = {}, {}, np.empty(len(tokens) - 1, int)
     for place, token in enumerate(tokens.tolist()):
         if place:
-            seen = last.get(token)
-            held = kept.get(token)
-            inside = seen is not None and place - seen <= window
-            kinds[place - 1] = 0 if seen is None else 1 if inside else 2 if held is not None and count[place - 1] - held <= slots else 3
+            seen, held = last.get(token), kept.get(token)
+            if seen is None:
+                kinds[place - 1] = 0
+            elif place - seen <= window:
+                kinds[place - 1] = 1
+            else:
+                kinds[place - 1] = 2 if held is not None and count[place - 1] - held <= slots else 3
             if stored[place - 1]:
                 kept[token] = count[place - 1]
         last[token] = place
@@ -299,20 +304,28 @@ def kinds_of_target(tokens, stored, window, slots):
 
 # ------------------------------------------------------------------------------------ the evaluation
 
+def train_command(root, seed, arm, quick):
+    """The command that makes an arm."""
+    flag = "--with-ltm" if arm == "with_ltm" else "--baseline"
+    return f"python train.py {flag} --root {root}" + f" --seed {seed}" * bool(seed) + " --quick" * quick
+
+
 def load_arm(root, seed, arm, device, quick):
     """(model, entry for results.json, settings) of one trained arm, its weights verified against their manifest.
 
     Damaged weights are named, and the newest whole checkpoint is used; none: StageError.
     """
-    folder = arm_folder(root, seed, arm)
-    flag = "--with-ltm" if arm == "with_ltm" else "--baseline"
-    made_by = f"python train.py {flag} --root {root}" + f" --seed {seed}" * bool(seed) + " --quick" * quick
-    manifest = read_json(folder / "manifest.json", made_by)
+    folder, made_by = arm_folder(root, seed, arm), train_command(root, seed, arm, quick)
     weights, source = folder / "model.safetensors", folder
+    # the hash first: a training at work names new weights in the manifest before it puts them in place
     digest = sha256(weights) if weights.is_file() else None
-    known = manifest.get("weights") if isinstance(manifest.get("weights"), dict) else {}
+    manifest = read_json(folder / "manifest.json", made_by)
+    known, settings = manifest.get("weights"), manifest.get("settings")
+    if not isinstance(known, dict) or not isinstance(settings, dict):
+        raise StageError(f"{folder / 'manifest.json'} is damaged; train again: {made_by} --fresh")
     if digest not in known:
-        for source in sorted((folder / "checkpoints").glob("step-*"), reverse=True):
+        checkpoints = (folder / "checkpoints").glob("step-*")
+        for source in sorted(checkpoints, key=lambda path: (len(path.name), path.name), reverse=True):
             try:
                 digest, step = read_manifest(source)["files"]["model.safetensors"], int(source.name[5:])
                 break
@@ -325,17 +338,53 @@ def load_arm(root, seed, arm, device, quick):
     else:
         step = known[digest]
     model = load_model(folder, device, made_by, weights=source / "model.safetensors")
-    settings = manifest.get("settings", {})
+    if sha256(source / "model.safetensors") != digest:
+        return load_arm(root, seed, arm, device, quick)                # training has replaced them in between
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise StageError(f"{source / 'model.safetensors'} holds weights that are NaN or infinite; "
+                         f"train again: {made_by} --fresh")
     if step != settings.get("steps"):
         tqdm.write(f"note: {folder} is at step {step} of {settings.get('steps')}")
-    return lower_precision(model), {"seed": seed, "folder": str(source.relative_to(root)), "sha256": digest, "step": step}, settings
+    entry = {"seed": seed, "folder": str(source.relative_to(root)), "sha256": digest, "step": step}
+    return lower_precision(model), entry, settings
 
 
 def seeds_of(root):
     """Seeds of which both arms are there."""
-    found = [0] + sorted(int(path.name[4:]) for path in (Path(root) / "trained").glob("seed*") if path.name[4:].isdigit())
+    names = [path.name[4:] for path in (Path(root) / "trained").glob("seed*")]
+    found = sorted({0, *(int(name) for name in names if name.isdecimal())})
     both = [seed for seed in found if all((arm_folder(root, seed, arm) / "manifest.json").is_file() for arm in ARMS)]
     return both or [0]                                                 # load_arm says what is missing
+
+
+def gather_models(root, meta, device, quick):
+    """Every trained model: ({(arm, seed): model}, {arm: entries for results.json}, the settings they share).
+
+    Raises StageError where the memory is not the only thing that differs: the data, the settings, the steps taken
+    and, within a seed, the initial weights have to be the same.
+    """
+    again = f"./run_all.sh --fresh --root {root}" + " --quick" * quick
+    models, entries, shared = {}, {arm: [] for arm in ARMS}, None
+    for seed in seeds_of(root):
+        inits = set()
+        for arm in ARMS:
+            models[arm, seed], entry, settings = load_arm(root, seed, arm, device, quick)
+            entries[arm].append(entry)
+            inits.add(settings.get("init"))
+            settings = {name: value for name, value in settings.items() if name not in ("arm", "init", "seed")}
+            if settings.get("data") != meta["splits"]["train"]["sha256"]:
+                raise StageError(f"{entry['folder']} was trained on other data than {root}/data now holds; put that "
+                                 f"data back, or train again: {train_command(root, seed, arm, quick)} --fresh")
+            shared = shared or settings
+            if settings != shared or len(inits) > 1:
+                raise StageError(f"{entry['folder']} was trained differently from {entries[ARMS[0]][0]['folder']}; "
+                                 f"train all again: {again}")
+    furthest = max(entry["step"] for arm in ARMS for entry in entries[arm])
+    for arm, entry in ((arm, entry) for arm in ARMS for entry in entries[arm]):
+        if entry["step"] != furthest:
+            raise StageError(f"{entry['folder']} is at step {entry['step']}, not at {furthest} as others are; go on "
+                             f"with: {train_command(root, entry['seed'], arm, quick)} --resume")
+    return models, entries, shared
 
 
 def throughput(scorers, sequences, width, device):
@@ -357,10 +406,123 @@ def throughput(scorers, sequences, width, device):
     return {name: {"median": statistics.median(values), "runs": values} for name, values in runs.items()}
 
 
+class Measured(NamedTuple):
+    """What was measured, before any mean or interval."""
+
+    tallies: dict               # {(arm, seed): Tally of the documents}
+    windows: dict               # {(arm, seed): (documents,) bits of the rows taken alone}
+    window_characters: np.ndarray       # (documents,) of the tokens that `windows` counts
+    recall: dict                # {(arm, seed, (form, distance)): what `answer` gives}
+    speed: dict                 # {arm: {"median", "runs"}}
+
+
+def measure(models, texts, rows, asked, per_token, device):
+    """Score the documents, the rows alone and the questions with every model, then time both arms: Measured."""
+    width, seeds = rows.shape[1], sorted({seed for _, seed in models})
+    compiled = torch.compile(lambda model, tokens, targets, opens: model.score(tokens, targets, opens), dynamic=False)
+
+    def scorer(model):
+        """How `model` scores packs: compiled where there is a GPU."""
+        if device != "cuda":
+            return model.score
+        return lambda tokens, targets, opens: compiled(model, tokens, targets, opens)
+
+    opening = np.cumsum(rows[:, 0] == EOT) - 1                         # document of each row
+    of_target = np.pad(per_token[rows[:, 1:]], ((0, 0), (0, 1)))
+    tallies, windows, recall = {}, {}, {}
+    with tqdm(total=len(models) * (len(texts) + sum(map(len, asked.values()))), unit="sequence", disable=None) as bar:
+        for key, model in models.items():
+            tallies[key] = score_text(scorer(model), texts, width, device, bar.update)
+            bits, counted = score_windows(model.score, rows, device)
+            windows[key] = np.bincount(opening, np.where(counted, bits, 0).sum(1))
+        for (arm, seed), model in models.items():
+            for cell, block in asked.items():
+                recall[arm, seed, cell] = answer(model, block, width, device)
+                bar.update(len(block))
+        speed = throughput({arm: scorer(models[arm, seeds[0]]) for arm in ARMS}, texts, width, device)
+    return Measured(tallies, windows, np.bincount(opening, np.where(counted, of_target, 0).sum(1)), recall, speed)
+
+
+def summarise_recall(recall, seeds, config):
+    """The recall part of results.json: over formats and seeds, the same questions for every model."""
+    def gather(arm, measure, distances, forms=FORMATS):
+        """Outcomes of one measure of `answer` on some cells, all seeds."""
+        return np.concatenate([recall[arm, seed, (form, distance)][measure]
+                               for seed in seeds for form in forms for distance in distances])
+
+    share = lambda outcomes: {"mean": float(outcomes.mean()), "ci95": wilson(int(outcomes.sum()), len(outcomes))}
+    summary = {"chance": 1 / FACTS, "window": config.stm_window, "distances": list(DISTANCES),
+               "receptive_field": config.n_layer * (config.stm_window - 1) + 1,
+               "trials_per_distance": len(FORMATS) * TRIALS, "seeds": len(seeds)}
+    for arm in ARMS:
+        part = summary[arm] = {}
+        for measure, name in enumerate(("forced_choice", "top1", "stored", "retrieved")):
+            shares = [share(gather(arm, measure, [distance])) for distance in DISTANCES]
+            part[name], part[f"{name}_ci95"] = [x["mean"] for x in shares], [x["ci95"] for x in shares]
+        for measure, name in enumerate(("by_format", "top1_by_format")):
+            part[name] = {form: [float(gather(arm, measure, [distance], [form]).mean()) for distance in DISTANCES]
+                          for form in FORMATS}
+        pairs = [(gather(arm, 0, [distance]), gather(arm, 3, [distance])) for distance in DISTANCES]
+        part["retrieved_of_answered"] = [float(found[right].mean()) if right.any() else 0.0 for right, found in pairs]
+    summary["mcnemar_p"] = [mcnemar(*(gather(arm, 0, [distance]) for arm in ARMS)) for distance in DISTANCES]
+
+    far = summary["long_range"] = {"distances": list(LONG_RANGE)}
+    for arm in ARMS:
+        top = share(gather(arm, 1, LONG_RANGE))
+        far[arm] = {**share(gather(arm, 0, LONG_RANGE)), "top1": top["mean"], "top1_ci95": top["ci95"],
+                    "by_format": {form: float(gather(arm, 0, LONG_RANGE, [form]).mean()) for form in FORMATS}}
+    p = far["mcnemar_p"] = mcnemar(*(gather(arm, 0, LONG_RANGE) for arm in ARMS))
+    better = far["with_ltm"]["mean"] > far["baseline"]["mean"]
+    far["verdict"] = "inconclusive" if p > 0.05 else "helps" if better else "hurts"
+    return summary
+
+
+def summarise_gain(tallies, texts, per_token, seeds, config):
+    """Where the gain in bits comes from, mean over seeds: (by place in the document, by kind of target)."""
+    place = np.concatenate([np.arange(len(text) - 1) for text in texts])
+    characters = np.concatenate([per_token[text[1:]] for text in texts])
+    bits = {arm: np.mean([np.concatenate(tallies[arm, seed].bits) for seed in seeds], 0) for arm in ARMS}
+
+    edges = [0, 64, 128, 256, 512, 1024, 2048]
+    inside = [((place >= low) & (place < high), low, high) for low, high in zip(edges, edges[1:])]
+    inside = [(mask, low, high) for mask, low, high in inside if characters[mask].any()]
+    position = {"edges": [low for _, low, _ in inside] + [inside[-1][2]],
+                **{arm: [float(bits[arm][mask].sum() / characters[mask].sum()) for mask, *_ in inside] for arm in ARMS}}
+
+    kinds = np.concatenate([kinds_of_target(text, stored > 0, config.stm_window, config.ltm_slots)
+                            for text, stored in zip(texts, tallies["with_ltm", seeds[0]].stored)])
+    gain, targets = bits["baseline"] - bits["with_ltm"], {}
+    for number, name in enumerate(("new in the document", "last seen inside the window",
+                                   "last seen beyond the window, in memory", "last seen beyond both")):
+        kind = kinds == number
+        targets[name] = {"share_of_tokens": float(kind.mean()),
+                         "share_of_gain": float(gain[kind].sum() / (gain.sum() or 1.0)),
+                         **{arm: float(bits[arm][kind].mean()) if kind.any() else 0.0 for arm in ARMS}}
+    return position, targets
+
+
+def print_table(results):
+    """The four numbers of each arm, two more, and what they say."""
+    detail = results["detail"]
+    bpc, windows, far = detail["bpc"], detail["bpc_windows"], detail["recall"]["long_range"]
+    print(f"\n{'':22}" + "".join(f"{arm:>12}" for arm in ARMS))
+    for name, form in (("bpc", ".4f"), ("long_range_recall", ".3f"), ("memory_hit_rate", ".3f"),
+                       ("tokens_per_sec", ",.0f")):
+        print(f"{name:22}" + "".join(f"{results[arm][name]:>12{form}}" for arm in ARMS))
+    for name, form, values in (
+            ("bpc, windows alone", ".4f", [statistics.fmean(windows[arm]["per_seed"]) for arm in ARMS]),
+            ("top-1 recall", ".3f", [far[arm]["top1"] for arm in ARMS])):
+        print(f"{name:22}" + "".join(f"{value:>12{form}}" for value in values))
+    low, high = bpc["difference"]["ci95"]
+    print(f"\nThe memory {bpc['verdict'].replace('inconclusive', 'makes no clear difference to')} BPC: "
+          f"{bpc['difference']['mean']:+.4f} [{low:+.4f}, {high:+.4f}], x {bpc['ratio']:.4f} "
+          f"(windows alone x {windows['ratio']:.4f}); recall beyond the window: {far['verdict']} "
+          f"({far['baseline']['mean']:.3f} to {far['with_ltm']['mean']:.3f}, chance {1 / FACTS:.3f}).")
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", metavar="DIR", help="folder of data/ and trained/ (default: this one)")
-    parser.add_argument("--controls", action="store_true", help="also measure what each part of the memory is worth")
     parser.add_argument("--quick", action="store_true", help="the small setting, under quick/")
     args = parser.parse_args(argv)
     if args.quick:
@@ -368,141 +530,49 @@ def main(argv=None):
     began, root, device = time.time(), Path(default_root(args.root, args.quick)), pick_device()
     tokenizer = load_tokenizer(root)
     rows, meta = load_split(root, "val")
-    width = rows.shape[1]
-    texts = documents(rows)
-    texts = [text for text in texts if len(text) > 1]
+    texts = [text for text in documents(rows) if len(text) > 1]
     per_token = characters_per_token(tokenizer)
     characters = np.array([per_token[text].sum() for text in texts], float)
-    seeds = seeds_of(root)
-
-    models, entries, trained = {}, {arm: [] for arm in ARMS}, {}
-    for seed in seeds:
-        for arm in ARMS:
-            model, entry, settings = load_arm(root, seed, arm, device, args.quick)
-            models[arm, seed] = model
-            entries[arm].append(entry)
-            trained[arm, seed] = {k: v for k, v in settings.items() if k not in ("arm", "init", "seed")}
-            if settings.get("data") != meta["splits"]["train"]["sha256"]:
-                raise StageError(f"{entry['folder']} was trained on other data than {root}/data now holds; train again, "
-                                 f"or put that data back")
-        if trained["baseline", seed] != trained["with_ltm", seed] or \
-                entries["baseline"][-1]["step"] != entries["with_ltm"][-1]["step"]:
-            raise StageError(f"the arms of seed {seed} were trained differently or not equally far; train both again: "
-                             f"./run_all.sh --fresh")
-    config = models["with_ltm", seeds[0]].config
-    compiled = torch.compile(lambda model, tokens, targets, opens: model.score(tokens, targets, opens), dynamic=False)
-
-    def scorer(model):
-        """How `model` scores packs: compiled where there is a GPU (rows alone are few and stay as they are)."""
-        if device != "cuda":
-            return model.score
-        return lambda tokens, targets, opens=None: (model.score(tokens, targets) if opens is None else
-                                                    compiled(model, tokens, targets, opens))
-
-    print(f"{len(texts):,} documents, {sum(map(len, texts)) - len(texts):,} tokens; seeds {seeds}; on {device}", flush=True)
-    bar = tqdm(total=len(models) * (len(texts) + len(FORMATS) * len(DISTANCES) * TRIALS), unit="sequence", disable=None)
-    bits, window_bits, tallies, recall = {}, {}, {}, {}
-    window_characters = None
-    for (arm, seed), model in models.items():
-        tally = tallies[arm, seed] = score_text(scorer(model), texts, width, device, bar.update)
-        bits[arm, seed] = np.array([b.sum() for b in tally.bits])
-        row_bits, counted = score_windows(model.score, rows, device)
-        opening = np.cumsum(rows[:, 0] == EOT) - 1                     # document of each row
-        window_bits[arm, seed] = np.bincount(opening, np.where(counted, row_bits, 0).sum(1))
-        if window_characters is None:
-            of_target = np.pad(per_token[rows[:, 1:]], ((0, 0), (0, 1)))
-            window_characters = np.bincount(opening, np.where(counted, of_target, 0).sum(1))
+    models, entries, settings = gather_models(root, meta, device, args.quick)
+    seeds = [entry["seed"] for entry in entries["with_ltm"]]
+    hybrid = models["with_ltm", seeds[0]]
     asked = {(form, distance): questions(texts, tokenizer, form, distance, TRIALS)
              for form in FORMATS for distance in DISTANCES}
-    for (arm, seed), model in models.items():
-        for cell, block in asked.items():
-            recall[arm, seed, cell] = answer(model, block, width, device)
-            bar.update(len(block))
-    speed = throughput({arm: scorer(models[arm, seeds[0]]) for arm in ARMS}, texts, width, device)
-    bar.close()
+    tokens = sum(map(len, texts)) - len(texts)
+    print(f"{len(texts):,} documents, {tokens:,} tokens; seeds {seeds}; on {device}", flush=True)
+    measured = measure(models, texts, rows, asked, per_token, device)
 
+    bits = {key: np.array([b.sum() for b in tally.bits]) for key, tally in measured.tallies.items()}
     stack = lambda per_model: {arm: np.stack([per_model[arm, seed] for seed in seeds]) for arm in ARMS}
     bpc = paired_bootstrap(stack(bits), characters)
-    windows = paired_bootstrap(stack(window_bits), window_characters)
+    windows = paired_bootstrap(stack(measured.windows), measured.window_characters)
     if not np.isfinite([bpc["ratio"], windows["ratio"]]).all():
-        raise StageError("a metric is NaN or infinite: the weights are not sane; train again: ./run_all.sh --fresh")
-    hits = [float(np.concatenate(tallies["with_ltm", seed].hit).mean()) for seed in seeds]
-    routed = [float(np.concatenate(tallies["with_ltm", seed].stored).mean()) for seed in seeds]
+        raise StageError(f"a metric is NaN or infinite: the weights are not sane; train again: ./run_all.sh --fresh "
+                         f"--root {root}" + " --quick" * args.quick)
+    mean = lambda field: [float(np.concatenate(getattr(measured.tallies["with_ltm", seed], field)).mean())
+                          for seed in seeds]
+    hits, speed = mean("hit"), measured.speed
+    recall = summarise_recall(measured.recall, seeds, hybrid.config)
+    position, targets = summarise_gain(measured.tallies, texts, per_token, seeds, hybrid.config)
 
-    # recall: over formats and seeds, the same questions for every model
-    gather = lambda arm, measure, cells: np.concatenate([recall[arm, seed, cell][measure] for seed in seeds for cell in cells])
-    at = lambda distance: [(form, distance) for form in FORMATS]
-    summary = {"chance": 1 / FACTS, "window": config.stm_window, "distances": list(DISTANCES),
-               "receptive_field": config.n_layer * (config.stm_window - 1) + 1,
-               "trials_per_distance": len(FORMATS) * TRIALS, "seeds": len(seeds)}
-    for arm in ARMS:
-        part = summary[arm] = {}
-        for measure, name in enumerate(("forced_choice", "top1", "stored", "retrieved")):
-            outcomes = [gather(arm, measure, at(distance)) for distance in DISTANCES]
-            part[name] = [float(o.mean()) for o in outcomes]
-            part[f"{name}_ci95"] = [wilson(int(o.sum()), len(o)) for o in outcomes]
-        for measure, name in enumerate(("by_format", "top1_by_format")):
-            part[name] = {form: [float(gather(arm, measure, [(form, d)]).mean()) for d in DISTANCES] for form in FORMATS}
-        answered = [gather(arm, 0, at(distance)) for distance in DISTANCES]
-        found = [gather(arm, 3, at(distance)) for distance in DISTANCES]
-        part["retrieved_of_answered"] = [float(f[a].mean()) if a.any() else 0.0 for a, f in zip(answered, found)]
-    summary["mcnemar_p"] = [mcnemar(gather("baseline", 0, at(d)), gather("with_ltm", 0, at(d))) for d in DISTANCES]
-    far = [(form, distance) for form in FORMATS for distance in LONG_RANGE]
-    long_range = {"distances": list(LONG_RANGE)}
-    for arm in ARMS:
-        outcome, top = gather(arm, 0, far), gather(arm, 1, far)
-        long_range[arm] = {"mean": float(outcome.mean()), "ci95": wilson(int(outcome.sum()), len(outcome)),
-                           "top1": float(top.mean()), "top1_ci95": wilson(int(top.sum()), len(top)),
-                           "by_format": {form: float(gather(arm, 0, [(form, d) for d in LONG_RANGE]).mean()) for form in FORMATS}}
-    p = long_range["mcnemar_p"] = mcnemar(gather("baseline", 0, far), gather("with_ltm", 0, far))
-    better = long_range["with_ltm"]["mean"] > long_range["baseline"]["mean"]
-    long_range["verdict"] = "inconclusive" if p > 0.05 else "helps" if better else "hurts"
-    summary["long_range"] = long_range
-
-    # where the gain in bits comes from, seed by seed averaged: by place in the document, by kind of target
-    edges = [0, 64, 128, 256, 512, 1024, 2048]
-    place = np.concatenate([np.arange(len(text) - 1) for text in texts])
-    of_target = np.concatenate([per_token[text[1:]] for text in texts])
-    mean_bits = {arm: np.mean([np.concatenate(tallies[arm, seed].bits) for seed in seeds], 0) for arm in ARMS}
-    inside = [(place >= low) & (place < high) for low, high in zip(edges, edges[1:])]
-    inside = [(mask, low) for mask, low in zip(inside, edges) if mask.any()]
-    position = {"edges": [low for _, low in inside] + [edges[edges.index(inside[-1][1]) + 1]],
-                **{arm: [float(mean_bits[arm][mask].sum() / of_target[mask].sum()) for mask, _ in inside] for arm in ARMS}}
-    stored = tallies["with_ltm", seeds[0]].stored
-    kind = np.concatenate([kinds_of_target(text, kept > 0, config.stm_window - 1, config.ltm_slots)
-                           for text, kept in zip(texts, stored)])
-    gain = mean_bits["baseline"] - mean_bits["with_ltm"]
-    targets = {name: {"share_of_tokens": float((kind == k).mean()), "share_of_gain": float(gain[kind == k].sum() / gain.sum()),
-                      **{arm: float(mean_bits[arm][kind == k].mean()) if (kind == k).any() else 0.0 for arm in ARMS}}
-               for k, name in enumerate(("new in the document", "last seen inside the window",
-                                         "last seen beyond the window, in memory", "last seen beyond both"))}
-
-    results = {arm: {"bpc": statistics.fmean(bpc[arm]["per_seed"]), "long_range_recall": long_range[arm]["mean"],
+    results = {arm: {"bpc": statistics.fmean(bpc[arm]["per_seed"]),
+                     "long_range_recall": recall["long_range"][arm]["mean"],
                      "memory_hit_rate": statistics.fmean(hits) if arm == "with_ltm" else 0.0,
                      "tokens_per_sec": speed[arm]["median"]} for arm in ARMS}
     results["detail"] = {
         "data": {"source": meta["source"], "quick": bool(meta["quick"]), "val_documents": len(texts),
-                 "val_tokens": len(place), "val_characters": int(characters.sum()), "val_sha256": meta["splits"]["val"]["sha256"]},
+                 "val_tokens": tokens, "val_characters": int(characters.sum()),
+                 "val_sha256": meta["splits"]["val"]["sha256"]},
         "run": {"device": torch.cuda.get_device_name() if device == "cuda" else device, "torch": torch.__version__,
-                "seeds": seeds, "steps": entries["baseline"][0]["step"], "settings": trained["baseline", seeds[0]],
-                "parameters": sum(parameters_by_group(models["with_ltm", seeds[0]]).values()), "checkpoints": entries},
-        "bpc": bpc, "bpc_windows": windows, "recall": summary,
+                "seeds": seeds, "steps": entries["baseline"][0]["step"], "settings": settings,
+                "parameters": sum(parameters_by_group(hybrid).values()), "checkpoints": entries},
+        "bpc": bpc, "bpc_windows": windows, "recall": recall,
         "tokens_per_sec": {**speed, "ratio": speed["with_ltm"]["median"] / speed["baseline"]["median"]},
         "memory_hit_rate": {"baseline": 0.0, "with_ltm": statistics.fmean(hits), "per_seed": hits,
-                            "routed_token_ratio": statistics.fmean(routed)},
+                            "routed_token_ratio": statistics.fmean(mean("stored"))},
         "position": position, "targets_bits_per_token": targets}
     write_json(root / "results.json", results)
-
-    print(f"\n{'':22}{'baseline':>12}{'with_ltm':>12}")
-    for name, form in (("bpc", ".4f"), ("long_range_recall", ".3f"), ("memory_hit_rate", ".3f"), ("tokens_per_sec", ",.0f")):
-        print(f"{name:22}" + "".join(f"{results[arm][name]:>12{form}}" for arm in ARMS))
-    print(f"{'bpc, windows alone':22}" + "".join(f"{statistics.fmean(windows[arm]['per_seed']):>12.4f}" for arm in ARMS))
-    print(f"{'top-1 recall':22}" + "".join(f"{long_range[arm]['top1']:>12.3f}" for arm in ARMS))
-    low, high = bpc["difference"]["ci95"]
-    print(f"\nThe memory {bpc['verdict'].replace('inconclusive', 'makes no clear difference to')} BPC: "
-          f"{bpc['difference']['mean']:+.4f} [{low:+.4f}, {high:+.4f}], x {bpc['ratio']:.4f} "
-          f"(windows alone x {windows['ratio']:.4f}); recall beyond the window: {long_range['verdict']} "
-          f"({long_range['baseline']['mean']:.3f} to {long_range['with_ltm']['mean']:.3f}, chance {1 / FACTS:.3f}).")
+    print_table(results)
     print(f"wrote {root / 'results.json'} in {time.time() - began:.0f} s; next: python plot_eval.py --root {root}")
 
 
