@@ -15,13 +15,16 @@ tokens_per_sec      scoring those documents, both arms in turn in this process
 
 import argparse
 import math
+import platform
 import statistics
+import subprocess
 import time
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import transformers
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -520,6 +523,15 @@ def print_table(results):
           f"({far['baseline']['mean']:.3f} to {far['with_ltm']['mean']:.3f}, chance {1 / FACTS:.3f}).")
 
 
+def commit():
+    """The commit of this code, "-dirty" where it was changed since; "unknown" outside a checkout."""
+    try:
+        return subprocess.run(["git", "-C", Path(__file__).resolve().parent, "describe", "--always", "--dirty"],
+                              capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", metavar="DIR", help="folder of data/ and trained/ (default: this one)")
@@ -564,6 +576,7 @@ def main(argv=None):
                  "val_tokens": tokens, "val_characters": int(characters.sum()),
                  "val_sha256": meta["splits"]["val"]["sha256"]},
         "run": {"device": torch.cuda.get_device_name() if device == "cuda" else device, "torch": torch.__version__,
+                "transformers": transformers.__version__, "python": platform.python_version(), "commit": commit(),
                 "seeds": seeds, "steps": entries["baseline"][0]["step"], "settings": settings,
                 "parameters": sum(parameters_by_group(hybrid).values()), "checkpoints": entries},
         "bpc": bpc, "bpc_windows": windows, "recall": recall,

@@ -2,7 +2,7 @@
 
   reads   ROOT/results.json (eval.py); of each checkpoint it names, the hash of model.safetensors and history.jsonl
           (train.py: trained/<arm>/ and trained/seedN/<arm>/)
-  writes  ROOT/results.png; where results.json holds controls (eval.py --controls), ROOT/results_controls.png as well
+  writes  ROOT/results.png; where results.json holds controls (detail.controls), ROOT/results_controls.png as well
   next    nothing: this is the last stage
 
 Results of other checkpoints than those in ROOT are refused. The same results give the same picture, byte for byte.
@@ -207,8 +207,8 @@ def new_figure(height, results, gone, title=None):
              f"{data['val_documents']:,} validation documents, "
              f"{data['val_characters']:,} characters. Model: {run['parameters'] / 1e6:.1f}M parameters, "
              f"{run['steps']:,} training steps, seeds: {', '.join(map(str, run['seeds']))}. Hardware: {run['device']}, "
-             f"torch {run['torch']}. Recall: forced choice, {detail['recall']['trials_per_distance']:,} trials per "
-             "distance. Per cent: the change with memory. Error bars, brackets: 95% intervals."
+             f"torch {run['torch']}, commit {run.get('commit', 'unknown')}. Recall: forced choice, "
+             f"{detail['recall']['trials_per_distance']:,} trials per distance. Per cent: the change with memory. Error bars, brackets: 95% intervals."
              + f" Checkpoints gone, not compared: {textwrap.shorten(', '.join(gone), 100)}." * bool(gone))
     figure.text(0.03, 0.1 / height, textwrap.fill(words, 156), fontsize=7.5, color=QUIET, linespacing=1.35)
     return figure

@@ -694,13 +694,16 @@ def main(argv=None):
         arm=arm, state="switched on" if args.with_ltm else "switched off", step=training.done, steps=steps, loss=loss,
         parameters=sum(p.numel() for p in model.parameters()), source=meta["source"], seed=args.seed, batch=BATCH,
         lr=LR, documents=meta["splits"]["train"]["documents"], tokens=meta["splits"]["train"]["tokens"],
-        torch=torch.__version__, device=torch.cuda.get_device_name() if device == "cuda" else device, folder=run.folder))
+        torch=torch.__version__, folder=run.folder,
+        device=torch.cuda.get_device_name() if device == "cuda" else device))
     if training.done != checkpointed:
         run.save(training)
     wandb.finish()
     if training.done < steps:
         print(f"stopped at step {training.done:,} and saved; go on with --resume", file=sys.stderr)
         return 128 + (stop or [signal.SIGTERM])[0]       # another process of torchrun's may be the one that was told
+    if device == "cuda":
+        print(f"peak GPU memory {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB")
     print(f"loss {loss:.4f}; wrote {run.folder}/ in {time.time() - began:.0f} s; next: {following} --root {root}")
 
 
