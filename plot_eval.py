@@ -208,7 +208,8 @@ def new_figure(height, results, gone, title=None):
              f"{data['val_characters']:,} characters. Model: {run['parameters'] / 1e6:.1f}M parameters, "
              f"{run['steps']:,} training steps, seeds: {', '.join(map(str, run['seeds']))}. Hardware: {run['device']}, "
              f"torch {run['torch']}, commit {run.get('commit', 'unknown')}. Recall: forced choice, "
-             f"{detail['recall']['trials_per_distance']:,} trials per distance. Per cent: the change with memory. Error bars, brackets: 95% intervals."
+             f"{detail['recall']['trials_per_distance']:,} trials per distance. "
+             "Per cent: the change with memory. Error bars, brackets: 95% intervals."
              + f" Checkpoints gone, not compared: {textwrap.shorten(', '.join(gone), 100)}." * bool(gone))
     figure.text(0.03, 0.1 / height, textwrap.fill(words, 156), fontsize=7.5, color=QUIET, linespacing=1.35)
     return figure
