@@ -319,7 +319,8 @@ for owner, name, call in ((prepare_data.SplitWriter, "write", 1), (prepare_data.
 
 def test_a_kill_leaves_no_half_bin_and_the_rerun_is_whole(make_root, write_jsonl):
     root, undisturbed, corpus = make_root(), make_root("undisturbed"), write_jsonl(plain(40))
-    done = subprocess.run([sys.executable, "-c", KILLED, PROJECT, root, corpus], capture_output=True, text=True)
+    # -u: what lies in a buffer when the process forks would be printed twice
+    done = subprocess.run([sys.executable, "-u", "-c", KILLED, PROJECT, root, corpus], capture_output=True, text=True)
     lines = [line.split() for line in done.stdout.splitlines() if "source" not in line]
     assert len(lines) == 6 and all(int(line[2]) == signal.SIGKILL for line in lines), done.stderr
     aside = [".train.bin.tmp", ".val.bin.tmp"]
