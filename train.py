@@ -172,18 +172,13 @@ class Training:
                 dist.all_reduce(tensor)
 
         rate, step = self.rates.index_select(0, self.at)[0], (self.at[0] + 1).float()
-        norms, start = [], 0
-        for group in self.groups:
-            mine = gradients[start:start + len(group.parameters)]
-            start += len(mine)
-            norms.append(torch.stack(torch._foreach_norm(mine, 2, torch.float32)).norm())
+        rest = iter(gradients)
+        shares = [[next(rest) for _ in group.parameters] for group in self.groups]
+        norms = [torch.stack(torch._foreach_norm(share, 2, torch.float32)).norm() for share in shares]
         self.halted |= ~torch.isfinite(torch.stack(norms)).all()         # NaN, Inf: nothing moves from here on
-        start = 0
-        for group, norm in zip(self.groups, norms):
-            mine = gradients[start:start + len(group.parameters)]
-            start += len(mine)
+        for group, share, norm in zip(self.groups, shares, norms):
             scale = (CLIP / norm.clamp(min=1e-12)).clamp(max=1)
-            self.update(group.weights, group.masters, mine, group.first, group.second, group.decay, rate, step, scale,
+            self.update(group.weights, group.masters, share, group.first, group.second, group.decay, rate, step, scale,
                         self.halted)
         loss_sum, stored, bits, hits = sums
         row = torch.stack((loss_sum / targets_in_batch, stored / targets_in_batch, bits / stored.clamp(min=1),

@@ -19,6 +19,10 @@ sys.path.insert(0, str(PROJECT))
 import download_models                                      # noqa: E402
 import models                                               # noqa: E402
 
+# models this small are several times slower on two threads, and a fork would lose the second one; besides, one thread
+# takes the same sums in the same order in every process
+models.torch.set_num_threads(1)
+
 
 @pytest.fixture(scope="session")
 def tokenizer_dir():

@@ -42,15 +42,6 @@ def text_of(length, draw):
     return np.concatenate(([EOT], draw.integers(100, 130, length - 1))).astype(np.int64)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models this small are faster so, where other processes want the cores too."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def small(monkeypatch):
     for name, value in CONSTANTS.items():

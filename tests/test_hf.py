@@ -23,15 +23,6 @@ STORY = "The cat sat on the mat. The dog sat on the cat. The cat ran, the dog ra
 GREEDY = dict(max_new_tokens=40, min_new_tokens=40)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models this small are several times slower on two threads than on one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def tokenizer(tokenizer_dir):
     return load_tokenizer(tokenizer_dir.parent.parent)

@@ -29,15 +29,6 @@ def small_vocabulary():
         yield
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models this small are several times slower on two threads than on one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(autouse=True)
 def no_gradients():
     with torch.no_grad():

@@ -54,15 +54,6 @@ class NoWandb:
 # ------------------------------------------------------------------ the stand-in, and runs of it
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The same sums in the same order in every process, and no threads that a fork would lose."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def source(tmp_path_factory, tokenizer_dir):
     """A root with data (ten rows of 16 tokens) and trained/init: what the tests copy and train in."""
