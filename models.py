@@ -14,13 +14,18 @@ A sequence longer than the window is laid out as consecutive rows; `opens` (N,) 
 
 import copy
 import hashlib
+import importlib
 import json
 import math
+import netrc
 import os
+import queue
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -54,19 +59,25 @@ class RevenaConfig(PreTrainedConfig):
         ltm_cosine: an item is retrieved when the cosine of its key with the query exceeds this.
         ltm_ngrams: exact addresses: one for the last token, one for the last two, ... (no parameters).
         ltm_learned: learned addresses. ltm_dim: dimensions of an address.
+        ltm_sharpness, ltm_plausibility: of an item found through a learned address, how its weight falls with the
+            cosine and with log p_stm of its value.
         ltm_price: nats that a look-up through the learned addresses must be expected to save.
+        ltm_stm_loss: weight in training of log p_stm beside the log p of the mixture.
     """
 
     model_type = "revena"
 
     def __init__(self, vocab_size=50257, n_layer=8, n_embd=640, n_head=10, n_positions=2048, stm_window=128,
                  ltm_enabled=True, ltm_slots=256, ltm_surprisal_bits=4.5, ltm_cosine=0.8, ltm_ngrams=3, ltm_learned=4,
-                 ltm_dim=64, ltm_price=0.027, **kwargs):
+                 ltm_dim=64, ltm_sharpness=40.0, ltm_plausibility=0.45, ltm_price=0.024,
+                 ltm_stm_loss=0.3, **kwargs):
         self.vocab_size, self.n_layer, self.n_embd, self.n_head = vocab_size, n_layer, n_embd, n_head
         self.n_positions, self.stm_window = n_positions, stm_window
         self.ltm_enabled, self.ltm_slots = ltm_enabled, ltm_slots
         self.ltm_surprisal_bits, self.ltm_cosine = ltm_surprisal_bits, ltm_cosine
-        self.ltm_ngrams, self.ltm_learned, self.ltm_dim, self.ltm_price = ltm_ngrams, ltm_learned, ltm_dim, ltm_price
+        self.ltm_ngrams, self.ltm_learned, self.ltm_dim = ltm_ngrams, ltm_learned, ltm_dim
+        self.ltm_sharpness, self.ltm_plausibility = ltm_sharpness, ltm_plausibility
+        self.ltm_price, self.ltm_stm_loss = ltm_price, ltm_stm_loss
         kwargs = {"bos_token_id": EOT, "eos_token_id": EOT, "pad_token_id": EOT, "tie_word_embeddings": True} | kwargs
         super().__init__(**kwargs)
 
@@ -162,9 +173,11 @@ class Backbone(nn.Module):
 class Address(NamedTuple):
     """What the LTM makes of each position t (first two axes (N, C), or any)."""
 
-    query: torch.Tensor         # (.., H, A) unit or zero vectors: what t looks for
-    key: torch.Tensor           # (.., H, A) what the token after t is filed under
-    trust: torch.Tensor         # (.., H) log weight of what t finds
+    grams: torch.Tensor         # (.., E) the tokens x_t, x_{t-1}, ..: exact addresses
+    known: torch.Tensor         # (..,) bool: x_t was stored
+    query: torch.Tensor         # (.., K, A) unit vectors: what t looks for
+    key: torch.Tensor           # (.., K, A) what the token after t is filed under
+    trust: torch.Tensor         # (.., H) log weight of what t finds, H = E + K
     strength: torch.Tensor      # (.., H) log weight of the item filed at t
     open: torch.Tensor          # (..,) log odds that looking up through the learned addresses pays
 
@@ -176,16 +189,15 @@ class Reading(NamedTuple):
     learned: torch.Tensor       # (N, C, I) weights through the learned addresses, had every position looked up
     hit_exact: torch.Tensor     # (N, C) bool: an exact address retrieved an item
     hit_learned: torch.Tensor   # (N, C) bool: a learned address did
-    cosine: torch.Tensor        # (N, H, C, I)
+    cosine: torch.Tensor        # (N, K, C, I) of the learned addresses
 
 
 class LongTermMemory(nn.Module):
     """Addresses, trust and strength of the items; the items themselves are data, never parameters.
 
-    Exact addresses: each token has a fixed random code of +-1/sqrt(A); the address of an n-gram is the elementwise
-    product of its tokens' codes, each rolled by its lag (binding: Kanerva 2009). Two positions agree if all n tokens
-    do (cosine 1); else the cosine of 64 random signs exceeds 0.8 once in 10^11. The one-token address exists only
-    where that token was itself surprising: that "the" recurs says nothing.
+    Exact addresses: the one-hot vector of the last token, of the last two, of the last three. The cosine of two is 1
+    where all tokens agree and 0 elsewhere, so they are compared as tokens. The one-token address exists only where
+    that token was itself stored: that "the" recurs says nothing.
     Learned addresses: linear in the final state and the last three tokens; a key also knows the token it files.
     """
 
@@ -196,84 +208,84 @@ class LongTermMemory(nn.Module):
         H = E + K
         self.sizes = (K * A, H, H, 1)                                                  # address, trust, strength, open
         aligned = lambda n: -(-n // 16) * 16
-        self.from_state = nn.Linear((1 + E) * D + aligned(E), aligned(sum(self.sizes)))
-        self.from_value = nn.Linear(D, aligned(K * A + H), bias=False)
-        self.sharpness = nn.Parameter(torch.empty(K))
-        self.plausibility = nn.Parameter(torch.empty(H))
-        signs = torch.randint(0, 2, (config.vocab_size, A), device="cpu",
-                              generator=torch.Generator("cpu").manual_seed(0)) * 2 - 1
-        self.register_buffer("codes", signs.to(torch.int8))
+        self.width = aligned(sum(self.sizes))
+        self.from_state = nn.Linear(D, self.width)
+        self.from_tokens = nn.Linear(D, (1 + E) * self.width, bias=False)              # as x_{t+1}, x_t, x_{t-1}, ..
 
     def init_weights(self):
         """Start with half of all pairs above the cosine threshold, little trust, and every look-up made."""
-        E, K, A = self.config.ltm_ngrams, self.config.ltm_learned, self.config.ltm_dim
-        address, trust, strength, is_open = self.from_state.bias[:sum(self.sizes)].split(self.sizes)
-        nn.init.normal_(self.from_state.weight, std=0.02)
-        nn.init.zeros_(self.from_state.weight[K * A:])
-        nn.init.zeros_(self.from_state.bias)
-        nn.init.zeros_(self.from_value.weight)
+        K, A = self.config.ltm_learned, self.config.ltm_dim
+        _, trust, _, is_open = self.from_state.bias[:sum(self.sizes)].split(self.sizes)
         with torch.no_grad():
-            address.view(K, A)[:, 0] = 16.0     # beside 63 directions of variance ~1: cosines start around 0.8
+            for linear in (self.from_state, self.from_tokens):
+                nn.init.normal_(linear.weight, std=0.02)
+                linear.weight.unflatten(0, (-1, self.width))[:, K * A:] = 0
+            self.from_tokens.weight[:self.width] = 0
+            nn.init.zeros_(self.from_state.bias)
+            # beside 63 directions of variance ~1: cosines start around 0.8
+            self.from_state.bias[:K * A].view(K, A)[:, 0] = 16.0
             trust.fill_(-2.0)
             is_open.fill_(1.0)
-            self.sharpness.fill_(40.0)          # e^-8 at the threshold: an item enters without a jump
-            self.plausibility.copy_(torch.tensor([0.0] * E + [0.5] * K))
 
-    def address(self, h, grams, late, values, embed):
+    def project(self, tokens, embed):
+        """What tokens (N, T) add to the addresses of the position before them, their own, and those after them:
+        1 + E tensors (N, T, width). EOT adds nothing."""
+        known = norm(F.embedding(tokens, embed)) * (tokens != EOT)[..., None]
+        return F.linear(known, self.from_tokens.weight.to(known.dtype)).split(self.width, dim=-1)
+
+    def address(self, h, grams, known, near, coming):
         """Address of each position.
 
         Args:
             h: (.., D) final states. grams: (.., E) the tokens x_t, x_{t-1}, ...; EOT before the start.
-            late: (.., E) bits of surprisal with which these tokens came; 0 where unknown.
-            values: (..,) the token after t, which the item files. embed: (V, D) token embeddings, not trained here.
+            known: (..,) bool, x_t was stored. near: (.., width) what `project` gives for `grams`, summed.
+            coming: (.., width) what it gives for x_{t+1}, the token that the item of t files.
         """
         E, K, A = self.config.ltm_ngrams, self.config.ltm_learned, self.config.ltm_dim
-        dtype = h.dtype
-        tokens = norm(F.embedding(torch.cat((grams, values[..., None]), dim=-1), embed))  # (.., E+1, D)
-        seen = F.pad(late, (0, -late.size(-1) % 16)).to(dtype)
-        features = torch.cat((h, tokens[..., :E, :].flatten(-2), seen), dim=-1)
-        y = F.linear(features, self.from_state.weight.to(dtype)).float() + self.from_state.bias
-        v = F.linear(tokens[..., E, :], self.from_value.weight.to(dtype)).float()
+        y = F.linear(h, self.from_state.weight.to(h.dtype)).float() + near.float() + self.from_state.bias
         query, trust, strength, is_open = y[..., :sum(self.sizes)].split(self.sizes, dim=-1)
-        key = query + v[..., :K * A]
-        strength = strength + v[..., K * A:K * A + E + K]
-        query, key = (F.normalize(x.unflatten(-1, (K, A)), dim=-1).to(dtype) for x in (query, key))
-
-        code, exact = 1, []
-        for lag in range(E):
-            code = code * self.codes[grams[..., lag]].roll(lag, -1)
-            exact.append(code)
-        exact = torch.stack(exact, dim=-2).to(dtype) * A ** -0.5                       # (.., E, A)
-        known = late[..., 0] > self.config.ltm_surprisal_bits
-        single = (torch.arange(E, device=h.device) == 0)[:, None]
-        exact = torch.where(single & ~known[..., None, None], 0.0, exact)
-        return Address(torch.cat((exact, query), dim=-2), torch.cat((exact, key), dim=-2), trust, strength,
+        value, _, value_strength, _ = coming[..., :sum(self.sizes)].float().split(self.sizes, dim=-1)
+        unit = lambda x: F.normalize(x.unflatten(-1, (K, A)), dim=-1).to(h.dtype)
+        return Address(grams, known, unit(query), unit(query + value), trust, strength + value_strength,
                        is_open[..., 0])
 
     def weigh(self, address, items, log_p, visible):
-        """Weights exp(trust + strength + sharpness (cosine - 1) + plausibility log p_stm(value)) of the retrieved.
+        """Weights of the retrieved: exp(trust + strength) through an exact address, through a learned one
+        exp(trust + strength + sharpness (cosine - 1) + plausibility log p_stm(value)).
 
         Args:
-            address: of the queries, (N, C, ..). items: Address of the candidates, (N, I, ..), its key and strength.
+            address: of the queries, (N, C, ..). items: Address of the candidates, (N, I, ..), as far as they have it.
             log_p: (N, C, I) log p_stm of each candidate's value at each query. visible: (N, C, I) bool.
         """
-        E = self.config.ltm_ngrams
-        cosine = (address.query.transpose(1, 2) @ items.key.permute(0, 2, 3, 1)).float()   # (N, H, C, I)
-        score = address.trust.transpose(1, 2)[..., None] + items.strength.transpose(1, 2)[..., None, :]
-        score = score + self.plausibility[:, None, None] * log_p[:, None]
-        score = score + F.pad(self.sharpness, (E, 0))[:, None, None] * (cosine - 1)        # exact: the cosine is 1
-        retrieved = visible[:, None] & (cosine > self.config.ltm_cosine)
-        weight = torch.where(retrieved, score.clamp(max=10).exp(), 0.0)
-        return Reading(weight[:, :E].sum(1), weight[:, E:].sum(1), retrieved[:, :E].any(-1).any(1),
-                       retrieved[:, E:].any(-1).any(1), cosine)
+        config, E = self.config, self.config.ltm_ngrams
+        score = address.trust.transpose(1, 2)[..., None] + items.strength.transpose(1, 2)[..., None, :]   # (N, H, C, I)
+        same, exact, hit = visible, torch.zeros_like(log_p), torch.zeros_like(visible[..., 0])
+        for n in range(E):
+            same = same & (address.grams[..., n, None] == items.grams[:, None, :, n])
+            found = same & address.known[..., None] & items.known[:, None] if n == 0 else same
+            exact = exact + torch.where(found, score[:, n].clamp(max=10).exp(), 0.0)
+            hit = hit | found.any(-1)
+
+        cosine = (address.query.transpose(1, 2) @ items.key.permute(0, 2, 3, 1)).float()   # (N, K, C, I)
+        retrieved = visible[:, None] & (cosine > config.ltm_cosine)
+        score = score[:, E:] + config.ltm_sharpness * (cosine - 1) + config.ltm_plausibility * log_p[:, None]
+        learned = torch.where(retrieved, score.clamp(max=10).exp(), 0.0).sum(1)
+        return Reading(exact, learned, hit, retrieved.any(-1).any(1), cosine)
 
 
 def lagged(x, lag, opens, fill):
-    """x (N, C) moved `lag` positions to the right along its sequence; `fill` before the start."""
-    if opens is None:
-        return F.pad(x, (lag, 0), value=fill)[:, :x.size(1)]
-    moved = F.pad(x.flatten(), (lag, 0), value=fill)[:x.numel()].view_as(x)
-    return torch.where(opens[:, None] & (torch.arange(x.size(1), device=x.device) < lag), fill, moved)
+    """x (N, C, ..) moved `lag` positions to the right (-1: to the left) along its sequence; `fill` before the start.
+
+    Moved to the left, the end of a sequence sees the start of the next: EOT, which adds nothing to an address.
+    """
+    C, ahead = x.size(1), max(-lag, 0)
+    line = x if opens is None else x.flatten(0, 1)[None]
+    moved = F.pad(line, (0, 0) * (x.dim() - 2) + (max(lag, 0), ahead), value=fill)
+    moved = moved[:, ahead:ahead + line.size(1)].reshape(x.shape)
+    if opens is None or lag < 1:
+        return moved
+    start = opens[:, None] & (torch.arange(C, device=x.device) < lag)
+    return torch.where(start.view(*start.shape, *[1] * (x.dim() - 2)), fill, moved)
 
 
 class Scores(NamedTuple):
@@ -281,7 +293,7 @@ class Scores(NamedTuple):
 
     log_p: torch.Tensor         # of the model: the mixture where the LTM is on
     log_p_stm: torch.Tensor     # of the backbone alone, which decides what is stored
-    objective: torch.Tensor     # what training maximises: log_p, but for the price of a look-up
+    objective: torch.Tensor     # what training maximises: see score_states
     stored: torch.Tensor        # bool: the target is stored
     hit: torch.Tensor           # bool: the prediction retrieved at least one item
 
@@ -294,6 +306,8 @@ class GPT(PreTrainedModel, GenerationMixin):
     config_class = RevenaConfig
     base_model_prefix = "revena"
     _is_stateful = True                         # no assisted decoding: a memory can't be unread
+    _supports_sdpa = True                       # for those who ask for it by name: it is what `attend` calls
+    accepts_loss_kwargs = False                 # Trainer is to divide accumulated losses: forward means over its batch
 
     def __init__(self, config):
         super().__init__(config)
@@ -318,6 +332,34 @@ class GPT(PreTrainedModel, GenerationMixin):
 
     def get_input_embeddings(self):
         return self.backbone.embed
+
+    def new_memory(self, batch_size=1):
+        """An empty Memory; forward(..) and generate(..) go on from it, and fill it, as `past_key_values`."""
+        return Memory(self, batch_size)
+
+    def load_memory(self, path):
+        """The Memory that `memory.save(path)` wrote; ValueError if it is that of a model of another shape."""
+        return Memory.load(path, self)
+
+    def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, past_key_values=None,
+                                      is_first_iteration=False, **kwargs):
+        """What generate(..) feeds the model, where a Memory goes on: the part of the text that it has not read.
+
+        By itself, generate takes a text for the whole so far and drops as many tokens as were read. Here one that is
+        too short for that is all new, and a longer one must hold the last tokens read where it was read up to.
+        """
+        if is_first_iteration and next_sequence_length is not None and (read := past_key_values.get_seq_length()):
+            known = past_key_values.tail[:, -read:]
+            if torch.equal(input_ids[:, read - known.size(1):read], known):
+                input_ids = input_ids[:, read:]
+            elif input_ids.size(1) > read and len(input_ids) == len(known):
+                raise ValueError(f"the text does not begin with the {read} tokens that the memory has read; if all of "
+                                 f"it is new, pass attention_mask=torch.ones({len(known)}, "
+                                 f"{read + input_ids.size(1)}), a mask over both")
+            next_sequence_length = None
+        return super().prepare_inputs_for_generation(
+            input_ids, next_sequence_length=next_sequence_length, past_key_values=past_key_values,
+            is_first_iteration=is_first_iteration, **kwargs)
 
     def logits(self, h):
         """Unnormalised log-probabilities of the backbone, float32 (.., V)."""
@@ -356,8 +398,8 @@ class GPT(PreTrainedModel, GenerationMixin):
         Args:
             input_ids: (B, T). attention_mask: (B, T) ones for text, zeros for padding on the left or, without a
                 cache, on the right.
-            past_key_values: a Memory to go on from; use_cache=True starts one. Then `input_ids` are only the new
-                tokens, a few at a time or one, and the cost of a token does not depend on how many came before.
+            past_key_values: a Memory (see new_memory) to go on from; use_cache=True starts one. Then `input_ids` are
+                only the new tokens, any number, and the cost of a token does not depend on how many came before.
             labels: (B, T), -100 ignored; gives `loss`, the mean negative log-likelihood of labels[:, 1:] in nats.
             logits_to_keep: give the last so many positions only; 0: all.
 
@@ -378,10 +420,10 @@ class GPT(PreTrainedModel, GenerationMixin):
                 raise ValueError(f"past_key_values must be a Memory, not a {type(memory).__name__}")
             if len(memory.count) != B:
                 raise ValueError(f"this memory holds {len(memory.count)} sequences, not {B}: make it with "
-                                 f"Memory(model, {B}), or repeat it with memory.batch_repeat_interleave(..)")
+                                 f"model.new_memory({B}), or repeat it with memory.batch_repeat_interleave(..)")
             if T == 0:
-                raise ValueError("no tokens: generate() takes the whole text so far, or what is new with an "
-                                 "attention_mask over both")
+                raise ValueError("no tokens: generate() takes the whole text so far, or what of it is new, and at "
+                                 "least one token that the memory has not read")
             if (real[:, :-1] & ~real[:, 1:]).any():
                 raise ValueError("with a cache, pad on the left: tokenizer.padding_side = 'left'")
             if (memory.real.any(1, keepdim=True) & ~real).any():
@@ -471,6 +513,7 @@ class GPT(PreTrainedModel, GenerationMixin):
         h = self.advance(tokens, memory, real, collect)
         if collect is not None:
             collect.append(h)
+        memory.tail = torch.cat((memory.tail, tokens), dim=1)[:, tokens.size(1):]
         return self.logits(h).log_softmax(-1)
 
 
@@ -492,39 +535,43 @@ class RevenaHybridTiny(GPT):
         bits = (-log_p.detach() / math.log(2)).masked_fill(none, 0.0)
         return bits, ~none & (bits > self.config.ltm_surprisal_bits)
 
-    def read(self, h, tokens, targets, log_p, log_z, opens=None):
-        """The parallel form: what every position of the rows retrieves.
+    def candidates(self, address, targets, stored, opens=None):
+        """The items that the positions of each row may retrieve: Address (N, I, ..), values (N, I), visible (N, C, I).
 
         Item i (value: the target of position i) is visible to t iff it was stored, i < t in the same sequence, and
         fewer than `ltm_slots` items were stored after it before t. Stored items are numbered; a row's candidates are
         the slots' worth of numbers before it and those stored in it, so the cost is linear in the length.
-
-        Returns: Reading, values (N, I) of the candidates, stored (N, C), log odds of looking up (N, C).
         """
-        config, embed = self.config, self.backbone.embed.weight.detach()
-        E, M, (N, C) = config.ltm_ngrams, config.ltm_slots, tokens.shape
-        bits, stored = self.route(log_p, targets)
-        grams = torch.stack([lagged(tokens, lag, opens, EOT) for lag in range(E)], dim=-1)
-        late = torch.stack([lagged(bits, lag + 1, opens, 0.0) for lag in range(E)], dim=-1)
-        address = self.memory.address(h, grams, late, targets, embed)
-
+        M, (N, C) = self.config.ltm_slots, targets.shape
         if opens is None:                                   # every row is a sequence: its own tokens are candidates
             count = stored.cumsum(1)
             before = count - stored.long()                  # items stored before t
             number, items, values = count - 1, address, targets
             low = (before - M)[..., None]
-            visible = stored[:, None] & (number[:, None] < before[..., None]) & (number[:, None] >= low)
-        else:
-            count = stored.flatten().cumsum(0)
-            before = count.view(N, C) - stored.long()
-            row = torch.arange(N, device=h.device)
-            first = before[torch.where(opens, row, 0).cummax(0).values, 0]     # number of the sequence's first item
-            number = (before[:, 0] - M).maximum(first)[:, None] + torch.arange(M + C, device=h.device)     # (N, I)
-            at = torch.searchsorted(count, number + 1).clamp(max=N * C - 1)
-            items = Address(*(x.flatten(0, 1)[at] for x in address))
-            values = targets.flatten()[at]
-            low = (before - M).maximum(first[:, None])[..., None]
-            visible = (number[:, None] < before[..., None]) & (number[:, None] >= low)
+            return items, values, stored[:, None] & (number[:, None] < before[..., None]) & (number[:, None] >= low)
+        count = stored.flatten().cumsum(0)
+        before = count.view(N, C) - stored.long()
+        row = torch.arange(N, device=stored.device)
+        first = before[torch.where(opens, row, 0).cummax(0).values, 0]         # number of the sequence's first item
+        number = (before[:, 0] - M).maximum(first)[:, None] + torch.arange(M + C, device=stored.device)     # (N, I)
+        at = torch.searchsorted(count, number + 1).clamp(max=N * C - 1)
+        items = Address(*(x.flatten(0, 1)[at] for x in address))
+        low = (before - M).maximum(first[:, None])[..., None]
+        visible = (number[:, None] < before[..., None]) & (number[:, None] >= low)
+        return items, targets.flatten()[at], visible
+
+    def read(self, h, tokens, targets, log_p, log_z, opens=None):
+        """The parallel form: what every position of the rows retrieves.
+
+        Returns: Reading, values (N, I) of the candidates, stored (N, C), log odds of looking up (N, C).
+        """
+        embed, E = self.backbone.embed.weight.detach(), self.config.ltm_ngrams
+        _, stored = self.route(log_p, targets)
+        grams = torch.stack([lagged(tokens, lag, opens, EOT) for lag in range(E)], dim=-1)
+        parts = self.memory.project(tokens, embed)
+        coming, *near = (lagged(part, lag, opens, 0.0) for lag, part in enumerate(parts, -1))
+        address = self.memory.address(h, grams, lagged(stored, 1, opens, False), sum(near), coming)
+        items, values, visible = self.candidates(address, targets, stored, opens)
         item_log_p = (h.detach() @ embed[values].mT).float() - log_z.detach()[..., None]
         return self.memory.weigh(address, items, item_log_p, visible), values, stored, address.open
 
@@ -532,7 +579,10 @@ class RevenaHybridTiny(GPT):
         if not self.config.ltm_enabled:
             return super().score(tokens, targets, opens, embedded)
         h = self.states(tokens, opens, embedded)
-        log_p, log_z = self.log_p(h, targets)
+        return self.score_states(h, tokens, targets, *self.log_p(h, targets), opens)
+
+    def score_states(self, h, tokens, targets, log_p, log_z, opens=None):
+        """`score`, given the final states and what `log_p` gives for them."""
         read, values, stored, odds = self.read(h, tokens, targets, log_p, log_z, opens)
         same = values[:, None] == targets[..., None]
 
@@ -542,9 +592,10 @@ class RevenaHybridTiny(GPT):
 
         without, within = mixture(read.exact), mixture(read.exact + read.learned)
         # a look-up through the learned addresses is made when it is expected to save its price: training weighs
-        # both outcomes by the odds, so that these learn from each position what the other outcome would have cost
+        # both outcomes by the odds, so that these learn from each position what the other outcome would have cost.
+        # The backbone's own prediction, which decides what is stored, keeps learning also where the memory knows
         pays = odds.sigmoid()
-        objective = pays * (within - self.config.ltm_price) + (1 - pays) * without
+        objective = pays * (within - self.config.ltm_price) + (1 - pays) * without + self.config.ltm_stm_loss * log_p
         return Scores(torch.where(odds > 0, within, without), log_p, objective, stored,
                       read.hit_exact | read.hit_learned & (odds > 0))
 
@@ -576,29 +627,30 @@ class RevenaHybridTiny(GPT):
         log_p = (earlier[:, :n].float() * F.embedding(tokens, embed).float()).sum(-1) - earlier_z[:, :n]
         predicted = torch.cat((memory.started[:, None], real[:, :-1]), dim=1) & real
         bits, stored = self.route(log_p, tokens.masked_fill(~predicted, EOT))
-        tail, tail_bits = torch.cat((memory.tail, tokens), 1), torch.cat((memory.tail_bits, bits), 1)   # (B, E + n)
-        grams, late = (torch.stack([x[:, E - 1 - lag:E + n - lag] for lag in range(E)], -1) for x in (tail, tail_bits))
-        coming = F.pad(tokens, (0, 1), value=EOT)                                      # the last one is not known yet
-        address = self.memory.address(earlier, grams, late, coming, embed)
+        tail, known = torch.cat((memory.tail, tokens), 1), torch.cat((memory.known[:, None], stored), 1)
+        at = [slice(E - 1 - lag, E + n - lag) for lag in range(E)]                     # of the tail: x_t, x_{t-1}, ..
+        grams = torch.stack([tail[:, place] for place in at], -1)
+        coming, *near = self.memory.project(tail, embed)
+        near = sum(part[:, place] for part, place in zip(near, at))
+        coming = F.pad(coming[:, E:], (0, 0, 0, 1))                                    # the last one is not known yet
+        address = self.memory.address(earlier, grams, known, near, coming)
         arrived = memory.count[:, None] + stored.cumsum(1)                             # items each position can see
         slot = torch.arange(M, device=h.device)
         held = memory.count[:, None] - 1 - (memory.count[:, None] - 1 - slot) % M      # number of the item in each slot
         number = torch.cat((held, torch.where(stored, arrived - 1, -1)), dim=1)        # (B, M + n)
-        new = dict(key=address.key[:, :n], strength=address.strength[:, :n], value=tokens, bits=bits,
-                   position=memory.length - n + torch.arange(n, device=h.device).expand(B, n))
+        new = dict(grams=grams[:, :n], known=known[:, :n], key=address.key[:, :n], strength=address.strength[:, :n],
+                   value=tokens, bits=bits, position=memory.length - n + torch.arange(n, device=h.device).expand(B, n))
         items = {name: torch.cat((memory.items[name], new[name].to(memory.items[name].dtype)), 1) for name in new}
 
         # read: the query of each position against the ring and what came within this block
         low = (arrived - M).clamp(min=0)[..., None]
         visible = (number[:, None] < arrived[..., None]) & (number[:, None] >= low)
         query = Address(*(x[:, 1:] for x in address))
-        filed = Address(None, items["key"].to(h.dtype), None, items["strength"], None)
+        filed = Address(items["grams"], items["known"], None, items["key"].to(h.dtype), None, items["strength"], None)
         item_log_p = (h @ embed[items["value"]].mT).float() - log_z[..., None]
         read = self.memory.weigh(query, filed, item_log_p, visible)
         weight = read.exact + read.learned * (query.open > 0)[..., None]
-        looked = torch.ones_like(read.cosine[:, :, -1], dtype=torch.bool)
-        looked[:, E:] = (query.open[:, -1] > 0)[:, None, None]
-        cosine = (read.cosine[:, :, -1] * looked * visible[:, None, -1]).amax(1)
+        cosine = torch.where(read.exact[:, -1] > 0, 1.0, read.cosine[:, :, -1].amax(1))
         memory.last = dict(value=items["value"], position=items["position"], weight=weight[:, -1], cosine=cosine,
                            total=1 + weight[:, -1].sum(-1))
 
@@ -610,7 +662,7 @@ class RevenaHybridTiny(GPT):
             memory.items[name] = room.scatter(1, index, new[name].to(kept.dtype))[:, :M]
         memory.count = arrived[:, -1]
         memory.state, memory.log_z, memory.started = h[:, -1], log_z[:, -1], real[:, -1] | memory.started
-        memory.tail, memory.tail_bits = tail[:, n:], tail_bits[:, n:]
+        memory.tail, memory.known = tail[:, n:], known[:, n]
         return mix(logits - log_z[..., None], weight, items["value"])
 
 
@@ -623,11 +675,13 @@ def mix(stm, weight, values):
 class Memory(Cache):
     """What generation carries from token to token: the STM's last 127 keys and values a layer, and the LTM's items.
 
-    Pass it back in as `past_key_values` and the next turn remembers; `save` and `load` it and a later process does;
-    `clear` it and all is forgotten. Its size does not depend on how much it has read.
+    `model.new_memory()` is an empty one. Pass it in as `past_key_values` and it fills; pass it in again and the next
+    turn remembers; `save` it, `model.load_memory(path)`, and a later process does; `clear` it and all is forgotten.
+    Its size does not depend on how much it has read.
 
     Attributes:
-        items: the ring, oldest overwritten first: key (B, M, H, A), strength (B, M, H), value (B, M) the token,
+        items: the ring, oldest overwritten first: grams (B, M, E), known (B, M) and key (B, M, K, A), as in
+            Address, strength (B, M, H), value (B, M) the token,
             bits (B, M) its surprisal, position (B, M) where it stood. count: (B,) items ever stored.
         last: what the newest prediction retrieved: value, position, cosine, weight (B, I), total (B,).
     """
@@ -649,12 +703,13 @@ class Memory(Cache):
         self.keys = [zeros(past, heads, D // heads) for _ in range(config.n_layer)]
         self.values = [zeros(past, heads, D // heads) for _ in range(config.n_layer)]
         self.real = zeros(past, dtype=torch.bool)
-        self.items = dict(key=zeros(M, H, config.ltm_dim), strength=zeros(M, H, dtype=torch.float32),
+        self.items = dict(grams=zeros(M, E, dtype=torch.long) + EOT, known=zeros(M, dtype=torch.bool),
+                          key=zeros(M, config.ltm_learned, config.ltm_dim), strength=zeros(M, H, dtype=torch.float32),
                           value=zeros(M, dtype=torch.long), bits=zeros(M, dtype=torch.float32),
                           position=zeros(M, dtype=torch.long))
         self.count, self.started = zeros(dtype=torch.long), zeros(dtype=torch.bool)
         self.state, self.log_z = zeros(D), zeros(dtype=torch.float32)
-        self.tail, self.tail_bits = zeros(E, dtype=torch.long) + EOT, zeros(E, dtype=torch.float32)
+        self.tail, self.known = zeros(E, dtype=torch.long) + EOT, zeros(dtype=torch.bool)
         self.length, self.last = 0, None
 
     def contents(self, tokenizer=None, sequence=0):
@@ -678,7 +733,7 @@ class Memory(Cache):
 
     def _tensors(self):
         """Every tensor of the state by name, and how to put it back."""
-        names = ("real", "count", "started", "state", "log_z", "tail", "tail_bits")
+        names = ("real", "count", "started", "state", "log_z", "tail", "known")
         named = {name: getattr(self, name) for name in names}
         named |= {f"items.{name}": x for name, x in self.items.items()}
         return named | {f"{kind}.{i}": x for kind in ("keys", "values") for i, x in enumerate(getattr(self, kind))}
@@ -768,19 +823,21 @@ def run_stage(main):
         raise SystemExit(143)
 
     signal.signal(signal.SIGTERM, on_sigterm)
+    sys.stdout.reconfigure(errors="backslashreplace")       # as stderr: a file's name need not be UTF-8
     try:
         sys.exit(main() or 0)
     except StageError as error:
-        sys.exit(f"{name}: {error}")
+        reason = str(error)
     except torch.OutOfMemoryError:
-        sys.exit(f"{name}: the GPU is out of memory; close what else uses it or lower the batch size at the top of "
-                 f"{name}, then run it again")
+        reason = (f"the GPU is out of memory; close what else uses it or lower the batch size at the top of {name}, "
+                  f"then run it again")
     except KeyboardInterrupt:
         print(f"\n{name}: interrupted; run the same command again to go on", file=sys.stderr)
         sys.exit(130)
     except OSError as error:
         place = f" ({error.filename})" if error.filename else ""
-        sys.exit(f"{name}: {error.strerror or error}{place}; mend that, then run {name} again")
+        reason = f"{error.strerror or error}{place}; mend that, then run {name} again"
+    sys.exit(f"{name}: {' '.join(reason.splitlines())}")    # a name may even have line ends in it
 
 
 def sha256(path):
@@ -872,13 +929,18 @@ def load_split(root, split):
     again = f"python prepare_data.py --root {root}"
     meta = read_json(Path(root) / "data" / "meta.json", again)
     path = Path(root) / "data" / f"{split}.bin"
-    try:
-        entry, window = meta["splits"][split], int(meta["window"])
-        expected_bytes, expected_hash = int(entry["bytes"]), entry["sha256"]
-    except (KeyError, TypeError, ValueError):
-        raise StageError(f"{root}/data/meta.json is damaged; make it again with: {again}") from None
     if meta.get("sha256") != seal(meta):
         raise StageError(f"{root}/data/meta.json was changed after it was made; make it again with: {again}")
+    try:
+        parts, window = {name: meta["splits"][name] for name in ("train", "val")}, meta["window"]
+        expected_bytes, expected_hash = parts[split]["bytes"], parts[split]["sha256"]
+        counts = [part[name] for part in parts.values() for name in ("documents", "tokens", "bytes")]
+        usable = (meta["format"] == 1 and {"source", "quick"} <= meta.keys() and "sha256" in parts["train"]
+                  and all(type(count) is int and count > 0 for count in (window, *counts)))
+    except (KeyError, TypeError):
+        usable = False
+    if not usable:
+        raise StageError(f"{root}/data/meta.json is of another version of prepare_data.py; make it again with: {again}")
     if meta.get("tokenizer_sha256") != TOKENIZER_SHA256:
         raise StageError(f"{root}/data/meta.json names another tokenizer; make it again with: {again}")
     if not path.is_file():
@@ -979,3 +1041,74 @@ def default_root(root, quick):
 def arm_folder(root, seed, arm):
     """Where seed `seed` keeps "init", "baseline" or "with_ltm"."""
     return Path(root) / "trained" / (f"seed{seed}" if seed else "") / arm
+
+
+WANDB_PROJECT = "revena"
+WANDB_SECONDS = 15              # that its start and its end may take
+
+
+def wandb_mode():
+    """None (the environment decides) where there are credentials; else "offline": wandb would ask for them."""
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).netloc
+    try:
+        entry = netrc.netrc(os.path.expanduser(os.environ.get("NETRC", "~/.netrc"))).authenticators(host)
+    except (OSError, netrc.NetrcParseError):
+        entry = None
+    named = any(map(os.environ.get, ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")))
+    return None if entry or named or os.environ.get("WANDB_MODE") == "disabled" else "offline"
+
+
+class Wandb:
+    """Weights & Biases in a thread of its own: missing, raising or hanging, it costs a warning and nothing else.
+
+    Online where the user has logged in (`wandb login`, WANDB_API_KEY) and WANDB_MODE does not say otherwise. A seed is
+    a group and each arm a job type of its own, so that charts overlay the arms, also where they are drawn by group.
+
+    Args:
+        folder: where it writes. seed, job ("baseline", "with_ltm", "eval"): what the run is called and grouped by.
+        config: {name: value}, to which the hashes of models.py and `script`, the version of the code, are added.
+        warn: is called, in the thread, with the line that says what went wrong.
+    """
+
+    def __init__(self, folder, seed, job, config, script, warn):
+        self.warn, self.tasks, self.failed = warn, queue.Queue(), False
+        config = {**config, "code": {Path(file).name: sha256(file) for file in (__file__, script)}}
+        self.thread = threading.Thread(target=self._work, args=(str(folder), f"seed{seed}", job, config), daemon=True)
+        self.thread.start()
+
+    def _work(self, folder, group, job, config):
+        if os.environ.get("WANDB_MODE") == "disabled":
+            return                                  # without waiting for the import
+        try:
+            # by name: transformers would ask whoever loads a checkpoint for each package that this file imports
+            wandb = importlib.import_module("wandb")
+            quiet = wandb.Settings(console="off", silent=True, init_timeout=WANDB_SECONDS, finish_timeout=WANDB_SECONDS)
+            run = wandb.init(project=WANDB_PROJECT, group=group, job_type=job, name=f"{job}-{group}", dir=folder,
+                             config=config, mode=wandb_mode(), settings=quiet)
+            while (task := self.tasks.get()) is not None:
+                task(wandb, run)
+            run.finish()
+        except Exception as error:
+            self.failed = True
+            self.warn(f"wandb is left out ({(str(error).splitlines() or [type(error).__name__])[0]})")
+
+    def log(self, entry):
+        """Log the numbers of a dict with a "step"."""
+        if not self.failed:
+            self.tasks.put(lambda wandb, run: run.log(entry, step=entry["step"]))
+
+    def log_pictures(self, paths):
+        """Log picture files, to be looked at and, as one artefact, to be fetched."""
+        def task(wandb, run):
+            run.log({path.stem: wandb.Image(str(path)) for path in paths})
+            artifact = wandb.Artifact(f"pictures-{run.group}", type="pictures")
+            for path in paths:
+                artifact.add_file(str(path))
+            run.log_artifact(artifact)
+        self.tasks.put(task)
+
+    def finish(self):
+        self.tasks.put(None)
+        self.thread.join(WANDB_SECONDS)
+        if self.thread.is_alive():
+            self.warn(f"wandb did not end within {WANDB_SECONDS} s and is left behind")

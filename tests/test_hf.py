@@ -1,7 +1,9 @@
 """A checkpoint as its users meet it: a folder that transformers loads, generates from, and whose memory goes on."""
 
 import copy
+import importlib.util
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -14,7 +16,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache, TextStreamer
 
 import models
-from models import EOT, GPT, Memory, RevenaConfig, RevenaHybridTiny, load_tokenizer, save_model
+from models import EOT, GPT, RevenaConfig, RevenaHybridTiny, load_tokenizer, save_model
 from test_models import enliven
 
 WINDOW, SLOTS = 16, 20
@@ -32,11 +34,12 @@ def tokenizer(tokenizer_dir):
 def model():
     """A small model of the real vocabulary with a busy memory, which does not get to say everything by itself."""
     torch.manual_seed(0)
-    config = RevenaConfig(n_layer=2, n_embd=64, n_head=2, stm_window=WINDOW, ltm_slots=SLOTS)
+    config = RevenaConfig(n_layer=2, n_embd=64, n_head=2, stm_window=WINDOW, ltm_slots=SLOTS, ltm_sharpness=5.0,
+                          ltm_plausibility=0.3)
     model = enliven(RevenaHybridTiny(config).eval(), spread=0.4)
     trust = slice(model.memory.sizes[0], sum(model.memory.sizes[:2]))
     with torch.no_grad():
-        model.memory.from_state.bias[trust] -= 3
+        model.memory.from_state.bias[trust] -= 1
     return model
 
 
@@ -59,72 +62,93 @@ def ids(tokenizer):
 # ------------------------------------------------------------------------------------ the folder alone
 
 LOADED = """
-import json, sys
+import copy, json, sys
+sys.modules.update(dict.fromkeys(["datasets", "matplotlib", "pandas", "pyarrow", "wandb"]))     # as if not there
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from torch.utils.flop_counter import FlopCounterMode
 
-folder, turn = sys.argv[1:]
+folder = sys.argv[1]
 torch.set_num_threads(1)
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-Memory = sys.modules[type(model).__module__].Memory
-sample = dict(do_sample=True, return_dict_in_generate=True)
+
+drawn = []                                  # how many items each prediction drew on
 
 def go_on(ids, count, memory):
-    out = model.generate(ids, past_key_values=memory, min_new_tokens=count, max_new_tokens=count, **sample)
-    return out.sequences, out.past_key_values
+    def note(ids, scores):
+        drawn.append(len(memory.retrieved()))
+        return scores
+    return model.generate(ids, past_key_values=memory, min_new_tokens=count, max_new_tokens=count, do_sample=True,
+                          logits_processor=[note])
 
 def last_turn(ids, memory):
     torch.manual_seed(7)
-    return go_on(ids, 40, memory)[0][0, -40:].tolist()
+    return go_on(ids, 40, memory)[0, -40:].tolist()
 """
 
 FIRST = LOADED + """
+def measured(memory, ids):
+    tensors = [*memory._tensors().values(), *memory.last.values()]
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(ids[:, -1:], past_key_values=copy.deepcopy(memory))
+    return dict(shapes=[list(x.shape) for x in tensors], bytes=sum(x.untyped_storage().nbytes() for x in tensors),
+                work=counter.get_total_flops())
+
 ids = tokenizer("The cat sat on the mat.", return_tensors="pt").input_ids
 torch.manual_seed(0)
-memory, bytes_held = None, {}
+memory, after = model.new_memory(), {}
 for count in (300, 300, 1400):
-    ids, memory = go_on(ids, count, memory)
-    tensors = memory._tensors().values()
-    bytes_held[ids.size(1)] = sum(x.untyped_storage().nbytes() for x in tensors)
+    ids = go_on(ids, count, memory)
+    after[ids.size(1)] = measured(memory, ids)
 memory.save("memory.safetensors")
-torch.save(ids, "ids.pt")
+torch.save(ids[:, -1:].clone(), "unread.pt")    # generate does not read the last token it gives
 held, text = memory.contents(tokenizer), last_turn(ids, memory)
 memory.clear()
 forgot = memory.contents()
-print(json.dumps(dict(module=type(model).__module__, text=text, held=held, bytes=bytes_held, forgot=forgot,
-                      project="models" in sys.modules, without=last_turn(ids[:, -1:], memory))))
+write = pipeline("text-generation", model=folder, trust_remote_code=True)
+said = write("The cat sat on", max_new_tokens=9, do_sample=False, past_key_values=memory)[0]["generated_text"]
+print(json.dumps(dict(module=type(model).__module__, text=text, held=held, after=after, drawn=drawn, forgot=forgot,
+                      project="models" in sys.modules, without=last_turn(ids[:, -1:], model.new_memory()),
+                      pipeline=[said, memory.get_seq_length()])))
 """
 
 SECOND = LOADED + """
-memory = Memory.load("memory.safetensors", model)
-print(json.dumps(dict(held=memory.contents(tokenizer), text=last_turn(torch.load("ids.pt"), memory))))
+memory = model.load_memory("memory.safetensors")
+print(json.dumps(dict(held=memory.contents(tokenizer), text=last_turn(torch.load("unread.pt"), memory))))
 """
 
 
-def alone(script, folder, turn, where):
-    """Run a script in the folder `where`, far from this project; what it printed."""
-    where.mkdir(exist_ok=True)
-    path = where / f"{turn}.py"
-    path.write_text(script)
+def run_alone(where, *command):
+    """Run python in the folder `where`, far from this project; the lines it printed."""
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     environment |= {"HF_HOME": str(where / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-I", str(path), str(folder), turn], cwd=where, env=environment, text=True,
+    done = subprocess.run([sys.executable, "-I", *map(str, command)], cwd=where, env=environment, text=True,
                           stdin=subprocess.DEVNULL, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return done.stdout.splitlines()
 
 
-def test_from_a_copy_alone_it_generates_and_remembers_across_processes(folder, tmp_path):
-    """2,000 tokens in constant memory, by torch and transformers alone; saved, loaded elsewhere, the text goes on."""
-    first = alone(FIRST, folder, "first", tmp_path / "empty")
+def test_from_a_copy_alone_it_generates_and_remembers_across_processes(folder, model, tokenizer, tmp_path):
+    """2,000 tokens in constant memory and work, by torch and transformers alone; saved, loaded elsewhere, it goes on.
+
+    The later process has the memory's file and the one token that was not read yet; it does not need the text.
+    """
+    turns = []
+    for name, script in (("first", FIRST), ("second", SECOND)):
+        (tmp_path / f"{name}.py").write_text(script)
+        turns.append(json.loads(run_alone(tmp_path, f"{name}.py", folder)[-1]))
+    first, second = turns
     assert first["module"].startswith("transformers_modules") and not first["project"]
-    sizes = first["bytes"]
-    assert len(sizes) == 3 and len(set(sizes.values())) == 1, f"bytes held after so many tokens: {sizes}"
+    early, *later = first["after"].values()
+    assert max(map(int, first["after"])) > 2000 and early["work"] > 0 and all(x == early for x in later)
     assert len(first["held"]) == SLOTS and first["forgot"] == []
-    second = alone(SECOND, folder, "second", tmp_path / "empty")
+    assert sum(map(bool, first["drawn"])) > 200, "a memory that is hardly ever drawn on shows nothing"
     assert second["held"] == first["held"] and second["text"] == first["text"]
     assert first["without"] != first["text"], "a cleared memory must not go on as if it remembered"
+    ids = tokenizer("The cat sat on", return_tensors="pt").input_ids
+    said = model.generate(ids, max_new_tokens=9, do_sample=False)[0]
+    assert first["pipeline"] == [tokenizer.decode(said), len(said) - 1]
 
 
 def test_the_folder_holds_what_the_hub_expects(folder, model):
@@ -144,7 +168,7 @@ def test_loading_gives_back_the_very_bits(folder, model, ids, tmp_path):
     """from_pretrained, saved and loaded once more: equal weights, buffers and logits; nothing is left uninitialised."""
     once = RevenaHybridTiny.from_pretrained(folder)
     once.save_pretrained(tmp_path)
-    for loaded in (once, RevenaHybridTiny.from_pretrained(tmp_path)):
+    for loaded in (once, RevenaHybridTiny.from_pretrained(tmp_path, attn_implementation="sdpa")):
         assert not loaded.training
         state, wanted = loaded.state_dict(), model.state_dict()
         assert all(torch.equal(state[n], wanted[n]) and state[n].dtype == wanted[n].dtype for n in wanted)
@@ -152,14 +176,14 @@ def test_loading_gives_back_the_very_bits(folder, model, ids, tmp_path):
         with torch.no_grad():
             assert torch.equal(loaded(ids).logits, model(ids).logits)
     fresh = RevenaHybridTiny(RevenaConfig(n_layer=2, n_embd=64, n_head=2, stm_window=WINDOW))
-    for name in ("backbone.rotary", "memory.codes"):        # what no seed decides, not read from any file
-        assert torch.equal(once.get_buffer(name), fresh.get_buffer(name))
+    name = "backbone.rotary"                                # what no seed decides, not read from any file
+    assert torch.equal(once.get_buffer(name), fresh.get_buffer(name))
 
 
 def test_bfloat16_loads_and_generates(folder, model, ids):
     """dtype=torch.bfloat16 gives a model of that type that generates, normalised, and not far from float32."""
     half = RevenaHybridTiny.from_pretrained(folder, dtype=torch.bfloat16)
-    assert half.dtype == torch.bfloat16 and half.memory.codes.dtype == torch.int8
+    assert half.dtype == torch.bfloat16
     assert torch.equal(half.backbone.rotary, model.backbone.rotary), "angles must not be rounded to 8 bits"
     out = half.generate(ids, **GREEDY, return_dict_in_generate=True)
     assert out.sequences.shape == (1, ids.size(1) + 40) and len(out.past_key_values.contents()) == SLOTS
@@ -183,6 +207,7 @@ STRATEGIES = {
     "top-p": dict(do_sample=True, top_p=0.8),
     "repetition penalty": dict(repetition_penalty=1.3),
     "beams": dict(num_beams=3),
+    "sampling, several back": dict(do_sample=True, num_return_sequences=2),
     "sampled beams, several back": dict(num_beams=3, do_sample=True, num_return_sequences=2),
 }
 
@@ -209,6 +234,31 @@ def test_a_padded_batch_writes_what_each_writes_alone(model, tokenizer, strategy
         assert torch.equal(together[row], one), prompt
 
 
+def test_a_text_that_ends_leaves_the_others_alone(model, tokenizer):
+    """In a batch, the first text to reach the end is padded from there on; the others go on as they would have."""
+    batch = tokenizer([STORY, "Why?", "A cat, a dog and a mat"], return_tensors="pt", padding=True)
+    undisturbed = model.generate(**batch, **GREEDY)[:, -40:]
+    end = next(token for token in undisturbed[1, 3:].tolist() if token not in undisturbed[0])
+    at = undisturbed[1].tolist().index(end) + 1
+    ended = model.generate(**batch, max_new_tokens=40, eos_token_id=end)[:, -40:]
+    assert torch.equal(ended[0], undisturbed[0])
+    assert torch.equal(ended[1, :at], undisturbed[1, :at]) and at < 40 and (ended[1, at:] == EOT).all()
+
+
+@torch.no_grad()
+def test_generate_hands_out_states_and_logits(model, ids):
+    """output_hidden_states, output_logits and output_scores give, token by token, what the parallel form says."""
+    out = model.generate(ids, **GREEDY, output_hidden_states=True, output_logits=True, output_scores=True,
+                         return_dict_in_generate=True)
+    whole = model(out.sequences[:, :-1], output_hidden_states=True)
+    torch.testing.assert_close(torch.stack(out.logits, 1), whole.logits[:, ids.size(1) - 1:], **CLOSE)
+    for layer, wanted in enumerate(whole.hidden_states):
+        torch.testing.assert_close(torch.cat([step[layer] for step in out.hidden_states], 1), wanted, **CLOSE)
+    said = out.sequences[:, ids.size(1):, None]
+    torch.testing.assert_close(model.compute_transition_scores(out.sequences, out.scores),
+                               whole.logits[:, ids.size(1) - 1:].gather(-1, said)[..., 0], **CLOSE)
+
+
 def test_streaming_to_the_terminal(model, tokenizer, ids, capsys):
     """TextStreamer prints, piece by piece, the text that generate returns."""
     out = model.generate(ids, streamer=TextStreamer(tokenizer, skip_prompt=True), **GREEDY)
@@ -221,7 +271,7 @@ def test_assisted_decoding_is_refused(model, ids):
         with pytest.raises(ValueError, match="assisted generation is not supported"):
             model.generate(ids, **GREEDY, **guesses)
     with pytest.raises(ValueError, match="unread"):
-        Memory(model).crop(-1)
+        model.new_memory().crop(-1)
     with pytest.raises(ValueError, match="must be a Memory, not a DynamicCache"):
         model.generate(ids, past_key_values=DynamicCache(), **GREEDY)
     with pytest.raises(ValueError, match="input_ids"):
@@ -230,24 +280,56 @@ def test_assisted_decoding_is_refused(model, ids):
 
 # ------------------------------------------------------------------------------------ the memory between turns
 
-def test_a_second_turn_remembers_the_first(model, tokenizer, ids):
-    """The memory handed back in, with the whole text or with what is new: the same as one long context."""
-    first = model.generate(ids, **GREEDY, return_dict_in_generate=True)
-    said = tokenizer(" And what did the dog do then?", return_tensors="pt").input_ids
-    whole = torch.cat((first.sequences, said), 1)
-    wanted = model.generate(whole, **GREEDY)
-    unread = whole[:, first.past_key_values.get_seq_length():]          # generate never feeds its own last token
-    kept = copy.deepcopy(first.past_key_values)
-    assert torch.equal(model.generate(whole, past_key_values=first.past_key_values, **GREEDY), wanted)
-    again = model.generate(unread, past_key_values=kept, attention_mask=torch.ones_like(whole), **GREEDY)
-    assert torch.equal(again[:, -40:], wanted[:, -40:])
-    forgetful = model.generate(unread, **GREEDY)
-    assert not torch.equal(forgetful[:, -40:], wanted[:, -40:]), "the first turn must matter, or this shows nothing"
+@pytest.fixture(params=["LTM", "LTM off", "GPT"])
+def any_model(request, model, monkeypatch):
+    """Every kind of model that a Memory goes with."""
+    if request.param == "GPT":
+        torch.manual_seed(0)
+        gpt = GPT(RevenaConfig(n_layer=2, n_embd=64, n_head=2, stm_window=None, ltm_enabled=False)).eval()
+        for p in gpt.backbone.blocks.parameters():
+            p.data.mul_(6)                                  # or it only says its last token again
+        return gpt
+    monkeypatch.setattr(model.config, "ltm_enabled", request.param == "LTM")
+    return model
+
+
+def test_a_second_turn_remembers_the_first(any_model, tokenizer):
+    """The memory handed back in, with the whole text or with what is new alone: the same as one long context."""
+    turns = [tokenizer([text, other], return_tensors="pt", padding=True, padding_side="left")
+             for text, other in ((STORY, "Why?"), (" And what did the dog do?", " Because the cat was not there"))]
+    first = any_model.generate(**turns[0], **GREEDY, past_key_values=(memory := any_model.new_memory(2)))
+    said = turns[1].input_ids
+    whole = dict(input_ids=torch.cat((first, said), 1),
+                 attention_mask=F.pad(turns[0].attention_mask, (0, 40 + said.size(1)), value=1))
+    wanted = any_model.generate(**whole, **GREEDY)[:, -40:]
+    unread = whole["input_ids"][:, memory.get_seq_length():]            # generate never feeds its own last token
+    assert unread.size(1) == 1 + said.size(1)
+    for new in (whole, dict(input_ids=unread), dict(input_ids=unread, attention_mask=whole["attention_mask"])):
+        again = any_model.generate(**new, **GREEDY, past_key_values=copy.deepcopy(memory))
+        assert torch.equal(again[:, -40:], wanted)
+    forgetful = any_model.generate(unread, **GREEDY)
+    assert not torch.equal(forgetful[:, -40:], wanted), "the first turn must matter, or this shows nothing"
+
+
+def test_new_text_longer_than_the_old_is_not_cut(any_model, ids):
+    """A text that could be the whole so far, but is not, is refused, never cut; so is one that brings nothing new."""
+    old, new = ids[:, :8], ids[:, 10:30]
+    with torch.no_grad():
+        memory = any_model(old, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match=r"does not begin with the 8 .*torch.ones\(1, 28\)"):
+        any_model.generate(new, past_key_values=memory, **GREEDY)
+    with pytest.raises(ValueError, match="no tokens"):
+        any_model.generate(old, past_key_values=memory, **GREEDY)
+    with pytest.raises(ValueError, match="1 sequences, not 3"):
+        any_model.generate(new, past_key_values=memory, num_beams=3, **GREEDY)
+    assert memory.get_seq_length() == 8
+    got = any_model.generate(new, past_key_values=memory, attention_mask=torch.ones(1, 28), **GREEDY)
+    assert torch.equal(got[:, -40:], any_model.generate(torch.cat((old, new), 1), **GREEDY)[:, -40:])
 
 
 def test_a_copy_goes_its_own_way(model, ids):
     """deepcopy forks a memory without copying the model; beams take copies of it, and write as from the whole text."""
-    memory = Memory(model)
+    memory = model.new_memory()
     with torch.no_grad():
         model(ids[:, :-1], past_key_values=memory)
     fork, beams = copy.deepcopy(memory), copy.deepcopy(memory)
@@ -288,19 +370,19 @@ def test_contents_and_retrieved_can_be_read(model, tokenizer, ids):
 
 
 def test_a_memory_of_another_model_is_refused(model, ids, tmp_path):
-    """`load` says so where a file holds the memory of a model of another shape, or no memory at all."""
-    memory = Memory(model)
+    """`load_memory` says so where a file holds the memory of a model of another shape, or no memory at all."""
+    memory = model.new_memory()
     with torch.no_grad():
         model(ids, past_key_values=memory)
     memory.save(tmp_path / "memory.safetensors")
-    back = Memory.load(tmp_path / "memory.safetensors", model)
+    back = model.load_memory(tmp_path / "memory.safetensors")
     assert back.contents() == memory.contents() and back.get_seq_length() == ids.size(1)
     other = RevenaHybridTiny(RevenaConfig(n_layer=2, n_embd=64, n_head=2, stm_window=WINDOW, ltm_slots=SLOTS + 1))
     with pytest.raises(ValueError, match="not a memory of this model"):
-        Memory.load(tmp_path / "memory.safetensors", other)
+        other.load_memory(tmp_path / "memory.safetensors")
     models.save_file({"count": torch.zeros(1)}, tmp_path / "none.safetensors")
     with pytest.raises(ValueError, match="not a memory of this model"):
-        Memory.load(tmp_path / "none.safetensors", model)
+        model.load_memory(tmp_path / "none.safetensors")
 
 
 def test_gpt_without_a_window_keeps_its_cache_too(ids, tmp_path):
@@ -310,7 +392,7 @@ def test_gpt_without_a_window_keeps_its_cache_too(ids, tmp_path):
     first = gpt.generate(ids, **GREEDY, return_dict_in_generate=True)
     first.past_key_values.save(tmp_path / "memory.safetensors")
     whole = F.pad(first.sequences, (0, 3), value=11)
-    back = Memory.load(tmp_path / "memory.safetensors", gpt)
+    back = gpt.load_memory(tmp_path / "memory.safetensors")
     assert torch.equal(gpt.generate(whole, past_key_values=back, **GREEDY), gpt.generate(whole, **GREEDY))
 
 
@@ -343,7 +425,81 @@ def test_rolling_perplexity_as_the_harness_asks_for_it(model, ids):
     document = ids[0].repeat(3)
     tokens = F.pad(document, (1, 0), value=EOT)[None]                   # the harness puts <|endoftext|> first
     whole = model(tokens[:, :-1]).logits[0].gather(1, document[:, None]).sum()
-    stream, memory = 0.0, Memory(model)
+    stream, memory = 0.0, model.new_memory()
     for t in range(len(document)):
         stream += model(tokens[:, t:t + 1], past_key_values=memory).logits[0, 0, document[t]]
     assert float(stream) == pytest.approx(float(whole), abs=1e-2)
+
+
+def installed(*names):
+    return pytest.mark.skipif(not all(map(importlib.util.find_spec, names)),
+                              reason=f"not installed: {', '.join(names)}; pip install 'lm-eval[hf]==0.4.13'")
+
+
+TASKS = {       # the three ways in which the harness asks
+    "rolling": dict(output_type="loglikelihood_rolling", doc_to_text="", doc_to_target="{{text}}",
+                    metric_list=[dict(metric="bits_per_byte")]),
+    "choice": dict(output_type="multiple_choice", doc_to_text="{{text}}", doc_to_choice=["mat", "a dog ran"],
+                   doc_to_target=0, metric_list=[dict(metric="acc")]),
+    "writing": dict(output_type="generate_until", doc_to_text="{{text}}", doc_to_target="mat",
+                    generation_kwargs=dict(until=["\n\n"], max_gen_toks=20, do_sample=False),
+                    metric_list=[dict(metric="exact_match")]),
+}
+
+
+@installed("lm_eval", "accelerate")
+@torch.no_grad()
+def test_the_harness_itself(folder, model, tokenizer, tmp_path, monkeypatch):
+    """lm_eval --model hf on three small tasks, without a network: what it gives is what the model itself says."""
+    texts = [STORY, f"Why? {STORY} {STORY * 3}"]
+    (tmp_path / "texts.json").write_text("\n".join(json.dumps(dict(text=text)) for text in texts))
+    for name, task in TASKS.items():
+        source = dict(dataset_path="json", dataset_kwargs=dict(data_files=dict(test=str(tmp_path / "texts.json"))))
+        (tmp_path / f"{name}.yaml").write_text(json.dumps(dict(task=name, test_split="test", **source, **task)))
+    run_alone(tmp_path, "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={folder},trust_remote_code=True",
+              "--tasks", ",".join(TASKS), "--include_path", tmp_path, "--output_path", tmp_path / "out",
+              "--log_samples", "--device", "cpu", "--batch_size", 2)
+    answers = {}
+    for name in TASKS:
+        (path,) = (tmp_path / "out").rglob(f"samples_{name}_*.jsonl")
+        samples = sorted(map(json.loads, path.read_text().splitlines()), key=lambda sample: sample["doc_id"])
+        answers[name] = [sample["filtered_resps"] for sample in samples]
+
+    def own_score(ids):                                     # as eval.py reads a document: rows, one memory over all
+        tokens, targets = (F.pad(x, (0, -len(ids) % WINDOW), value=EOT).view(-1, WINDOW)
+                           for x in (F.pad(ids[:-1], (1, 0), value=EOT), ids))
+        scores = model.score(tokens, targets, torch.arange(len(tokens)) == 0)
+        return float(scores.log_p[targets != EOT].sum())
+
+    bits = 0
+    for text, (rolling,), choices, (written,) in zip(texts, *answers.values(), strict=True):
+        ids = tokenizer(text, return_tensors="pt").input_ids
+        assert float(rolling) == pytest.approx(own_score(ids[0]), abs=1e-2)
+        bits -= float(rolling) / math.log(2)
+        for choice, (got, _) in zip(TASKS["choice"]["doc_to_choice"], choices, strict=True):
+            more = tokenizer(f" {choice}", return_tensors="pt").input_ids
+            log_p = model(torch.cat((ids, more), 1)).logits[:, ids.size(1) - 1:-1].gather(-1, more[..., None]).sum()
+            assert float(got) == pytest.approx(float(log_p), abs=1e-2)
+        own = model.generate(ids, max_new_tokens=20, do_sample=False)[0, ids.size(1):]
+        assert written == tokenizer.decode(own, skip_special_tokens=True)
+    (path,) = (tmp_path / "out").rglob("results_*.json")
+    found = json.loads(path.read_text())["results"]["rolling"]["bits_per_byte,none"]
+    assert found == pytest.approx(bits / sum(len(text.encode()) for text in texts), abs=1e-4)
+    monkeypatch.setattr(model.config, "ltm_enabled", False)
+    off = [own_score(tokenizer(text, return_tensors="pt").input_ids[0]) for text in texts]
+    assert all(abs(float(rolling) - other) > 10 for (rolling,), other in zip(answers["rolling"], off))
+
+
+@installed("accelerate")
+def test_trainers_accumulated_steps_are_steps_of_the_whole_batch(folder, ids, tmp_path):
+    """transformers.Trainer: two batches of one, accumulated, move the weights as one batch of two does."""
+    from transformers import Trainer, TrainingArguments     # seconds, and not everyone who comes here needs it
+    texts = [dict(input_ids=x, labels=x) for x in (ids[0, :20], ids[0, 5:25])]
+    after = []
+    for size in (1, 2):
+        model = RevenaHybridTiny.from_pretrained(folder)
+        how = dict(per_device_train_batch_size=size, gradient_accumulation_steps=2 // size, max_steps=1, optim="sgd",
+                   learning_rate=0.1, max_grad_norm=0, use_cpu=True, report_to=[], save_strategy="no")
+        Trainer(model, TrainingArguments(str(tmp_path), disable_tqdm=True, **how), train_dataset=texts).train()
+        after.append(model.backbone.blocks[0].up.weight.detach())
+    torch.testing.assert_close(*after)
