@@ -473,7 +473,10 @@ class GPT(PreTrainedModel, GenerationMixin):
         parts, states = [], []
         for block, mask in zip(ids.masked_fill(~real, EOT).split(step, 1), real.split(step, 1)):
             collected = None if hidden is None else []
-            parts.append(self.stream(block, memory, mask, collected))
+            # one token of a model with a window has the same shapes whatever came before: a GPU replays it
+            same = block.is_cuda and block.size(1) == 1 and self.config.stm_window and not torch.is_grad_enabled()
+            parts.append(memory.replay(block, mask) if same and hidden is None else
+                         self.stream(block, memory, mask, collected))
             if keep:
                 parts = [torch.cat(parts, 1)[:, -keep:]]
             states.append(collected)
@@ -502,6 +505,7 @@ class GPT(PreTrainedModel, GenerationMixin):
         h = self.backbone(self.backbone.embed(tokens), attention, collect)
         memory.real = known if window is None else known[:, n:]
         memory.length += n
+        memory.place = memory.place + n
         return h
 
     def stream(self, tokens, memory, real=None, collect=None):
@@ -639,7 +643,7 @@ class RevenaHybridTiny(GPT):
         held = memory.count[:, None] - 1 - (memory.count[:, None] - 1 - slot) % M      # number of the item in each slot
         number = torch.cat((held, torch.where(stored, arrived - 1, -1)), dim=1)        # (B, M + n)
         new = dict(grams=grams[:, :n], known=known[:, :n], key=address.key[:, :n], strength=address.strength[:, :n],
-                   value=tokens, bits=bits, position=memory.length - n + torch.arange(n, device=h.device).expand(B, n))
+                   value=tokens, bits=bits, position=memory.place[:, None] + torch.arange(-n, 0, device=h.device))
         items = {name: torch.cat((memory.items[name], new[name].to(memory.items[name].dtype)), 1) for name in new}
 
         # read: the query of each position against the ring and what came within this block
@@ -710,7 +714,39 @@ class Memory(Cache):
         self.count, self.started = zeros(dtype=torch.long), zeros(dtype=torch.bool)
         self.state, self.log_z = zeros(D), zeros(dtype=torch.float32)
         self.tail, self.known = zeros(E, dtype=torch.long) + EOT, zeros(dtype=torch.bool)
-        self.length, self.last = 0, None
+        self.place = zeros(dtype=torch.long)            # `length` again, where the device can count on it
+        self.length, self.last, self.graph = 0, None, None
+
+    def replay(self, tokens, real):
+        """`stream` of one token a sequence (B, 1) as a CUDA graph: log p (B, 1, V), and the memory has moved on.
+
+        The graph works on tensors of its own: what else happened to the memory since is copied into them first.
+        """
+        length = self.length
+        if self.graph is None:
+            self.fixed = {name: x.clone() for name, x in self._tensors().items()} | {"tokens": tokens.clone(),
+                                                                                     "mask": real.clone()}
+            stream, trial = torch.cuda.Stream(), copy.deepcopy(self)
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):                                 # what is set up once is set up here
+                self.model.stream(tokens, trial, real)
+            torch.cuda.current_stream().wait_stream(stream)
+            current = self._tensors()
+            self._put({name: self.fixed[name] for name in current})
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):                              # recorded, not run
+                self.log_p = self.model.stream(self.fixed["tokens"], self, self.fixed["mask"])
+                for name, x in self._tensors().items():
+                    self.fixed[name].copy_(x)
+            self.found = self.last
+            self._put(current)
+        for name, x in {**self._tensors(), "tokens": tokens, "mask": real}.items():
+            if x is not self.fixed[name]:
+                self.fixed[name].copy_(x)
+        self.graph.replay()
+        self._put({name: self.fixed[name] for name in self._tensors()})
+        self.length, self.last = length + 1, self.found
+        return self.log_p.clone()
 
     def contents(self, tokenizer=None, sequence=0):
         """The items of one sequence, oldest first: a list of dicts with token, text, bits, position."""
@@ -733,7 +769,7 @@ class Memory(Cache):
 
     def _tensors(self):
         """Every tensor of the state by name, and how to put it back."""
-        names = ("real", "count", "started", "state", "log_z", "tail", "known")
+        names = ("real", "place", "count", "started", "state", "log_z", "tail", "known")
         named = {name: getattr(self, name) for name in names}
         named |= {f"items.{name}": x for name, x in self.items.items()}
         return named | {f"{kind}.{i}": x for kind in ("keys", "values") for i, x in enumerate(getattr(self, kind))}
@@ -777,6 +813,8 @@ class Memory(Cache):
     def reorder_cache(self, beam_idx):
         """Let beam b go on from what beam beam_idx[b] has read."""
         chosen = lambda tensors: {name: x.index_select(0, beam_idx.to(x.device)) for name, x in tensors.items()}
+        if len(beam_idx) != len(self.count):
+            self.graph = None                           # it was recorded for another number of sequences
         self._put(chosen(self._tensors()))
         self.last = self.last and chosen(self.last)
 
@@ -793,7 +831,8 @@ class Memory(Cache):
     def __deepcopy__(self, memo):
         memo[id(self.model)] = self.model               # a copy of the memory, not of the model
         twin = type(self).__new__(type(self))
-        twin.__dict__ = copy.deepcopy(self.__dict__, memo)
+        own = {name: x for name, x in self.__dict__.items() if name not in ("graph", "fixed", "found", "log_p")}
+        twin.__dict__ = copy.deepcopy(own, memo) | {"graph": None}
         return twin
 
     def reset(self):

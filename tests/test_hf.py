@@ -503,3 +503,42 @@ def test_trainers_accumulated_steps_are_steps_of_the_whole_batch(folder, ids, tm
         Trainer(model, TrainingArguments(str(tmp_path), disable_tqdm=True, **how), train_dataset=texts).train()
         after.append(model.backbone.blocks[0].up.weight.detach())
     torch.testing.assert_close(*after)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_gpu_replays_single_tokens(model):
+    """On a GPU single tokens are a replayed CUDA graph: the same as `stream`, also after all that can come between."""
+    gpu = copy.deepcopy(model).cuda()
+    ids = torch.randint(0, EOT, (2, 120), generator=torch.Generator().manual_seed(0)).cuda()
+    with torch.no_grad():
+        replayed, plain = gpu.new_memory(2), gpu.new_memory(2)
+
+        def check(tokens):
+            got = gpu(tokens, past_key_values=replayed).logits
+            wanted = torch.cat([gpu.stream(block, plain) for block in tokens.split(WINDOW, 1)], 1)
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+            assert replayed.length == plain.length
+            held = [[(i["token"], i["position"]) for i in m.contents()] for m in (replayed, plain)]
+            assert held[0] == held[1]
+            for row in range(len(tokens)):
+                found = [{i["position"]: i["share"] for i in m.retrieved(sequence=row)} for m in (replayed, plain)]
+                assert found[0] == pytest.approx(found[1], rel=1e-3, abs=1e-5)
+
+        check(ids[:, :20])
+        for t in range(20, 60):
+            check(ids[:, t:t + 1])
+        assert replayed.graph is not None
+        check(ids[:, 60:70])
+        check(ids[:, 70:71])
+        for memory in (replayed, plain):
+            memory.reorder_cache(torch.tensor([1, 0]))
+        check(ids[:, 71:72])
+        twin = copy.deepcopy(replayed)
+        check(ids[:, 72:73])
+        assert twin.length == 72 and twin.graph is None, "a copy stays where it was"
+        for memory in (replayed, plain):
+            memory.batch_repeat_interleave(2)
+        check(ids[:, 73:74].repeat_interleave(2, 0))
+        for memory in (replayed, plain):
+            memory.clear(2)
+        check(ids[:, :1])
