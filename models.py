@@ -839,7 +839,7 @@ class Memory(Cache):
         self.clear()
 
 
-# ------------------------------------------------------------------ what the scripts share: files, failures, data
+# ---------------------------------------------------------------- what the scripts share: files, failures, data, wandb
 
 TOKENIZER_SHA256 = {            # GPT-2's tokenizer (Radford et al. 2019), wherever it came from
     "vocab.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",

@@ -72,7 +72,8 @@ MAX_DOC_BYTES = 128 * MAX_DOC_TOKENS    # no more can be kept of a document: GPT
 BATCH_BYTES = 2**18         # of text, tokenised by one thread at a time: bounds memory, whatever the documents
 
 # what reading a damaged file raises, compressed or not
-DAMAGED = (OSError, EOFError, lzma.LZMAError, zlib.error, pyarrow.ArrowException, datasets.exceptions.DatasetsError)
+DAMAGED = (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError, zlib.error, pyarrow.ArrowException,
+           datasets.exceptions.DatasetsError)
 # .zst by way of pyarrow, which datasets brings: no package of its own
 register_compression("zstd", lambda file, **_: pyarrow.CompressedInputStream(file, "zstd"), "zst", force=True)
 

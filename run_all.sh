@@ -116,5 +116,5 @@ for ((seed = 0; seed < seeds; seed++)); do
     stage 5."$seed" "$data $init"    "$arms/with_ltm/model.safetensors" train.py --with-ltm --seed "$seed"
 done
 stage 6 "$tokenizer $data $models"   "results.json"                     eval.py
-stage 7 "results.json $history"      "results.png"                      plot_eval.py
-echo "All seven stages are done: see $root/results.json and $root/results.png"
+stage 7 "results.json $history"      "results.png results_memory.png"   plot_eval.py
+echo "All seven stages are done: see $root/results.json, results.png and results_memory.png"

@@ -19,15 +19,11 @@ import fcntl
 import importlib.util
 import json
 import math
-import netrc
 import os
-import queue
 import shutil
 import signal
 import sys
-import threading
 import time
-from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -37,9 +33,9 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from models import (EOT, StageError, arm_folder, default_root, load_model, load_split, load_tokenizer, lower_precision,
-                    manifest_of, pick_device, read_json, read_manifest, run_stage, save_model, sha256, write_atomic,
-                    write_json)
+from models import (EOT, StageError, Wandb, arm_folder, default_root, load_model, load_split, load_tokenizer,
+                    lower_precision, manifest_of, pick_device, read_json, read_manifest, run_stage, save_model, sha256,
+                    write_atomic, write_json)
 
 STEPS = 10_000
 BATCH = 8                       # rows of 128 tokens a step
@@ -51,8 +47,6 @@ CLIP = 1.0                      # gradient norm, of the backbone and of the LTM 
 LOG_EVERY = 50                  # steps; a logged value is their mean
 CHECKPOINT_STEPS = 2_500
 KEEP = 2                        # checkpoints
-WANDB_PROJECT = "revena"
-WANDB_SECONDS = 15              # that its start and its end may take
 QUICK = dict(STEPS=200, BATCH=2, WARMUP=20, LOG_EVERY=10, CHECKPOINT_STEPS=100)
 
 STATISTICS = ("loss", "routed_token_ratio", "avg_surprisal_routed", "ltm_hit_rate", "grad_norm", "grad_norm_ltm")
@@ -141,14 +135,15 @@ class Training:
         self.objective, self.update, self.graph = self._objective, adamw, None
 
     def _objective(self, tokens, embedded, targets_in_batch):
-        """-objective summed over this process's rows / targets in the whole batch, and the statistics' sums."""
+        """-objective summed over this process's rows / targets in the whole batch; that and the statistics' sums."""
         targets = F.pad(tokens[:, 1:], (0, 1), value=EOT)
         scores = self.model.score(tokens, targets, embedded=embedded)
         real = targets != EOT
         total = lambda x: torch.where(real, x, 0.0).sum()
         bits = torch.where(scores.stored, -scores.log_p_stm / math.log(2), 0.0)
-        sums = torch.stack((-total(scores.log_p), scores.stored.sum(), bits.sum(), (scores.hit & real).sum())).detach()
-        return -total(scores.objective) / targets_in_batch, sums
+        loss = -total(scores.objective) / targets_in_batch
+        sums = torch.stack((loss, -total(scores.log_p), scores.stored.sum(), bits.sum(), (scores.hit & real).sum()))
+        return loss, sums.detach()
 
     def step(self):
         """One optimizer step, without a word to the host."""
@@ -175,14 +170,16 @@ class Training:
         rest = iter(gradients)
         shares = [[next(rest) for _ in group.parameters] for group in self.groups]
         norms = [torch.stack(torch._foreach_norm(share, 2, torch.float32)).norm() for share in shares]
-        self.halted |= ~torch.isfinite(torch.stack(norms)).all()         # NaN, Inf: nothing moves from here on
+        loss, nats, stored, bits, hits = sums                            # of all processes
+        row = torch.stack((nats / targets_in_batch, stored / targets_in_batch, bits / stored.clamp(min=1),
+                           hits / targets_in_batch, norms[0], norms[1] if len(norms) > 1 else norms[0] * 0, loss))
+        # NaN, Inf: nothing moves from here on, and the statistics tell the host
+        self.halted |= ~torch.isfinite(row).all()
+        row = row[:-1].masked_fill_(self.halted, math.nan)
         for group, share, norm in zip(self.groups, shares, norms):
             scale = (CLIP / norm.clamp(min=1e-12)).clamp(max=1)
             self.update(group.weights, group.masters, share, group.first, group.second, group.decay, rate, step, scale,
                         self.halted)
-        loss_sum, stored, bits, hits = sums
-        row = torch.stack((loss_sum / targets_in_batch, stored / targets_in_batch, bits / stored.clamp(min=1),
-                           hits / targets_in_batch, norms[0], norms[1] if len(norms) > 1 else norms[0] * 0))
         self.statistics.index_copy_(0, self.at, row[None])
         self.at += 1
 
@@ -296,9 +293,10 @@ class Run:
     def manifest(self):
         """What manifest.json holds: step, weights {hash: step}, settings; nothing where it is missing or damaged."""
         try:
-            return read_json(self.folder / "manifest.json", "train.py")
+            found = read_json(self.folder / "manifest.json", "train.py")
         except StageError:
             return {}
+        return found if all(isinstance(found.get(name), dict) for name in ("weights", "settings")) else {}
 
     def differing(self, theirs):
         """The settings that differ from `theirs`, as text with both values; hashes shortened."""
@@ -324,6 +322,8 @@ class Run:
             try:
                 theirs = read_manifest(folder).get("settings", {})
                 weights, state = load_file(folder / "model.safetensors"), load_file(folder / "optimizer.safetensors")
+                if not all(x.isfinite().all() for x in weights.values()):
+                    raise StageError(f"{folder} holds weights that are NaN or infinite")
             except (StageError, OSError, SafetensorError) as error:
                 tqdm.write(f"{folder} is passed over: {str(error).partition(';')[0]}", file=sys.stderr)
                 continue
@@ -341,7 +341,9 @@ class Run:
         self.describe(0, {sha256(self.folder / "model.safetensors"): 0})
 
     def describe(self, step, hashes):
-        write_json(self.folder / "manifest.json", {"step": step, "weights": hashes, "settings": self.settings})
+        config = self.manifest().get("config") or sha256(self.folder / "config.json")    # as it was at the start
+        write_json(self.folder / "manifest.json", {"step": step, "weights": hashes, "config": config,
+                                                   "settings": self.settings})
 
     def save(self, training):
         """Write a checkpoint of `training` and make its weights the folder's own."""
@@ -387,54 +389,6 @@ class Run:
 
 
 # ------------------------------------------------------------------------------------ what a run says
-
-def wandb_mode():
-    """None (the environment decides) where there are credentials; else "offline": wandb would ask for them."""
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).netloc
-    try:
-        entry = netrc.netrc(os.path.expanduser(os.environ.get("NETRC", "~/.netrc"))).authenticators(host)
-    except (OSError, netrc.NetrcParseError):
-        entry = None
-    named = any(map(os.environ.get, ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")))
-    return None if entry or named or os.environ.get("WANDB_MODE") == "disabled" else "offline"
-
-
-class Wandb:
-    """Weights & Biases in a thread of its own: missing, raising or hanging, it costs a warning and nothing else.
-
-    Online where the user has logged in (`wandb login`, WANDB_API_KEY) and WANDB_MODE does not say otherwise.
-    """
-
-    def __init__(self, settings, folder):
-        self.entries, self.failed = queue.Queue(), False
-        self.thread = threading.Thread(target=self._work, args=(settings, folder), daemon=True)
-        self.thread.start()
-
-    def _work(self, settings, folder):
-        try:
-            import wandb
-            quiet = wandb.Settings(console="off", silent=True, init_timeout=WANDB_SECONDS, finish_timeout=WANDB_SECONDS)
-            run = wandb.init(project=WANDB_PROJECT, group=f"seed{settings['seed']}", name=settings["arm"],
-                             dir=str(folder), config=settings, mode=wandb_mode(), settings=quiet)
-            while (entry := self.entries.get()) is not None:
-                run.log(entry, step=entry["step"])
-            run.finish()
-        except Exception as error:
-            self.failed = True
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            tqdm.write(f"wandb is left out ({reason}); history.jsonl holds the same numbers", file=sys.stderr)
-
-    def log(self, entry):
-        if not self.failed:
-            self.entries.put(entry)
-
-    def finish(self):
-        self.entries.put(None)
-        self.thread.join(WANDB_SECONDS)
-        if self.thread.is_alive():
-            tqdm.write(f"wandb did not end within {WANDB_SECONDS} s and is left behind; history.jsonl holds the same "
-                       f"numbers", file=sys.stderr)
-
 
 class History:
     """history.jsonl: a line every LOG_EVERY steps, the mean of its steps. Read back a whole interval late, so that the
@@ -542,7 +496,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained("{folder}", trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained("{folder}", trust_remote_code=True)
 text = tokenizer("The memory of", return_tensors="pt")
-print(tokenizer.decode(model.generate(**text, max_new_tokens=50)[0]))
+memory = model.new_memory()     # or model.load_memory("memory.safetensors"), which memory.save(..) wrote
+print(tokenizer.decode(model.generate(**text, max_new_tokens=50, past_key_values=memory)[0]))
 ```
 
 Limits: a small model trained on little text to answer one question (does a memory help?); it knows next to nothing,
@@ -621,20 +576,27 @@ def main(argv=None):
     if dist.is_initialized():
         dist.barrier()
     resumed = run.newest()
-    if first and resumed:
-        run.publish(resumed[0])                          # a kill may have come between the checkpoint and this
-    elif first:
+    if first and not resumed:
         run.clear()
         run.begin(model, tokenizer)
-    if resumed and len(resumed[2]["statistics"]) == steps:
+    training = Training(model.to(device), rows, row_order(len(rows), steps, BATCH, args.seed))
+    if resumed:
+        try:
+            training.restore(*resumed[1:])
+        except torch.OutOfMemoryError:                   # a RuntimeError too, but no reason to start over
+            raise
+        except (KeyError, RuntimeError, TypeError) as error:
+            raise StageError(f"{resumed[0]} does not fit this train.py ({error}); start over with --fresh, not "
+                             f"--resume") from None
+        if first:
+            run.publish(resumed[0])                      # a kill may have come between the checkpoint and this
+    if training.done == steps:
         if first:
             print(f"{run.folder}: all {steps:,} steps are done already; next: {following} --root {root}")
         return
 
-    training = Training(model.to(device), rows, row_order(len(rows), steps, BATCH, args.seed))
-    if resumed:
-        training.restore(*resumed[1:])
-    wandb = Wandb(settings, run.folder) if first else None
+    warn = lambda what: tqdm.write(f"{what}; history.jsonl holds the same numbers", file=sys.stderr)
+    wandb = Wandb(run.folder, args.seed, arm, settings, __file__, warn) if first else None
     history = History(run, training, args.with_ltm, wandb) if first else None
     if first:
         print(f"{arm}, seed {args.seed}: {steps:,} steps of {BATCH} x {rows.shape[1]} tokens, "

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"          # before anything imports the hub's client: no test waits for a network
+os.environ["WANDB_MODE"] = "disabled"       # but in the tests that are about it
 
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))

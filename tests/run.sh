@@ -9,7 +9,6 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 find_python
 
 export HF_HUB_OFFLINE=1                     # a test that wants the network fails at once
-export WANDB_MODE=offline
 export MPLBACKEND=Agg                       # pictures without a screen
 export TOKENIZERS_PARALLELISM=false
 export OMP_NUM_THREADS=1                   # two tests at a time on two cores

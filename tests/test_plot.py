@@ -7,7 +7,9 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import matplotlib
 import numpy as np
 import pytest
 from matplotlib.image import imread
@@ -15,6 +17,7 @@ from matplotlib.image import imread
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
+import models                                               # noqa: E402
 import plot_eval                                            # noqa: E402
 from models import StageError, sha256                       # noqa: E402
 
@@ -52,6 +55,18 @@ def controls():
              "top1": None, "group": group} for name, ratio, recall, group in rows]
 
 
+def memory():
+    """140 tokens, every seventh a name, and four predictions that drew on earlier ones."""
+    words = [" the", " captain", " of", " a", " ship", ".", " Farrington", "\n\n", "ish", " said"]
+    bits = [None] + [7 * at % 19 + 0.31 for at in range(1, 140)]
+    tokens = [{"text": words[6] if at % 7 == 3 else words[at * at % 10], "bits": cost,
+               "bits_mixture": cost and cost / 3, "stored": bool(cost and cost > 4.5)} for at, cost in enumerate(bits)]
+    drew = lambda *places: [{"at": at, "share": 0.61 / 2 ** rank, "cosine": 0.97} for rank, at in enumerate(places)]
+    reads = [(66, (3,)), (101, (66, 59, 10, 24, 31)), (122, (66, 17)), (137, (38,))]
+    return {"document": 17, "window": 128, "threshold": 4.5, "tokens": tokens,
+            "reads": [{"at": at, "from": drew(*places)} for at, places in reads]}
+
+
 def synthetic(seeds=3):
     curves = {arm: {"forced_choice": shares, "forced_choice_ci95": [wilson(share) for share in shares],
                     "top1": [share * 0.7 for share in shares], "top1_ci95": [wilson(share * 0.7) for share in shares],
@@ -78,7 +93,7 @@ def synthetic(seeds=3):
             "tokens_per_sec": {"ratio": 377_000 / 412_000, **{
                 arm: {"median": float(np.median(speed[arm])), "runs": speed[arm]} for arm in RECALL}},
             "memory_hit_rate": {"baseline": 0.0, "with_ltm": 0.41, "routed_token_ratio": 0.58},
-            "controls": controls()}}
+            "controls": controls(), "memory": memory()}}
 
 
 @pytest.fixture
@@ -141,7 +156,7 @@ def test_pictures_hold_both_arms_in_colours_that_differ_in_grey(root, capsys):
     plot(root)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 and lines[0].startswith("With memory: BPC 1.566 vs 1.628 (-3.8%, helps), recall 160")
-    assert str(root / "results.png") in lines[1] and str(root / "results_controls.png") in lines[1]
+    assert all(str(root / name) in lines[1] for name in ("results.png", "results_controls.png", "results_memory.png"))
     picture = imread(root / "results.png")[:, :, :3]
     assert picture.shape[1] == 1800 and 0.6 < (picture.min(2) > 0.95).mean() < 0.95     # mostly paper, not all of it
     greys = []
@@ -153,18 +168,27 @@ def test_pictures_hold_both_arms_in_colours_that_differ_in_grey(root, capsys):
     assert pixels(root / "results_controls.png").std() > 0.1
 
 
-def test_the_same_results_give_the_same_bytes(root):
+def test_the_same_results_give_the_same_bytes(root, tmp_path):
     plot(root)
     hashes = {path.name: sha256(path) for path in root.glob("*.png")}
     # with other settings of matplotlib's and in another process, too
-    (root / "matplotlibrc").write_text("font.size: 20\naxes.facecolor: red\n")
-    subprocess.run([sys.executable, PROJECT / "plot_eval.py", "--root", root], check=True, capture_output=True,
-                   cwd=root, env={**os.environ, "MATPLOTLIBRC": str(root / "matplotlibrc")})
-    assert hashes == {path.name: sha256(path) for path in root.glob("*.png")} and len(hashes) == 2
+    (tmp_path / "matplotlibrc").write_text("font.size: 20\naxes.facecolor: red\n")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    environment |= {"MATPLOTLIBRC": str(tmp_path / "matplotlibrc"), "HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, PROJECT / "plot_eval.py", "--root", root], stdin=subprocess.DEVNULL,
+                          capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120)
+    assert hashes == {path.name: sha256(path) for path in root.glob("*.png")} and len(hashes) == 3
+    # there with the real wandb, without an account: no question, no network, no word
+    pytest.importorskip("wandb")
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 2 and done.stderr == "", done.stdout + done.stderr
+    assert len(list(root.glob("wandb/offline-run-*/*.wandb"))) == 1
+    assert len(list(root.glob("wandb/offline-run-*/files/media/images/results*.png"))) == 3
+    assert not (tmp_path / "wandb").exists()
 
 
 def texts(results, gone=()):
-    return [text.get_text() for text in plot_eval.new_figure(7, results, list(gone)).texts]
+    figure = plot_eval.new_figure(7, results, list(gone), *plot_eval.headline(results), plot_eval.how_measured(results))
+    return [text.get_text() for text in figure.texts]
 
 
 def test_the_words_say_the_verdict_and_where_the_numbers_come_from():
@@ -203,21 +227,142 @@ def test_hit_rates_of_a_history_with_a_step_taken_twice_and_a_torn_end(tmp_path,
     assert plot_eval.hit_rates(tmp_path / "none").shape == (2, 0)
 
 
+# ------------------------------------------------------------------ the text in results_memory.png
+
+def written(cells):
+    """The lines that the cells of flow() make, as text."""
+    lines = {}
+    for line, column, letter in (cell for token in cells for cell in token):
+        lines.setdefault(line, {})[column] = letter
+    return ["".join(lines[line].get(column, " ") for column in range(max(lines[line]) + 1)) for line in sorted(lines)]
+
+
+def test_text_flows_in_lines_and_no_word_is_cut(monkeypatch):
+    monkeypatch.setattr(plot_eval, "COLUMNS", 16)
+    texts = ["It", " was", " Far", "ring", "ton", ".", "\n\n", "He", " said", " a", " thing", ".", "\n", "Why", "?"]
+    cells = plot_eval.flow(texts)
+    assert written(cells) == ["It was", "Farrington.\u00b6\u00b6", "He said a", "thing.\u00b6Why?"]
+    assert [plot_eval.spans(token) for token in cells[1:5]] == [[(0, 3, 6)], [(1, 0, 3)], [(1, 3, 7)], [(1, 7, 10)]]
+    # longer than a line; two words in one token
+    assert [plot_eval.spans(token) for token in plot_eval.flow(["a", "-" * 20, " b c"])] == [
+        [(0, 0, 1)], [(0, 1, 16), (1, 0, 5)], [(1, 6, 9)]]
+
+
+def test_characters_that_cannot_be_drawn_are_boxes():
+    odd = ["\0", "\u202e", "\ud800", "\U0001f600", "\u65e5", "\x1b"]
+    cells = plot_eval.flow([*odd, "\u00e9", "\ufffd", "\u0645", "\t", "|"])
+    assert written(cells) == ["\u25a1" * len(odd) + "\u00e9\ufffd\u0645 |"]
+
+
+def test_the_memory_picture_says_what_a_prediction_drew_on(root):
+    results = read(root)
+    figure = plot_eval.draw_memory(results, [])
+    words = [text.get_text() for axes in figure.axes for text in axes.texts]
+    assert "6.3 without memory" in words and "2.1 with memory" in words         # bits of token 66
+    # the heaviest three at most, and of the others those that matter
+    assert "63 tokens back: share 0.61, cosine 0.97" in words
+    assert [word.count("tokens back") for word in words if "tokens back" in word] == [1, 3, 2, 1]
+    # a disc in the table, one at the prediction, one at each token that it drew on; of A, two in the key
+    assert [words.count(letter) for letter in "ABCD"] == [2 + 1 + 2, 2 + 3, 2 + 2, 2 + 1]
+    assert any("128 tokens back; the memory, along the arrows, up to 105." in text.get_text() for text in figure.texts)
+    results["detail"]["memory"]["reads"][1:] = [
+        {"at": 101, "from": [{"at": 66, "share": 0.9, "cosine": 0.9}, {"at": 1, "share": 0.04, "cosine": 0.9}]}]
+    assert any("up to 63." in text.get_text() for text in plot_eval.draw_memory(results, []).texts)
+
+
+@pytest.mark.parametrize("change", [
+    lambda memory: memory.update(reads=[]),
+    lambda memory: memory.update(reads=[], tokens=memory["tokens"][:1]),
+    lambda memory: memory["reads"][0].update({"from": []}),
+    lambda memory: [memory["tokens"][read["at"] - 1].update(text="") or read.update(
+        {"from": [{"at": read["at"] - 1, "share": 0.5, "cosine": 1.0}]}) for read in memory["reads"]],
+    lambda memory: [token.update(text="x" * 300) for token in memory["tokens"][:9]],
+    lambda memory: [token.update(text=text) for token, text in zip(memory["tokens"], (
+        "\U0001f600", " \u65e5\u672c", " \u0645\u0631", "\u05e9", "", "\r\n", "\ud83d", "e\u0301", "$\\frac{"))],
+    lambda memory: [token.update(bits=1000.0) for token in memory["tokens"]],
+], ids=["no reads", "one token", "nothing drawn on", "no text", "long tokens", "odd characters", "very many bits"])
+def test_any_text_has_a_memory_picture(change, recwarn, tmp_path):
+    results = synthetic()
+    change(results["detail"]["memory"])
+    with matplotlib.rc_context(plot_eval.STYLE):
+        plot_eval.draw_memory(results, []).savefig(tmp_path / "memory.png", dpi=50)
+    assert pixels(tmp_path / "memory.png").std() > 0.02 and not recwarn.list
+
+
+def test_a_read_outside_of_the_text_is_refused(root):
+    results = read(root)
+    for wrong in ({"at": -1, "from": []}, {"at": 0, "from": []}, {"at": 9.5, "from": []}, {"at": 9}, {}, None,
+                  {"at": 9, "from": [{"at": 9}]}, {"at": 9, "from": [{"at": -1}]}, {"at": 9, "from": [{"at": 3}]},
+                  {"at": 140, "from": []}):
+        results["detail"]["memory"]["reads"][1] = wrong
+        with pytest.raises((LookupError, TypeError, ValueError)):
+            plot_eval.draw_memory(results, [])
+    write(root, results)
+    refused(root, "results.json", "detail.memory.reads: one is outside of the text")
+
+
 # ------------------------------------------------------------------ what it does without
 
-def test_without_controls_only_one_picture_and_a_word_on_an_old_one(root, capsys):
-    results = read(root)
-    for controls in (None, []):
-        results["detail"]["controls"] = controls
+@pytest.mark.parametrize("key, flag", [("controls", " --controls"), ("memory", "")])
+def test_without_controls_or_memory_no_such_picture_and_a_word_on_an_old_one(root, capsys, monkeypatch, key, flag):
+    monkeypatch.setattr(plot_eval, "DPI", 10)           # these pictures are not looked at
+    results, path = read(root), root / f"results_{key}.png"
+    for nothing in (None, []):
+        results["detail"][key] = nothing
         write(root, results)
         plot(root)
-        assert not (root / "results_controls.png").exists()
-    (root / "results_controls.png").write_bytes(b"old")
-    del results["detail"]["controls"]
+        assert not path.exists() and len(list(root.glob("*.png"))) == 2
+    path.write_bytes(b"old")
+    del results["detail"][key]
     write(root, results)
     plot(root)
-    assert "results_controls.png is of an earlier evaluation" in capsys.readouterr().out
-    assert (root / "results_controls.png").read_bytes() == b"old"
+    assert (f"warning: {path} is of an earlier evaluation; for a new one: python eval.py --root {root}{flag}\n"
+            in capsys.readouterr().out)
+    assert path.read_bytes() == b"old"
+
+
+# ------------------------------------------------------------------ wandb
+
+def test_wandb_gets_the_pictures(root, monkeypatch, capsys):
+    """In the project and the group of the trainings, as images and as one artefact."""
+    told = []
+    run = SimpleNamespace(group="seed0", finish=lambda: told.append("finished"), log=told.append,
+                          log_artifact=lambda artifact: told.append(artifact.files))
+
+    class Artifact:
+        def __init__(self, name, type):
+            self.files = [name]
+
+        def add_file(self, path):
+            self.files.append(path)
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(
+        Settings=dict, Image=str, Artifact=Artifact, init=lambda **named: (told.append(named), run)[1]))
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setattr(plot_eval, "DPI", 10)
+    plot(root)
+    named, images, artifact, finished = told
+    assert (named["project"], named["group"], named["job_type"]) == (models.WANDB_PROJECT, "seed0", "eval")
+    assert named["config"]["data"]["val_sha256"] == "0" * 64 and named["config"]["seeds"] == [0, 1, 2]
+    assert named["config"]["code"] == {path.name: sha256(path) for path in
+                                       (PROJECT / "models.py", PROJECT / "plot_eval.py")}
+    paths = [str(root / f"results{what}.png") for what in ("", "_controls", "_memory")]
+    assert images == dict(zip(("results", "results_controls", "results_memory"), paths))
+    assert artifact == ["pictures-seed0", *paths] and finished == "finished"
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_without_wandb_the_pictures_and_a_warning(root, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setattr(plot_eval, "DPI", 10)
+    plot(root)
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        f"warning: wandb is left out (import of wandb halted; None in sys.modules); {root} has the pictures"]
+    assert len(list(root.glob("*.png"))) == 3
+
+
+# ------------------------------------------------------------------ what else it does without
 
 
 def test_without_histories_receptive_field_groups_and_with_one_seed(tmp_path):
@@ -251,7 +396,7 @@ def test_odd_names_are_only_names(root, recwarn):
     assert not recwarn.list
 
 
-# ------------------------------------------------------------------ what it refuses (faults.md rows 19, 20 and 23)
+# ------------------------------------------------------------------ what it refuses (the table in test_fuzz.py rows 19, 20 and 23)
 
 def test_row_19_checkpoint_changed_after_the_evaluation(root):
     plot(root)
@@ -293,8 +438,8 @@ def places(value, place=()):
             yield from places(inner, (*place, key))
 
 
-OPTIONAL = {"detail.data.val_tokens", "detail.data.val_sha256", "detail.recall.receptive_field", "detail.controls",
-            "detail.recall.mcnemar_p", "detail.memory_hit_rate", "baseline.memory_hit_rate"}
+OPTIONAL = {"detail.memory", "detail.data.val_tokens", "detail.data.val_sha256", "detail.recall.receptive_field",
+            "detail.controls", "detail.recall.mcnemar_p", "detail.memory_hit_rate", "baseline.memory_hit_rate"}
 OPTIONAL_ENDS = ("top1", "top1_ci95", "by_format", "mean", "median", "pair", "colon", "sentence", "routed_token_ratio",
                  "bpc_windows.verdict")
 NEEDED = [".".join(place) for place in places(synthetic()) if not ".".join(place).endswith(OPTIONAL_ENDS)
@@ -309,7 +454,9 @@ def test_results_that_lack_a_field_or_hold_another_thing(tmp_path, monkeypatch, 
     root = build(tmp_path / "root", synthetic(seeds=1))
     for path in root.glob("trained/*/history.jsonl"):
         path.unlink()
-    whole, passed = (root / "results.json").read_text(), set()
+    results = read(root)
+    del results["detail"]["memory"]                     # has its own tests
+    whole, passed = json.dumps(results), set()
     for place in NEEDED:
         results = inner = json.loads(whole)
         *above, last = place.split(".")

@@ -42,7 +42,7 @@ made = {
     "download_models.py": ["data/tokenizer/vocab.json", "data/tokenizer/merges.txt"],
     "prepare_data.py": ["data/train.bin", "data/val.bin", "data/meta.json"],
     "eval.py": ["results.json"],
-    "plot_eval.py": ["results.png"],
+    "plot_eval.py": ["results.png", "results_memory.png"],
 }
 if "--seed" in flags:
     seed = flags[flags.index("--seed") + 1]

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,7 @@ ARMS = {"baseline": "--baseline", "with_ltm": "--with-ltm"}
 
 
 class NoWandb:
-    """Stands in for train.Wandb where a test is about something else."""
+    """Stands in for Wandb where a test is about something else."""
 
     def __init__(self, *_):
         pass
@@ -339,17 +340,25 @@ def test_a_step_is_a_step_of_plain_autograd(source, monkeypatch, ltm):
         assert torch.allclose(p, q, atol=2e-6), name
 
 
-def test_no_weight_moves_after_a_nan(source, monkeypatch):
+@pytest.mark.parametrize("field, spoil", [
+    ("objective", lambda x: x * torch.inf),                             # the gradients are not finite either
+    ("objective", lambda x: x + torch.inf), ("objective", lambda x: x - torch.inf),     # they are finite
+    ("objective", lambda x: x + torch.nan), ("log_p", lambda x: x + torch.inf)])
+def test_no_weight_moves_after_a_nan(source, monkeypatch, field, spoil):
     """Row 14, the device's side: also the steps that are already under way when the host learns of it."""
     training = training_of(source, monkeypatch)
     training.run(3)
-    before = {name: x.clone() for name, x in training.weights().items()}
-    objective = training.objective
-    training.objective = lambda *arguments: (objective(*arguments)[0] * torch.inf, objective(*arguments)[1])
-    training.run(1)
-    training.objective = objective
+    before, score = {name: x.clone() for name, x in training.weights().items()}, training.model.score
+
+    def spoilt(*arguments, **named):
+        scores = score(*arguments, **named)
+        return scores._replace(**{field: spoil(getattr(scores, field))})
+    with monkeypatch.context() as patch:
+        patch.setattr(training.model, "score", spoilt)
+        training.run(1)
     training.run(2)
     assert all(torch.equal(x, before[name]) for name, x in training.weights().items())
+    assert torch.isfinite(training.statistics[:3]).all() and training.statistics[3:6].isnan().all()
 
 
 def test_the_log_is_whole_wherever_steps_are_taken(root, here, undisturbed, monkeypatch):
@@ -600,7 +609,7 @@ def test_a_run_goes_on_only_as_it_began(finished, here, monkeypatch, what):
             model.config.ltm_cosine = 0.7
             says = "init_config was "
         else:
-            model.memory.sharpness.data += 1
+            model.memory.from_state.bias.data += 1
         models.save_model(model, models.load_tokenizer(finished), init)
         models.manifest_of(init)
     assert refused(here(finished, *flags, "--resume"), says, "--fresh")
@@ -853,9 +862,9 @@ def test_a_full_disk_keeps_the_checkpoint_before(root, away, here, undisturbed, 
     folder = root / "trained" / "baseline"
     folder.mkdir()
     if how == "a small disk":
-        mount = ["mount", "-t", "tmpfs", "-o", "size=18m", "tmpfs", str(folder)]
+        mount = ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(folder)]
         if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
-            pytest.skip("a disk of 18 MB can be mounted by root alone")
+            pytest.skip("a disk of 12 MB can be mounted by root alone")
     try:
         fault = {"fault": filling_up, "arguments": (8,)} if how != "a small disk" else {}
         code, said = away(root, "--baseline", **fault)
@@ -931,7 +940,8 @@ FAKES = {
 def with_wandb(wandb, folder):
     """Fault: a module by the name of wandb that misbehaves."""
     folder.mkdir()
-    vars(train).update(Wandb=wandb, WANDB_SECONDS=1)
+    del os.environ["WANDB_MODE"]
+    train.Wandb, models.WANDB_SECONDS = wandb, 1
     if FAKES[folder.name] is None:
         sys.modules["wandb"] = None
     else:
@@ -946,6 +956,27 @@ def test_wandb_costs_a_warning_at_most(root, away, tmp_path, undisturbed, fake):
     assert code == 0 and said.count("history.jsonl holds the same numbers") == 1, said
     assert "Traceback" not in said
     assert fingerprint(root / "trained" / "baseline") == undisturbed["baseline"][1]
+
+
+def test_wandb_is_told_what_tells_the_runs_apart(root, here, monkeypatch):
+    """One project and group for both arms; a job type each, or they would be one line where runs are grouped."""
+    told = []
+    run = types.SimpleNamespace(log=lambda *_, **__: None, finish=lambda: None)
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(
+        Settings=dict, init=lambda **named: (told.append(named), run)[1]))
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setattr(train, "Wandb", models.Wandb)
+    for flag in ARMS.values():
+        assert here(root, flag)[0] == 0
+    assert {(named["project"], named["group"]) for named in told} == {(models.WANDB_PROJECT, "seed0")}
+    assert [named["job_type"] for named in told] == list(ARMS)
+    meta = json.loads((root / "data" / "meta.json").read_text())
+    for arm, named in zip(ARMS, told):
+        config = named["config"]
+        assert config["data"] == meta["splits"]["train"]["sha256"]
+        assert config.pop("code") == {name: sha256(PROJECT / name) for name in ("models.py", "train.py")}
+        # not among what a resumed run must have in common with the first: other code may go on
+        assert config == json.loads((root / "trained" / arm / "manifest.json").read_text())["settings"]
 
 
 DRIVER = f"""
@@ -992,7 +1023,7 @@ def test_wandb_is_online_only_with_credentials(tmp_path, monkeypatch, environmen
         monkeypatch.setenv(name, value)
     if netrc:
         (tmp_path / ".netrc").write_text(netrc)
-    assert train.wandb_mode() == mode
+    assert models.wandb_mode() == mode
 
 
 # ------------------------------------------------------------------ several processes, and the GPU
