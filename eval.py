@@ -4,6 +4,7 @@ reads   data/val.bin, data/meta.json, trained/baseline/, trained/with_ltm/ (and 
 writes  results.json
 
     python eval.py                  what the README reports
+    python eval.py --controls       the same, and what the gain depends on: other thresholds, sizes, models (first seed)
     python eval.py --quick          the small models under quick/
 
 bpc                 bits of all validation tokens / their characters; whole documents, memory empty at each start
@@ -14,6 +15,10 @@ tokens_per_sec      scoring those documents, both arms in turn in this process
 """
 
 import argparse
+import codecs
+import copy
+import functools
+import itertools
 import math
 import platform
 import statistics
@@ -25,25 +30,30 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import transformers
-from torch.nn import functional as F
 from tqdm import tqdm
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from models import (EOT, StageError, arm_folder, characters_per_token, default_root, load_model, load_split,
-                    load_tokenizer, lower_precision, mix, parameters_by_group, pick_device, read_json, read_manifest,
-                    run_stage, sha256, write_json)
+from models import (EOT, GPT, Address, Reading, RevenaHybridTiny, Scores, StageError, arm_folder,
+                    characters_per_token, default_root, load_model, load_split, load_tokenizer, lower_precision, mix,
+                    parameters_by_group, pick_device, read_json, read_manifest, run_stage, sha256, write_json)
 
 ARMS = ("baseline", "with_ltm")
-PACK = 128                      # rows of 128 tokens scored at once
+PACK = 128                      # rows of 128 tokens scored at once; a control takes up to 2.5 GB of GPU memory
 FACTS = 8                       # planted in a sequence; their values are the choices
 TRIALS = 336                    # questions per distance and format
 DISTANCES = (32, 64, 96, 160, 192, 256, 320, 384, 512, 1024)    # tokens from the value to the place to repeat it
 LONG_RANGE = (160, 192, 256, 320, 384)
 LEAD = 64                       # tokens of real text before the facts
+DISTRACTORS = (0, 8, 64, 300)   # facts more between the one asked for and the question; 300 evict it
+DISTRACTED = 256                # tokens from the value to the place to repeat it, where the distractors fit in there
 BOOTSTRAP = 10_000              # resamples of seeds and documents
 REPEATS = 5                     # timed passes over TIMED packs, each arm in turn
 TIMED = 16
-SEED = 0                        # of the questions and the bootstrap: the same for every model
-QUICK = dict(PACK=16, TRIALS=8, DISTANCES=(64, 160, 256), LONG_RANGE=(160, 256), BOOTSTRAP=2_000, REPEATS=3, TIMED=1)
+SHOWN, READS, SOURCES = 420, 4, 3       # the picture of a memory: tokens of a document, reads, items of each
+CONTROL_TRIALS = 96             # questions per distance and format for each control
+FITTED = 200                    # documents of train.bin that the neural cache's two parameters are fitted to
+SEED = 0                        # of questions, bootstrap and controls: the same for every model
+QUICK = dict(PACK=16, TRIALS=8, DISTANCES=(64, 160, 256), LONG_RANGE=(160, 256), DISTRACTORS=(0, 64), TIMED=1, FITTED=6)
 
 
 # ------------------------------------------------------------------------------------ text in packs of rows
@@ -68,15 +78,18 @@ def documents(rows):
     return found
 
 
-def packs(sequences, width, device):
-    """Lay sequences out in Packs of PACK rows, longest first, so that little is left over; a longer one has its own."""
-    order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
+def packs(sequences, width, device, size=None):
+    """Lay sequences out in Packs of `size` rows (default PACK), longest first, so that little is left over.
+
+    A longer one has its own.
+    """
+    size, order = size or PACK, sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
 
     def rows_of(i):
         return -(-len(sequences[i]) // width)
 
     def emit(chosen):
-        count = max(PACK, sum(rows_of(i) for i in chosen))
+        count = max(size, sum(rows_of(i) for i in chosen))
         tokens = np.full((count, width), EOT, np.int64)
         targets, opens, places, row = tokens.copy(), np.ones(count, bool), [], 0
         for i in chosen:
@@ -90,13 +103,50 @@ def packs(sequences, width, device):
 
     waiting, used = [], 0
     for i in order:
-        if waiting and used + rows_of(i) > PACK:
+        if waiting and used + rows_of(i) > size:
             yield emit(waiting)
             waiting, used = [], 0
         waiting.append(i)
         used += rows_of(i)
     if waiting:
         yield emit(waiting)
+
+
+@functools.cache
+def compiled(method):
+    """A method of the models as one graph: their weights are its inputs, so it is compiled once for all of them."""
+    return torch.compile(lambda model, *given: getattr(model, method)(*given), dynamic=False)
+
+
+def fast(method, model, *given):
+    """model.method(*given); on a GPU compiled, where model and pack are of the usual class and shape."""
+    usual = type(model) is RevenaHybridTiny and given[0].shape[:2] == (PACK, model.config.stm_window)
+    return compiled(method)(model, *given) if usual and given[0].is_cuda else getattr(model, method)(*given)
+
+
+def states(model, pack):
+    """Final states (N, C, D) of a pack."""
+    if model.config.stm_window is None:                                # GPT: each row is a whole sequence
+        return model.states(pack.tokens)
+    return fast("states", model, pack.tokens, pack.opens)
+
+
+def score(pack, *variants):
+    """Scores of a pack's targets by each of some models that differ in nothing but their memory.
+
+    The parts of model.score one by one: the arms have the first two in common, so that these are compiled once. What
+    only one of several variants does is not compiled: that would take longer than it saves.
+    """
+    model = variants[0]
+    h = states(model, pack)
+    log_p, log_z = fast("log_p", model, h, pack.targets)
+    if not model.config.ltm_enabled:
+        nothing = torch.zeros_like(pack.targets, dtype=torch.bool)
+        return [Scores(log_p, log_p, log_p, nothing, nothing)]
+    given = h, pack.tokens, pack.targets, log_p, log_z, pack.opens
+    if len(variants) == 1:
+        return [fast("score_states", model, *given)]
+    return [variant.score_states(*given) for variant in variants]
 
 
 class Tally(NamedTuple):
@@ -109,13 +159,14 @@ class Tally(NamedTuple):
 
 
 @torch.no_grad()
-def score_text(score, sequences, width, device, note=None):
-    """Tally of every token of the sequences given what came before it; `score` as RevenaHybridTiny.score."""
+def score_text(model, sequences, width, device, note=None):
+    """Tally of every token of the sequences given what came before it."""
     kept = Tally(*([None] * len(sequences) for _ in Tally._fields))
     for pack in packs(sequences, width, device):
-        scores = score(pack.tokens, pack.targets, pack.opens)
-        flat = torch.stack([-scores.log_p.double() / math.log(2), -scores.log_p_stm.double() / math.log(2),
-                            scores.hit.double(), scores.stored.double()]).flatten(1).cpu().numpy()
+        scores, = score(pack, model)
+        flat = torch.stack([x.float() for x in (scores.log_p, scores.log_p_stm, scores.hit, scores.stored)])
+        flat = flat.flatten(1).cpu().double().numpy()
+        flat[:2] /= -math.log(2)
         for i, first, length in pack.places:
             for field, values in zip(kept, flat[:, first:first + length - 1]):
                 field[i] = values
@@ -124,17 +175,11 @@ def score_text(score, sequences, width, device, note=None):
     return kept
 
 
-@torch.no_grad()
-def score_windows(score, rows, device):
-    """Bits of each token of the rows taken alone: (bits per row, counted targets per row as bool (N, C))."""
-    bits, counted = [], []
-    for part in np.array_split(rows, max(1, len(rows) // PACK)):
-        tokens = torch.from_numpy(part.astype(np.int64)).to(device)
-        targets = F.pad(tokens[:, 1:], (0, 1), value=EOT)
-        fresh = (tokens[:, :1] == EOT) | (torch.arange(tokens.size(1), device=device) >= tokens.size(1) // 2 - 1)
-        bits.append((-score(tokens, targets).log_p.double() / math.log(2)).cpu().numpy())
-        counted.append((fresh & (targets != EOT)).cpu().numpy())
-    return np.concatenate(bits), np.concatenate(counted)
+def score_windows(model, rows, device):
+    """Bits of each target of the rows taken alone: (bits (N, C - 1), which of them count as bool (N, C - 1))."""
+    tally = score_text(model, list(rows.astype(np.int64)), rows.shape[1], device)
+    fresh = (rows[:, :1] == EOT) | (np.arange(1, rows.shape[1]) >= rows.shape[1] // 2)
+    return np.stack(tally.bits), fresh & (rows[:, 1:] != EOT)
 
 
 # ------------------------------------------------------------------------------------ recall
@@ -146,6 +191,7 @@ FORMATS = {                     # how a fact is written; the question stops befo
 }
 
 
+@functools.cache
 def single_words(tokenizer):
     """Tokens that are one lower-case English-looking word of four letters or more with its space before it."""
     words = [(word, index) for word, index in tokenizer.get_vocab().items()
@@ -157,6 +203,20 @@ class Question(NamedTuple):
     tokens: np.ndarray          # the whole sequence; its last token is the last of the question
     choices: np.ndarray         # (FACTS,) values planted in it, the right one first
     place: int                  # where the right value stands
+    begin: int                  # where the question begins
+
+
+def fact_tokens(tokenizer, form):
+    """The tokens of a fact but for its key and value: (before the key, between the two, after the value)."""
+    before, _, stop = FORMATS[form]
+    key_at = before.index("{key}")
+    encode = lambda text: tokenizer.encode(text) if text else []
+    return encode(before[:key_at].rstrip()), encode(before[key_at + len("{key}"):]), encode(stop)
+
+
+def distracted_distance(tokenizer, form, extra):
+    """The distance at which `extra` distractors are asked over: DISTRACTED, or the least that has room for them."""
+    return max(DISTRACTED, (FACTS + extra) * (2 + sum(map(len, fact_tokens(tokenizer, form)))))
 
 
 def questions(texts, tokenizer, form, distance, count, extra=0):
@@ -164,21 +224,20 @@ def questions(texts, tokenizer, form, distance, count, extra=0):
 
     Example (pair): "EOT ..text.. lamp seven. ..text.. door north. ..text.. lamp" -> " seven"; 8 such facts, half of
     the others after the one asked for, as far as they fit. Keys and values are single tokens from disjoint sets.
-    `extra` facts more, never asked for, are planted in front of the question, as many as fit.
+    `extra` facts more, distractors that are never asked for, stand between the one asked for and the question, as many
+    as fit.
     """
     draw = np.random.default_rng((SEED, list(FORMATS).index(form), distance, extra))
-    before, _, stop = FORMATS[form]
-    key_at = before.index("{key}")
-    encode = lambda text: tokenizer.encode(text) if text else []
-    opening, middle = encode(before[:key_at].rstrip()), encode(before[key_at + len("{key}"):])
-    closing = encode(stop)
+    opening, middle, closing = fact_tokens(tokenizer, form)
     words = np.random.default_rng(SEED).permutation(single_words(tokenizer))
     keys, values = words[:len(words) // 2], words[len(words) // 2:]
     fact = lambda key, value: [*opening, key, *middle, value, *closing]
     asked = len(opening) + 1 + len(middle)                             # tokens of the question
-    long_enough = [text for text in texts if len(text) > distance + LEAD]
+    size = asked + 1 + len(closing)                                    # tokens of a fact
+    least = LEAD + max(distance - extra * size, size)                  # tokens of real text, at most
+    long_enough = [text for text in texts if len(text) > least]
     if not long_enough:
-        raise StageError(f"no validation document is longer than {distance + LEAD} tokens; prepare more text, or take "
+        raise StageError(f"no validation document is longer than {least} tokens; prepare more text, or take "
                          f"{distance} out of DISTANCES in eval.py")
 
     def scatter(text, facts):
@@ -207,34 +266,49 @@ def questions(texts, tokenizer, form, distance, count, extra=0):
         place = len(head) + asked
         tokens = np.concatenate((head, facts[0], scatter(real[LEAD:], late), facts[0][:asked]))
         assert len(tokens) - place == distance
-        made.append(Question(tokens, chosen[1][:FACTS], place))
+        made.append(Question(tokens, chosen[1][:FACTS], place, len(tokens) - asked))
     return made
 
 
+OUTCOMES = ("forced_choice", "top1", "stored", "retrieved")
+
+
 @torch.no_grad()
-def answer(model, asked, width, device):
-    """What the model says: bool arrays (len(asked),) forced choice right, top-1 right, value stored, retrieved."""
-    right, top, stored, retrieved = (np.zeros(len(asked), bool) for _ in range(4))
-    for pack in packs([question.tokens for question in asked], width, device):
-        h = model.states(pack.tokens, pack.opens)
+def answer(variants, asked, width, device, wiped=False, size=None, note=None):
+    """What models that differ in their memory only say: of each a bool array (4, len(asked)), rows as OUTCOMES.
+
+    `wiped`: nothing that came before the question is in memory. width, size: as in `packs`.
+    """
+    said, memory = [np.zeros((len(OUTCOMES), len(asked)), bool) for _ in variants], variants[0].config.ltm_enabled
+    for pack in packs([question.tokens for question in asked], width, device, size):
         numbers, first, length = map(np.array, zip(*pack.places))
-        row, column = ((torch.from_numpy(first + length - 1) // width), torch.from_numpy((first + length - 1) % width))
-        p = model.logits(h[row, column]).log_softmax(-1)
+        if wiped:                                                      # what is no target is not stored
+            kept = np.zeros(pack.targets.shape, bool).reshape(-1)
+            for i, start, count in pack.places:
+                kept[start + asked[i].begin - 1:start + count - 1] = True
+            kept = torch.from_numpy(kept).to(device).view_as(pack.targets)
+            pack = pack._replace(targets=torch.where(kept, pack.targets, EOT))
+        h = states(variants[0], pack)
+        row, column = (torch.from_numpy(x).to(device) for x in divmod(first + length - 1, width))
+        p_stm = variants[0].logits(h[row, column]).log_softmax(-1)
+        log_p, log_z = fast("log_p", variants[0], h, pack.targets) if memory else (None, None)
         truth = torch.tensor([asked[i].choices[0] for i in numbers], device=device)
-        if model.config.ltm_enabled:
-            log_p, log_z = model.log_p(h, pack.targets)
-            read, values, kept, odds = model.read(h, pack.tokens, pack.targets, log_p, log_z, pack.opens)
-            weight = (read.exact + read.learned * (odds > 0)[..., None])[row, column]
-            p = mix(p[:, None], weight[:, None], values[row])[:, 0]
-            retrieved[numbers] = ((weight > 0) & (values[row] == truth[:, None])).any(1).cpu().numpy()
-            fact = torch.tensor([f + asked[i].place - 1 for i, f in zip(numbers, first)], device=device)
-            stored[numbers] = kept.flatten()[fact].cpu().numpy()
+        fact = torch.tensor([f + asked[i].place - 1 for i, f in zip(numbers, first)], device=device)
         # in order of their ids: where two are equally likely (bfloat16 has few digits) the right one has no advantage
         choices = torch.from_numpy(np.stack([np.sort(asked[i].choices) for i in numbers])).to(device)
-        picked = choices.gather(1, p.gather(1, choices).argmax(1, keepdim=True))[:, 0]
-        right[numbers] = (picked == truth).cpu().numpy()
-        top[numbers] = (p.argmax(1) == truth).cpu().numpy()
-    return right, top, stored, retrieved
+        for model, outcomes in zip(variants, said):
+            p, stored, retrieved = p_stm, torch.zeros_like(truth), torch.zeros_like(truth)
+            if memory:
+                read, values, kept, odds = model.read(h, pack.tokens, pack.targets, log_p, log_z, pack.opens)
+                weight = (read.exact + read.learned * (odds > 0)[..., None])[row, column]
+                p = mix(p[:, None], weight[:, None], values[row])[:, 0]
+                stored, retrieved = kept.flatten()[fact], ((weight > 0) & (values[row] == truth[:, None])).any(1)
+            picked = choices.gather(1, p.gather(1, choices).argmax(1, keepdim=True))[:, 0]
+            found = torch.stack((picked == truth, p.argmax(1) == truth, stored > 0, retrieved > 0))
+            outcomes[:, numbers] = found.cpu().numpy()
+        if note:
+            note(len(numbers))
+    return said
 
 
 # ------------------------------------------------------------------------------------ statistics
@@ -254,6 +328,16 @@ def mcnemar(first, second):
     logs = [math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) - n * math.log(2)
             for k in range(min(only, other) + 1)]
     return min(1.0, 2 * math.fsum(math.exp(x) for x in logs)) if n else 1.0
+
+
+def paired_difference(first, second):
+    """Share of `second` minus that of `first`, paired bool arrays: {"mean", "ci95"} (Agresti & Min 2005).
+
+    The interval is Wald's after half an observation is added to each of the four cells, so none is ever a point.
+    """
+    only, other, n = int((first & ~second).sum()) + 0.5, int((second & ~first).sum()) + 0.5, len(first) + 2
+    centre, half = (other - only) / n, 1.959964 * math.sqrt(only + other - (other - only) ** 2 / n) / n
+    return {"mean": (other - only) / len(first), "ci95": [max(-1.0, centre - half), min(1.0, centre + half)]}
 
 
 def paired_bootstrap(bits, characters):
@@ -314,7 +398,7 @@ def train_command(root, seed, arm, quick):
 
 
 def load_arm(root, seed, arm, device, quick):
-    """(model, entry for results.json, settings) of one trained arm, its weights verified against their manifest.
+    """(model, entry for results.json, settings) of one trained arm, config and weights verified by its manifest.
 
     Damaged weights are named, and the newest whole checkpoint is used; none: StageError.
     """
@@ -324,8 +408,12 @@ def load_arm(root, seed, arm, device, quick):
     digest = sha256(weights) if weights.is_file() else None
     manifest = read_json(folder / "manifest.json", made_by)
     known, settings = manifest.get("weights"), manifest.get("settings")
-    if not isinstance(known, dict) or not isinstance(settings, dict):
+    if not isinstance(settings, dict) or not isinstance(known, dict) or any(type(n) is not int for n in known.values()):
         raise StageError(f"{folder / 'manifest.json'} is damaged; train again: {made_by} --fresh")
+    config = folder / "config.json"
+    if not config.is_file() or sha256(config) != manifest.get("config"):
+        raise StageError(f"{config} is missing or not the file its manifest names; put that back, or train again: "
+                         f"{made_by} --fresh")
     if digest not in known:
         checkpoints = (folder / "checkpoints").glob("step-*")
         for source in sorted(checkpoints, key=lambda path: (len(path.name), path.name), reverse=True):
@@ -348,7 +436,8 @@ def load_arm(root, seed, arm, device, quick):
                          f"train again: {made_by} --fresh")
     if step != settings.get("steps"):
         tqdm.write(f"note: {folder} is at step {step} of {settings.get('steps')}")
-    entry = {"seed": seed, "folder": str(source.relative_to(root)), "sha256": digest, "step": step}
+    entry = {"seed": seed, "folder": str(source.relative_to(root)), "sha256": digest, "step": step,
+             "config_sha256": manifest["config"]}
     return lower_precision(model), entry, settings
 
 
@@ -373,7 +462,7 @@ def gather_models(root, meta, device, quick):
         for arm in ARMS:
             models[arm, seed], entry, settings = load_arm(root, seed, arm, device, quick)
             entries[arm].append(entry)
-            inits.add(settings.get("init"))
+            inits.add(str(settings.get("init")))
             settings = {name: value for name, value in settings.items() if name not in ("arm", "init", "seed")}
             if settings.get("data") != meta["splits"]["train"]["sha256"]:
                 raise StageError(f"{entry['folder']} was trained on other data than {root}/data now holds; put that "
@@ -390,19 +479,19 @@ def gather_models(root, meta, device, quick):
     return models, entries, shared
 
 
-def throughput(scorers, sequences, width, device):
-    """Tokens per second of each scorer, in turn: {name: {"median", "runs"}}."""
+def throughput(models, sequences, width, device):
+    """Tokens per second that each of {name: model} scores, in turn: {name: {"median", "runs"}}."""
     ready = [pack for _, pack in zip(range(TIMED), packs(sequences, width, device))]
     tokens = sum(length - 1 for pack in ready for _, _, length in pack.places)
-    runs = {name: [] for name in scorers}
+    runs = {name: [] for name in models}
     for repeat in range(REPEATS + 1):                                  # the first warms up
-        for name, score in scorers.items():
+        for name, model in models.items():
             if device == "cuda":
                 torch.cuda.synchronize()
             start = time.perf_counter()
             with torch.no_grad():
                 for pack in ready:
-                    last = score(pack.tokens, pack.targets, pack.opens).log_p
+                    last = score(pack, model)[0].log_p
             last.sum().item()                                          # waits for the device
             if repeat:
                 runs[name].append(tokens / (time.perf_counter() - start))
@@ -415,69 +504,94 @@ class Measured(NamedTuple):
     tallies: dict               # {(arm, seed): Tally of the documents}
     windows: dict               # {(arm, seed): (documents,) bits of the rows taken alone}
     window_characters: np.ndarray       # (documents,) of the tokens that `windows` counts
-    recall: dict                # {(arm, seed, (form, distance)): what `answer` gives}
+    recall: dict                # {(arm, seed, (form, distance, distractors)): what `answer` gives}
     speed: dict                 # {arm: {"median", "runs"}}
 
 
 def measure(models, texts, rows, asked, per_token, device):
     """Score the documents, the rows alone and the questions with every model, then time both arms: Measured."""
     width, seeds = rows.shape[1], sorted({seed for _, seed in models})
-    compiled = torch.compile(lambda model, tokens, targets, opens: model.score(tokens, targets, opens), dynamic=False)
-
-    def scorer(model):
-        """How `model` scores packs: compiled where there is a GPU."""
-        if device != "cuda":
-            return model.score
-        return lambda tokens, targets, opens: compiled(model, tokens, targets, opens)
-
     opening = np.cumsum(rows[:, 0] == EOT) - 1                         # document of each row
-    of_target = np.pad(per_token[rows[:, 1:]], ((0, 0), (0, 1)))
     tallies, windows, recall = {}, {}, {}
-    with tqdm(total=len(models) * (len(texts) + sum(map(len, asked.values()))), unit="sequence", disable=None) as bar:
+    block = [question for cell in asked.values() for question in cell]
+    starts = np.cumsum([0, *map(len, asked.values())])
+    with tqdm(total=len(models) * (len(texts) + len(block)), unit="sequence", disable=None) as bar:
         for key, model in models.items():
-            tallies[key] = score_text(scorer(model), texts, width, device, bar.update)
-            bits, counted = score_windows(model.score, rows, device)
+            tallies[key] = score_text(model, texts, width, device, bar.update)
+            bits, counted = score_windows(model, rows, device)
             windows[key] = np.bincount(opening, np.where(counted, bits, 0).sum(1))
         for (arm, seed), model in models.items():
-            for cell, block in asked.items():
-                recall[arm, seed, cell] = answer(model, block, width, device)
-                bar.update(len(block))
-        speed = throughput({arm: scorer(models[arm, seeds[0]]) for arm in ARMS}, texts, width, device)
-    return Measured(tallies, windows, np.bincount(opening, np.where(counted, of_target, 0).sum(1)), recall, speed)
+            outcomes, = answer([model], block, width, device, note=bar.update)
+            for cell, start in zip(asked, starts):
+                recall[arm, seed, cell] = outcomes[:, start:start + len(asked[cell])]
+        speed = throughput({arm: models[arm, seeds[0]] for arm in ARMS}, texts, width, device)
+    characters = np.bincount(opening, np.where(counted, per_token[rows[:, 1:]], 0).sum(1))
+    return Measured(tallies, windows, characters, recall, speed)
 
 
-def summarise_recall(recall, seeds, config):
-    """The recall part of results.json: over formats and seeds, the same questions for every model."""
-    def gather(arm, measure, distances, forms=FORMATS):
-        """Outcomes of one measure of `answer` on some cells, all seeds."""
-        return np.concatenate([recall[arm, seed, (form, distance)][measure]
-                               for seed in seeds for form in forms for distance in distances])
+def summarise_recall(recall, seeds, config, distracted):
+    """The recall part of results.json: over formats and seeds, the same questions for every model.
 
-    share = lambda outcomes: {"mean": float(outcomes.mean()), "ci95": wilson(int(outcomes.sum()), len(outcomes))}
+    `distracted`: {distractors: {form: distance}}.
+    """
+    def gather(arm, outcome, cells):
+        """One of the OUTCOMES on some cells, all seeds."""
+        return np.concatenate([recall[arm, seed, cell][OUTCOMES.index(outcome)] for seed in seeds for cell in cells])
+
+    def of_answered(arm, cells):
+        """Of the questions answered rightly, the share where the right item had been retrieved."""
+        right = gather(arm, "forced_choice", cells)
+        return float(gather(arm, "retrieved", cells)[right].mean()) if right.any() else 0.0
+
+    at = lambda distances, forms=FORMATS: [(form, distance, 0) for form in forms for distance in distances]
+    share = lambda *cells: {"mean": float(gather(*cells).mean()),
+                            "ci95": wilson(int(gather(*cells).sum()), len(gather(*cells)))}
     summary = {"chance": 1 / FACTS, "window": config.stm_window, "distances": list(DISTANCES),
                "receptive_field": config.n_layer * (config.stm_window - 1) + 1,
                "trials_per_distance": len(FORMATS) * TRIALS, "seeds": len(seeds)}
     for arm in ARMS:
         part = summary[arm] = {}
-        for measure, name in enumerate(("forced_choice", "top1", "stored", "retrieved")):
-            shares = [share(gather(arm, measure, [distance])) for distance in DISTANCES]
+        for name in OUTCOMES:
+            shares = [share(arm, name, at([distance])) for distance in DISTANCES]
             part[name], part[f"{name}_ci95"] = [x["mean"] for x in shares], [x["ci95"] for x in shares]
-        for measure, name in enumerate(("by_format", "top1_by_format")):
-            part[name] = {form: [float(gather(arm, measure, [distance], [form]).mean()) for distance in DISTANCES]
+        for outcome, name in (("forced_choice", "by_format"), ("top1", "top1_by_format")):
+            part[name] = {form: [share(arm, outcome, at([distance], [form]))["mean"] for distance in DISTANCES]
                           for form in FORMATS}
-        pairs = [(gather(arm, 0, [distance]), gather(arm, 3, [distance])) for distance in DISTANCES]
-        part["retrieved_of_answered"] = [float(found[right].mean()) if right.any() else 0.0 for right, found in pairs]
-    summary["mcnemar_p"] = [mcnemar(*(gather(arm, 0, [distance]) for arm in ARMS)) for distance in DISTANCES]
+        part["retrieved_of_answered"] = [of_answered(arm, at([distance])) for distance in DISTANCES]
+    test = lambda distances: mcnemar(*(gather(arm, "forced_choice", at(distances)) for arm in ARMS))
+    summary["mcnemar_p"] = [test([distance]) for distance in DISTANCES]
 
     far = summary["long_range"] = {"distances": list(LONG_RANGE)}
     for arm in ARMS:
-        top = share(gather(arm, 1, LONG_RANGE))
-        far[arm] = {**share(gather(arm, 0, LONG_RANGE)), "top1": top["mean"], "top1_ci95": top["ci95"],
-                    "by_format": {form: float(gather(arm, 0, LONG_RANGE, [form]).mean()) for form in FORMATS}}
-    p = far["mcnemar_p"] = mcnemar(*(gather(arm, 0, LONG_RANGE) for arm in ARMS))
+        top = share(arm, "top1", at(LONG_RANGE))
+        far[arm] = {**share(arm, "forced_choice", at(LONG_RANGE)), "top1": top["mean"], "top1_ci95": top["ci95"],
+                    "by_format": {form: share(arm, "forced_choice", at(LONG_RANGE, [form]))["mean"]
+                                  for form in FORMATS},
+                    "retrieved_of_answered": of_answered(arm, at(LONG_RANGE))}
+    p = far["mcnemar_p"] = test(LONG_RANGE)
+    far["difference"] = paired_difference(*(gather(arm, "forced_choice", at(LONG_RANGE)) for arm in ARMS))
     better = far["with_ltm"]["mean"] > far["baseline"]["mean"]
     far["verdict"] = "inconclusive" if p > 0.05 else "helps" if better else "hurts"
+
+    summary["distractors"] = []
+    for extra, distances in distracted.items():
+        row, cells = {"facts": extra, "distance": distances}, [(*item, extra) for item in distances.items()]
+        for arm in ARMS:
+            shares = {name: share(arm, name, cells) for name in OUTCOMES}
+            row[arm] = {name: x["mean"] for name, x in shares.items()} | {
+                "ci95": shares["forced_choice"]["ci95"], "retrieved_of_answered": of_answered(arm, cells)}
+        summary["distractors"].append(row)
     return summary
+
+
+def summarise_speed(speed):
+    """The throughput part of results.json: what `throughput` gives, and the ratio of the medians with its interval."""
+    runs = np.array([speed[arm]["runs"] for arm in ARMS])              # (2, REPEATS): both arms in turn
+    chosen = np.random.default_rng(SEED).integers(0, runs.shape[1], (BOOTSTRAP, runs.shape[1]))
+    medians = np.median(runs[:, chosen], axis=2)
+    low, high = np.quantile(medians[1] / medians[0], (0.025, 0.975)).tolist()
+    return {**speed, "ratio": speed["with_ltm"]["median"] / speed["baseline"]["median"], "ratio_ci95": [low, high],
+            "verdict": "helps" if low > 1 else "hurts" if high < 1 else "inconclusive"}
 
 
 def summarise_gain(tallies, texts, per_token, seeds, config):
@@ -504,23 +618,246 @@ def summarise_gain(tallies, texts, per_token, seeds, config):
     return position, targets
 
 
+# ------------------------------------------------------------------------------------ one memory at work
+
+def pieces(tokenizer, tokens):
+    """The text that each token adds; a character spread over several tokens stands in the last of them."""
+    byte_of = {letter: byte for byte, letter in bytes_to_unicode().items()}
+    decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+    return [decode(bytes(map(byte_of.get, word))) for word in tokenizer.convert_ids_to_tokens(tokens)]
+
+
+@torch.no_grad()
+def observe(model, texts, tally, tokenizer):
+    """What the memory did in the first SHOWN tokens of one document, for results.json.
+
+    The document: of those long enough (of all, if none is), the first in which READS words gain a bit or more although
+    the window has lost sight of them; if there is none, that with the most. The reads: the words that gained most from
+    items of which the heaviest lies beyond the window, no word twice. All in float32, the reads off a Memory.
+    """
+    config, window = model.config, model.config.stm_window
+    is_word = np.array([any(map(str.isalnum, text)) for text in tokenizer.batch_decode(np.arange(EOT + 1)[:, None])])
+
+    def lost_and_found(i):
+        tokens = texts[i][:SHOWN + 1]
+        bits, stm, stored = (field[i][:SHOWN] for field in (tally.bits, tally.stm, tally.stored))
+        lost = kinds_of_target(tokens, stored > 0, window, config.ltm_slots) == 2
+        return min(READS, len(set(tokens[1:][lost & (stm - bits >= 1) & is_word[tokens[1:]]].tolist())))
+    long_enough = [i for i, text in enumerate(texts) if len(text) > SHOWN] or range(len(texts))
+    number = max(long_enough, key=lost_and_found)                      # of equals, the first
+
+    model = altered(model).float()
+    ids = torch.from_numpy(texts[number][None, :SHOWN + 1]).to(model.device)
+    cost = lambda model: (model(ids).logits[0, :-1].gather(1, ids[0, 1:, None])[:, 0].cpu() / -math.log(2)).tolist()
+    bits, mixture, tokens = cost(altered(model, ltm_enabled=False)), cost(model), ids[0, 1:].tolist()
+    words, memory, reads = pieces(tokenizer, tokens), model.new_memory(), []
+    gains = sorted((mixed - alone, at) for at, (alone, mixed) in enumerate(zip(bits, mixture))
+                   if at >= window and mixed < alone and is_word[tokens[at]])
+    for gain, at in sorted(gains[:64], key=lambda pair: pair[1]):
+        model(ids[:, memory.length:at + 1], past_key_values=memory, logits_to_keep=1)
+        found = [{"at": item["position"] - 1, "share": item["share"], "cosine": item["cosine"]}
+                 for item in memory.retrieved() if item["token"] == tokens[at]]
+        if found and at - found[0]["at"] > window:
+            reads.append((gain, at, found[:SOURCES]))
+    chosen = {}
+    for _, at, found in sorted(reads, key=lambda read: read[:2]):
+        if len(chosen) < READS:
+            chosen.setdefault(words[at].strip().lower(), {"at": at, "from": found})
+    return {"document": number, "window": window, "threshold": config.ltm_surprisal_bits,
+            "tokens": [{"text": word, "bits": alone, "bits_mixture": mixed, "stored": alone > config.ltm_surprisal_bits}
+                       for word, alone, mixed in zip(words, bits, mixture)],
+            "reads": sorted(chosen.values(), key=lambda read: read["at"])}
+
+
+# ------------------------------------------------------------------------------------ controls
+
+def altered(model, kind=RevenaHybridTiny, **settings):
+    """A model of the same weights, not copied, as another class or with other settings (of its config)."""
+    config = copy.deepcopy(model.config)
+    config.update(settings)
+    with torch.device("meta"):                                         # no weights of its own
+        twin = kind(config)
+    mine, weights = twin.state_dict().keys(), model.state_dict()
+    twin.load_state_dict({name: weights[name] for name in mine if name != "backbone.rotary"}, strict=False, assign=True)
+    return twin.to(model.device).eval()
+
+
+class OtherReads(RevenaHybridTiny):
+    """What is retrieved and the odds of looking up are changed: config.change(Reading, odds) gives both."""
+
+    def read(self, *given):
+        read, values, stored, odds = super().read(*given)
+        read, odds = self.config.change(read, odds)
+        return read, values, stored, odds
+
+
+class RandomTokens(RevenaHybridTiny):
+    """Each token is stored with probability config.rate, whatever its surprisal."""
+
+    def route(self, log_p, targets):
+        bits, _ = super().route(log_p, targets)
+        draw = torch.rand(targets.shape, generator=torch.Generator().manual_seed(SEED)).to(targets.device)
+        return bits, (targets != EOT) & (draw < self.config.rate)
+
+
+class ShuffledValues(RevenaHybridTiny):
+    """The values of the items of a sequence change places: at a key, there may even be one that is yet to come."""
+
+    def candidates(self, address, targets, stored, opens=None):
+        items = stored.flatten().nonzero()[:, 0]
+        sequence = opens.cumsum(0)[items // targets.size(1)]
+        order = torch.randperm(len(items), generator=torch.Generator().manual_seed(SEED)).to(items.device)
+        order = order[sequence[order].argsort(stable=True)]
+        values = targets.flatten().index_copy(0, items, targets.flatten()[items[order]])
+        return super().candidates(address, values.view_as(targets), stored, opens)
+
+
+class NeuralCache(RevenaHybridTiny):
+    """Grave et al. 2017: (1 - share) p_stm + share p_cache, p_cache = softmax_i(theta h_t . h_i) over the last tokens.
+
+    That is the mixture of this model where the items, all tokens, weigh share / (1 - share) p_cache. config.theta,
+    config.share; the size is ltm_slots.
+    """
+
+    def read(self, h, tokens, targets, log_p, log_z, opens=None):
+        stored = targets != EOT
+        address = Address(*[targets] * len(Address._fields))._replace(key=h)           # only the key is asked for
+        items, values, visible = self.candidates(address, targets, stored, opens)
+        match = self.config.theta * (h.float() @ items.key.float().mT)                 # (N, C, I)
+        cache = match.masked_fill(~visible, -math.inf).softmax(-1).nan_to_num()        # at the start there is none
+        weight = self.config.share / (1 - self.config.share) * cache
+        hit = visible.any(-1)
+        nothing = torch.zeros_like(weight), torch.zeros_like(hit)
+        return Reading(weight, nothing[0], hit, nothing[1], None), values, stored, -torch.ones_like(log_p)
+
+
+@torch.no_grad()
+def fit_cache(model, texts, slots, width):
+    """A NeuralCache of that size on the backbone of `model`, fitted to texts: theta on a grid, share exactly."""
+    cache = functools.partial(altered, model, NeuralCache, ltm_enabled=True, ltm_slots=slots)
+    grid = [2 ** (power / 2) / model.config.n_embd for power in range(16)]             # h . h is n_embd: 1 to 181
+    variants, p, mixed = [cache(theta=theta, share=0.5) for theta in grid], [], []
+    for pack in packs(texts, width, model.device):
+        scores, real = score(pack, *variants), pack.targets != EOT
+        p.append(scores[0].log_p_stm[real].cpu().double().exp())
+        mixed.append(torch.stack([one.log_p[real] for one in scores]).cpu().double().exp())
+    p, fits = torch.cat(p), []
+    for theta, half in zip(grid, torch.cat(mixed, 1)):
+        of_cache, low, high = 2 * half - p, 0.0, 1.0                   # where the cache is empty, that is p
+        for _ in range(30):                                            # the likelihood is concave in the share
+            share = (low + high) / 2
+            rises = ((of_cache - p) / (p + share * (of_cache - p))).mean() > 0
+            low, high = (share, high) if rises else (low, share)
+        fits.append(((p + low * (of_cache - p)).log().mean().item(), theta, low))
+    _, theta, share = max(fits)
+    return cache(theta=theta, share=share)
+
+
+def memory_controls(model, rate):
+    """[(group, name, model)]: the memory as trained, and with one thing changed in each."""
+    def ladder(group, setting, values):
+        trained = getattr(model.config, setting)
+        return [(group, ("none" if value < -1 else f"{value:g}") + " (as trained)" * (value == trained),
+                 model if value == trained else altered(model, **{setting: value}))
+                for value in sorted({*values, trained})]
+    def reads(change):
+        return altered(model, OtherReads, change=change)
+    nothing = torch.zeros_like
+    return [("reads", "as trained", model),
+            ("reads", "reads off", reads(lambda read, odds: (Reading(*map(nothing, read)), odds))),
+            ("reads", "values shuffled", altered(model, ShuffledValues)),
+            ("what is stored", "random tokens, same rate", altered(model, RandomTokens, rate=rate)),
+            ("what is stored", "every token", altered(model, ltm_surprisal_bits=-1)),
+            *ladder("cosine threshold", "ltm_cosine", (-2, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)),
+            *ladder("surprisal threshold, bits", "ltm_surprisal_bits", (0, 2, 3, 4.5, 6, 8)),
+            *ladder("slots", "ltm_slots", (16, 64, 128, 256, 512, 1024)),
+            ("look-ups", "made at every position", reads(lambda read, odds: (read, torch.ones_like(odds)))),
+            ("look-ups", "exact addresses only", reads(lambda read, odds: (read, nothing(odds)))),
+            ("look-ups", "learned addresses only", reads(lambda read, odds: (
+                read._replace(exact=nothing(read.exact), hit_exact=nothing(read.hit_exact)), odds)))]
+
+
+def evaluate_controls(hybrid, baseline, bits, rate, texts, training, asked, device):
+    """Rows of results.json, {"group", "name", "bpc_ratio", "recall", ..} each: what the gain depends on.
+
+    Args:
+        hybrid, baseline: the arms of one seed. bits: of all texts, by the second. rate: of storing, by the first.
+        training: documents to fit on. asked: as in `measure`; of each long-range cell the first CONTROL_TRIALS.
+    """
+    window, longest = hybrid.config.stm_window, max(map(len, texts))
+    block = [question for (_, distance, extra), block in asked.items() if distance in LONG_RANGE and not extra
+             for question in block[:CONTROL_TRIALS]]
+    size = lambda width: max(1, PACK * window // width)                # as many tokens in a pack, whatever the width
+
+    @torch.no_grad()
+    def compression(variants, width):
+        totals = np.zeros((len(variants), 4))                          # targets, bits, hits, stored
+        for pack in packs(texts, width, device, size(width)):
+            real = pack.targets != EOT
+            for total, one in zip(totals, score(pack, *variants)):
+                nats = -one.log_p[real].cpu().double().sum().item()
+                total += int(real.sum()), nats / math.log(2), int(one.hit[real].sum()), int(one.stored[real].sum())
+        return [{"bpc_ratio": total[1] / bits, "hit_rate": total[2] / total[0], "stored": total[3] / total[0]}
+                for total in totals]
+
+    def recall(variants, width, wiped=False):
+        said = answer(variants, block, width, device, wiped, size(width))
+        return [{"recall": float(right.mean()), "recall_ci95": wilson(int(right.sum()), len(block)),
+                 "trials": len(block)} for right, *_ in said]
+
+    rows = []
+
+    def add(table, width=window, question=window):
+        """Rows for [(group, name, model, further fields)]; each model once, and all with the first one's backbone."""
+        models = list({id(model): model for _, _, model, *_ in table}.values())
+        fields = zip(compression(models, width), recall(models, question))
+        found = {id(model): {**one, **other} for model, (one, other) in zip(models, fields)}
+        for group, name, model, *more in table:
+            rows.append({"group": group, "name": name, **found[id(model)], **(more[0] if more else {})})
+
+    add(memory_controls(hybrid, rate))
+    wiped, = recall([hybrid], window, wiped=True)
+    rows.insert(2, {"group": "reads", "name": "memory wiped between fact and question", "bpc_ratio": None, **wiped})
+    caches = [fit_cache(baseline, training, slots, window) for slots in (hybrid.config.ltm_slots, longest)]
+    add([("other models", f"neural cache on the baseline, {cache.config.ltm_slots:,} tokens", cache,
+          {"theta": cache.config.theta, "share": cache.config.share}) for cache in caches])
+    question = max(len(question.tokens) for question in block)
+    gpt = altered(baseline, GPT, stm_window=None, n_positions=max(longest, question))
+    add([("other models", f"GPT, full attention (trained at {window})", gpt)], longest, question)
+    return rows
+
+
+def print_controls(rows):
+    """Each control's bits per character by the baseline's, its long-range recall and the share of tokens it stores."""
+    print(f"\n{'':70}{'x bpc':>8}{'recall':>8}{'stored':>8}")
+    for group, part in itertools.groupby(rows, lambda row: row["group"]):
+        for row, head in zip(part, itertools.chain([group], itertools.repeat(""))):
+            numbers = [row.get(field) for field in ("bpc_ratio", "recall", "stored")]
+            print(f"{head:27}{row['name']:43}" + "".join(f"{'-' if x is None else f'{x:.3f}':>8}" for x in numbers))
+
+
 def print_table(results):
-    """The four numbers of each arm, two more, and what they say."""
+    """The four numbers of each arm, two more, and what the differences say."""
     detail = results["detail"]
-    bpc, windows, far = detail["bpc"], detail["bpc_windows"], detail["recall"]["long_range"]
-    print(f"\n{'':22}" + "".join(f"{arm:>12}" for arm in ARMS))
-    for name, form in (("bpc", ".4f"), ("long_range_recall", ".3f"), ("memory_hit_rate", ".3f"),
-                       ("tokens_per_sec", ",.0f")):
-        print(f"{name:22}" + "".join(f"{results[arm][name]:>12{form}}" for arm in ARMS))
-    for name, form, values in (
-            ("bpc, windows alone", ".4f", [statistics.fmean(windows[arm]["per_seed"]) for arm in ARMS]),
-            ("top-1 recall", ".3f", [far[arm]["top1"] for arm in ARMS])):
-        print(f"{name:22}" + "".join(f"{value:>12{form}}" for value in values))
-    low, high = bpc["difference"]["ci95"]
-    print(f"\nThe memory {bpc['verdict'].replace('inconclusive', 'makes no clear difference to')} BPC: "
-          f"{bpc['difference']['mean']:+.4f} [{low:+.4f}, {high:+.4f}], x {bpc['ratio']:.4f} "
-          f"(windows alone x {windows['ratio']:.4f}); recall beyond the window: {far['verdict']} "
-          f"({far['baseline']['mean']:.3f} to {far['with_ltm']['mean']:.3f}, chance {1 / FACTS:.3f}).")
+    bpc, windows, speed = detail["bpc"], detail["bpc_windows"], detail["tokens_per_sec"]
+    far = detail["recall"]["long_range"]
+    interval = lambda low, high, form: f" [{low:{form}}, {high:{form}}]"
+    gap = lambda part, form: f"{part['difference']['mean']:{form}}" + interval(*part["difference"]["ci95"], form)
+    times = lambda part, form: f"x {part['ratio']:{form}}"
+    headline = lambda name: [results[arm][name] for arm in ARMS]
+    print(f"\n{'':20}" + "".join(f"{arm:>11}" for arm in ARMS) + "   difference, 95% interval")
+    for name, form, values, difference, verdict in (
+            ("bpc", ".4f", headline("bpc"), gap(bpc, "+.4f"), f"{bpc['verdict']}, {times(bpc, '.4f')}"),
+            ("bpc, windows alone", ".4f", [statistics.fmean(windows[arm]["per_seed"]) for arm in ARMS],
+             gap(windows, "+.4f"), f"{windows['verdict']}, {times(windows, '.4f')}"),
+            ("long_range_recall", ".3f", headline("long_range_recall"), gap(far, "+.3f"),
+             f"{far['verdict']}, chance {1 / FACTS:.3f}"),
+            ("top-1 recall", ".3f", [far[arm]["top1"] for arm in ARMS], "", ""),
+            ("memory_hit_rate", ".3f", headline("memory_hit_rate"), "", ""),
+            ("tokens_per_sec", ",.0f", headline("tokens_per_sec"),
+             times(speed, ".3f") + interval(*speed["ratio_ci95"], ".3f"), speed["verdict"])):
+        values = "".join(f"{value:>11{form}}" for value in values)
+        print(f"{name:20}{values}   {difference:27} {verdict}".rstrip())
 
 
 def commit():
@@ -536,6 +873,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", metavar="DIR", help="folder of data/ and trained/ (default: this one)")
     parser.add_argument("--quick", action="store_true", help="the small setting, under quick/")
+    parser.add_argument("--controls", action="store_true", help="also measure what the gain depends on (first seed)")
     args = parser.parse_args(argv)
     if args.quick:
         globals().update(QUICK)
@@ -548,8 +886,12 @@ def main(argv=None):
     models, entries, settings = gather_models(root, meta, device, args.quick)
     seeds = [entry["seed"] for entry in entries["with_ltm"]]
     hybrid = models["with_ltm", seeds[0]]
-    asked = {(form, distance): questions(texts, tokenizer, form, distance, TRIALS)
-             for form in FORMATS for distance in DISTANCES}
+    distracted = {extra: {form: distracted_distance(tokenizer, form, extra) for form in FORMATS}
+                  for extra in DISTRACTORS}
+    cells = [(form, distance, 0) for form in FORMATS for distance in DISTANCES]
+    cells += [(form, distance, extra) for extra, row in distracted.items() for form, distance in row.items()]
+    asked = {(form, distance, extra): questions(texts, tokenizer, form, distance, TRIALS, extra)
+             for form, distance, extra in dict.fromkeys(cells)}
     tokens = sum(map(len, texts)) - len(texts)
     print(f"{len(texts):,} documents, {tokens:,} tokens; seeds {seeds}; on {device}", flush=True)
     measured = measure(models, texts, rows, asked, per_token, device)
@@ -563,8 +905,8 @@ def main(argv=None):
                          f"--root {root}" + " --quick" * args.quick)
     mean = lambda field: [float(np.concatenate(getattr(measured.tallies["with_ltm", seed], field)).mean())
                           for seed in seeds]
-    hits, speed = mean("hit"), measured.speed
-    recall = summarise_recall(measured.recall, seeds, hybrid.config)
+    hits, stored, speed = mean("hit"), mean("stored"), summarise_speed(measured.speed)
+    recall = summarise_recall(measured.recall, seeds, hybrid.config, distracted)
     position, targets = summarise_gain(measured.tallies, texts, per_token, seeds, hybrid.config)
 
     results = {arm: {"bpc": statistics.fmean(bpc[arm]["per_seed"]),
@@ -579,11 +921,17 @@ def main(argv=None):
                 "transformers": transformers.__version__, "python": platform.python_version(), "commit": commit(),
                 "seeds": seeds, "steps": entries["baseline"][0]["step"], "settings": settings,
                 "parameters": sum(parameters_by_group(hybrid).values()), "checkpoints": entries},
-        "bpc": bpc, "bpc_windows": windows, "recall": recall,
-        "tokens_per_sec": {**speed, "ratio": speed["with_ltm"]["median"] / speed["baseline"]["median"]},
+        "bpc": bpc, "bpc_windows": windows, "recall": recall, "tokens_per_sec": speed,
         "memory_hit_rate": {"baseline": 0.0, "with_ltm": statistics.fmean(hits), "per_seed": hits,
-                            "routed_token_ratio": statistics.fmean(mean("stored"))},
-        "position": position, "targets_bits_per_token": targets}
+                            "routed_token_ratio": statistics.fmean(stored)},
+        "position": position, "targets_bits_per_token": targets,
+        "memory": observe(hybrid, texts, measured.tallies["with_ltm", seeds[0]], tokenizer)}
+    if args.controls:
+        training = [text for text in documents(load_split(root, "train")[0]) if len(text) > 1][:FITTED]
+        rows = results["detail"]["controls"] = evaluate_controls(
+            hybrid, models["baseline", seeds[0]], bits["baseline", seeds[0]].sum(), stored[0], texts, training, asked,
+            device)
+        print_controls(rows)
     write_json(root / "results.json", results)
     print_table(results)
     print(f"wrote {root / 'results.json'} in {time.time() - began:.0f} s; next: python plot_eval.py --root {root}")

@@ -71,6 +71,9 @@ def verify(root, checkpoints, again):
             gone.append(str(name))
         elif sha256(weights) != entry["sha256"]:
             raise StageError(f"results.json is of another checkpoint than {weights}; rerun: {again}")
+        config = root / (name.parent.parent if name.parent.name == "checkpoints" else name) / "config.json"
+        if config.is_file() and sha256(config) != entry["config_sha256"]:
+            raise StageError(f"results.json is of another model than {config} describes; rerun: {again}")
         folders.append((arm, root / name))
     return folders, gone
 

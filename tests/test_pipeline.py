@@ -23,7 +23,7 @@ EDITS = {           # script: {constant as the line starts: its new value}
     "models.py": {'    "quick": dict(': "n_layer=1, n_embd=16, n_head=2),"},
     "train.py": {"QUICK = dict(": "STEPS=4, BATCH=1, WARMUP=2, LOG_EVERY=2, CHECKPOINT_STEPS=2)"},
     "eval.py": {"QUICK = dict(": "PACK=3, TRIALS=1, DISTANCES=(32, 140), LONG_RANGE=(140,), LEAD=16, BOOTSTRAP=100, "
-                                 "REPEATS=1, TIMED=1)"},
+                                 "REPEATS=1, TIMED=1, DISTRACTORS=(0, 9), DISTRACTED=140)"},
     "plot_eval.py": {"WIDTH, DPI = ": "9.0, 40"},
 }
 STAGES = ["download_models.py", "prepare_data.py", "add_memory.py", "train.py --baseline", "train.py --with-ltm",
@@ -113,4 +113,5 @@ def test_seven_stages(project):
     assert files(root) == made
     edit(project / "plot_eval.py", "WIDTH, DPI = ", "9.0, 30")
     assert run_all(project) == {**dict.fromkeys(STAGES, "skipped"), "plot_eval.py": "done in"}
-    assert {path for path, digest in files(root).items() if made[path] != digest} == {root / "results.png"}
+    changed = {path for path, digest in files(root).items() if made[path] != digest}
+    assert changed == {root / "results.png", root / "results_memory.png"}

@@ -109,8 +109,10 @@ def build(root, results):
             folder = (f"trained/seed{seed}/" if seed else "trained/") + arm
             (root / folder).mkdir(parents=True)
             (root / folder / "model.safetensors").write_bytes(f"weights of {folder}".encode())
+            (root / folder / "config.json").write_text(json.dumps({"made by": folder}))
             results["detail"]["run"]["checkpoints"][arm].append(
-                {"seed": seed, "folder": folder, "sha256": sha256(root / folder / "model.safetensors"), "step": 10_000})
+                {"seed": seed, "folder": folder, "sha256": sha256(root / folder / "model.safetensors"), "step": 10_000,
+                 "config_sha256": sha256(root / folder / "config.json")})
             with open(root / folder / "history.jsonl", "w") as history:
                 for step in range(10, 10_001, 10):
                     rate = 0.42 - 0.4 * math.exp(-step / 900) + 0.01 * seed + rng.normal(0, 0.03)
@@ -396,12 +398,18 @@ def test_odd_names_are_only_names(root, recwarn):
     assert not recwarn.list
 
 
-# ------------------------------------------------------------------ what it refuses (the table in test_fuzz.py rows 19, 20 and 23)
+# ------------------------------------------------------ what it refuses (rows 19, 20 and 23 of test_fuzz.py)
 
 def test_row_19_checkpoint_changed_after_the_evaluation(root):
     plot(root)
     (root / "trained/seed2/with_ltm/model.safetensors").write_bytes(b"weights of another run")
     refused(root, "results.json is of another checkpoint", "trained/seed2/with_ltm/model.safetensors", "rerun")
+
+
+def test_a_config_changed_after_the_evaluation(root):
+    plot(root)
+    (root / "trained/with_ltm/config.json").write_text("{}")
+    refused(root, "results.json is of another model than", "trained/with_ltm/config.json", "rerun")
 
 
 @pytest.mark.parametrize("value", ["NaN", "Infinity", "1e999"])
