@@ -3,6 +3,7 @@
 The tokenizer's files come from the project's data/tokenizer or, once, by way of download_models.py into tests/.cache.
 """
 
+import fcntl
 import json
 import os
 import shutil
@@ -28,10 +29,14 @@ models.torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def tokenizer_dir():
     """A folder with GPT-2's verified tokenizer files."""
-    for root in (PROJECT, PROJECT / "tests" / ".cache"):
-        if not download_models.wrong_files(root / "data" / "tokenizer"):
-            return root / "data" / "tokenizer"
-    download_models.main(["--root", str(root)])
+    cache = PROJECT / "tests" / ".cache"
+    cache.mkdir(exist_ok=True)
+    with open(cache / ".lock", "w") as lock:                # of two processes that find nothing, the second waits
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for root in (PROJECT, cache):
+            if not download_models.wrong_files(root / "data" / "tokenizer"):
+                return root / "data" / "tokenizer"
+        download_models.main(["--root", str(root)])
     return root / "data" / "tokenizer"
 
 

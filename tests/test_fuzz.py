@@ -496,7 +496,7 @@ def shrink(patch, home):
     tiny = dict(n_layer=1, n_embd=2, n_head=1, ltm_dim=8, ltm_ngrams=1, ltm_learned=1)
     quick = dict(STEPS=4, BATCH=1, WARMUP=1, LOG_EVERY=1, CHECKPOINT_STEPS=2)
     asked = dict(PACK=3, TRIALS=1, DISTANCES=(40,), LONG_RANGE=(40,), DISTRACTORS=(0,), DISTRACTED=40, SHOWN=50,
-                 BOOTSTRAP=100, REPEATS=1, TIMED=1, CONTROL_TRIALS=1, FIT_DOCUMENTS=2)
+                 BOOTSTRAP=100, REPEATS=1, TIMED=1, CONTROL_TRIALS=1, FITTED=2)
     for module, constants in {
             prepare_data: dict(WINDOW=WIDTH, STRIDE=WIDTH // 2, PROJECT=home,
                                read_python_documentation=lambda: iter(GOOD)),
@@ -619,7 +619,9 @@ def sane(path):
         models.load_split(path.parent.parent, path.stem)
 
 
-@pytest.mark.parametrize("name", CASES)
+# every second case is left to -m slow: the others are enough to find what a change breaks
+@pytest.mark.parametrize("name", [*list(CASES)[::2], *(pytest.param(name, marks=pytest.mark.slow)
+                                                       for name in list(CASES)[1::2])])
 def test_it_works_or_says_why_in_one_line(root, here, name):
     flags = befall(root, name)
     before, stage = files(root), CASES[name].stage
@@ -678,8 +680,8 @@ def test_a_process_of_its_own_says_the_same(whole, here, tmp_path):
 
 
 def test_there_are_enough_of_each_kind():
-    kinds = Counter(name.partition(":")[0] for name in CASES)
-    assert len(kinds) == 5 and min(kinds.values()) >= 40 and len(CASES) >= 200, kinds
+    kinds = Counter(name.partition(":")[0] for name in list(CASES)[::2])
+    assert len(kinds) == 5 and min(kinds.values()) >= 30 and kinds.total() >= 200, kinds
 
 
 def test_every_fault_has_its_tests():
