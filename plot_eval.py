@@ -263,8 +263,9 @@ def draw_controls(results, gone):
             rows.append({"name": row.get("group") or "", "group": row.get("group"), "title": True})
         rows.append(row)
     height = 2.7 + 0.22 * len(rows)
+    notes = f" Lines: all seeds; bars: seed {detail['run']['seeds'][0]}, the first, not trained again."
     figure = new_figure(height, results, gone, "Controls: what the gain depends on", headline(results)[1],
-                        how_measured(results))
+                        how_measured(results) + notes)
     arms_legend(figure, lambda look: Line2D([], [], color=look["color"], linestyle=look["line"]))
     columns = figure.subplots(1, 2, sharey=True, gridspec_kw=dict(
         left=0.34, right=0.94, top=1 - 1.55 / height, bottom=0.95 / height, wspace=0.22))
