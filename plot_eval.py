@@ -403,7 +403,7 @@ def draw_costs(words, bars, found, reads, tokens, texts):
         chip(words, 0.08, row, letter, True)
         word = "".join(shown for _, _, shown in texts[read["at"]]).strip()
         words.text(0.22, row, word if len(word) < 15 else word[:14] + "\u2026", family=MONO, va="center")
-        found.text(0, row, "\n".join(f"{read['at'] - source['at']:,} tokens back: share {source['share']:.2f}, "
+        found.text(0, row, "\n".join(f"{read['at'] - source['at']:,} tokens back: share {source['share']:.2g}, "
                                      f"cosine {source['cosine']:.2f}" for source in heaviest(read)),
                    fontsize=8.5, va="center")
     for axes in words, bars, found:
