@@ -127,7 +127,8 @@ def main(argv=None):
         os.replace(aside, folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    print(f"wrote {folder}/ in {time.time() - start:.0f} s; next: python train.py --baseline --root {root}")
+    print(f"wrote {folder}/ in {time.time() - start:.0f} s; next: python train.py --baseline --root {root}"
+          + f" --seed {args.seed}" * bool(args.seed) + " --quick" * args.quick)
 
 
 if __name__ == "__main__":

@@ -934,7 +934,8 @@ def main(argv=None):
         print_controls(rows)
     write_json(root / "results.json", results)
     print_table(results)
-    print(f"wrote {root / 'results.json'} in {time.time() - began:.0f} s; next: python plot_eval.py --root {root}")
+    print(f"wrote {root / 'results.json'} in {time.time() - began:.0f} s; next: python plot_eval.py --root {root}"
+          + " --quick" * args.quick)
 
 
 if __name__ == "__main__":

@@ -452,7 +452,8 @@ def main(argv=None):
         print(f"warning: {kept:,} documents where {DOCUMENTS:,} are asked for; going on with them")
     print(f"{read:,} documents read, {kept:,} kept ({meta['truncated']:,} of them cut off at "
           f"{MAX_DOC_TOKENS:,} tokens); skipped: {listed(skipped)}; {time.monotonic() - start:.1f} s")
-    print("next: python add_memory.py" + (f" --root {shlex.quote(str(root))}" if root != PROJECT else ""))
+    print("next: python add_memory.py" + (f" --root {shlex.quote(str(root))}" if root != PROJECT else "")
+          + " --quick" * flags.quick)
 
 
 if __name__ == "__main__":

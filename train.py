@@ -546,7 +546,8 @@ def main(argv=None):
         globals().update(QUICK)
     began = time.time()
     root, arm = default_root(args.root, args.quick), "with_ltm" if args.with_ltm else "baseline"
-    following = "python train.py --with-ltm" if arm == "baseline" else "python eval.py"
+    following = (f"python train.py --with-ltm --root {root}" + f" --seed {args.seed}" * bool(args.seed)
+                 if arm == "baseline" else f"python eval.py --root {root}") + " --quick" * args.quick
     steps, device = args.steps or STEPS, distributed()
     first = not dist.is_initialized() or dist.get_rank() == 0
     stop = []
@@ -592,7 +593,7 @@ def main(argv=None):
             run.publish(resumed[0])                      # a kill may have come between the checkpoint and this
     if training.done == steps:
         if first:
-            print(f"{run.folder}: all {steps:,} steps are done already; next: {following} --root {root}")
+            print(f"{run.folder}: all {steps:,} steps are done already; next: {following}")
         return
 
     warn = lambda what: tqdm.write(f"{what}; history.jsonl holds the same numbers", file=sys.stderr)
@@ -661,7 +662,7 @@ def main(argv=None):
         return 128 + (stop or [signal.SIGTERM])[0]       # another process of torchrun's may be the one that was told
     if device == "cuda":
         print(f"peak GPU memory {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB")
-    print(f"loss {loss:.4f}; wrote {run.folder}/ in {time.time() - began:.0f} s; next: {following} --root {root}")
+    print(f"loss {loss:.4f}; wrote {run.folder}/ in {time.time() - began:.0f} s; next: {following}")
 
 
 if __name__ == "__main__":
