@@ -140,7 +140,7 @@ def main(argv=None):
     if not config.is_file() or config.read_text(encoding="utf-8") != json.dumps(TOKENIZER_CONFIG, indent=1) + "\n":
         write_json(config, TOKENIZER_CONFIG)
     where = "" if root == PROJECT else f" --root {shlex.quote(str(root))}"
-    print(f"next: python prepare_data.py{where}")
+    print(f"next: python prepare_data.py{where}" + " --quick" * flags.quick)
 
 
 if __name__ == "__main__":
