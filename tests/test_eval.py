@@ -23,6 +23,7 @@ import models
 import prepare_data
 import train
 from models import EOT, Memory, RevenaConfig, RevenaHybridTiny, StageError, load_split, load_tokenizer, sha256
+from test_train import prepared
 
 WIDTH = 32
 CONSTANTS = dict(PACK=3, TRIALS=1, DISTANCES=(20, 40), LONG_RANGE=(40,), LEAD=8, BOOTSTRAP=200, REPEATS=2, TIMED=1,
@@ -593,15 +594,8 @@ MARK = 2.0 ** -20
 @pytest.fixture(scope="module")
 def source(tmp_path_factory, tokenizer_dir):
     """A root with data (rows of 32 tokens, two validation documents) and both arms of two seeds, at step 8 of 8."""
-    root = tmp_path_factory.mktemp("source")
-    shutil.copytree(tokenizer_dir, root / "data" / "tokenizer")
     words = ["the", "of", "and", "caf\u00e9", "in", "surprise", "memory", "\u4f60\u597d", "angle", "eleven"]
-    texts = [" ".join(random.Random(seed).choices(words, k=50)) for seed in range(20)]
-    (root / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare_data, "WINDOW", WIDTH)
-        patch.setattr(prepare_data, "STRIDE", WIDTH // 2)
-        prepare_data.prepare(root, [root / "corpus.jsonl"], False)
+    root = prepared(tmp_path_factory.mktemp("source"), tokenizer_dir, words, 50, 20, WIDTH)
     for seed in (0, 1):
         for arm in ARMS:
             run = run_of(root, arm, seed)

@@ -55,18 +55,24 @@ class NoWandb:
 # ------------------------------------------------------------------ the stand-in, and runs of it
 
 
+def prepared(root, tokenizer_dir, words, length, count, window):
+    """`root` with data in it: `count` documents of `length` words, drawn from `words`, in rows of `window` tokens."""
+    shutil.copytree(tokenizer_dir, root / "data" / "tokenizer")
+    texts = [" ".join(random.Random(seed).choices(words, k=length)) for seed in range(count)]
+    (root / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare_data, "WINDOW", window)
+        patch.setattr(prepare_data, "STRIDE", window // 2)
+        prepare_data.prepare(root, [root / "corpus.jsonl"], False)
+    return root
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory, tokenizer_dir):
     """A root with data (ten rows of 16 tokens) and trained/init: what the tests copy and train in."""
-    root = tmp_path_factory.mktemp("source")
-    shutil.copytree(tokenizer_dir, root / "data" / "tokenizer")
     words = ["the", "of", "and", "to", "in", "surprise", "memory", "window", "angle", "eleven"]
-    texts = [" ".join(random.Random(seed).choices(words, k=12)) for seed in range(11)]
-    (root / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    root = prepared(tmp_path_factory.mktemp("source"), tokenizer_dir, words, 12, 11, 16)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare_data, "WINDOW", 16)
-        patch.setattr(prepare_data, "STRIDE", 8)
-        prepare_data.prepare(root, [root / "corpus.jsonl"], False)
         patch.setitem(models.SIZES, "tiny", dict(n_layer=1, n_embd=8, n_head=1))
         _, hybrid = add_memory.make_models("tiny", 0)
     (root / "trained" / "init").mkdir(parents=True)
