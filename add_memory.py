@@ -20,8 +20,8 @@ from pathlib import Path
 
 import torch
 
-from models import (EOT, GPT, SIZES, Memory, RevenaConfig, RevenaHybridTiny, StageError, arm_folder, default_root,
-                    load_tokenizer, manifest_of, parameters_by_group, run_stage, save_model)
+from models import (EOT, GPT, SIZES, Memory, RevenaConfig, RevenaHybridTiny, StageError, arm_folder, command,
+                    default_root, load_tokenizer, manifest_of, parameters_by_group, run_stage, save_model)
 
 SIZE = "70M"                    # of models.SIZES
 WINDOW = 128                    # STM: tokens that attention sees
@@ -127,8 +127,8 @@ def main(argv=None):
         os.replace(aside, folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    print(f"wrote {folder}/ in {time.time() - start:.0f} s; next: python train.py --baseline --root {root}"
-          + f" --seed {args.seed}" * bool(args.seed) + " --quick" * args.quick)
+    print(f"wrote {folder}/ in {time.time() - start:.0f} s; next: "
+          + command("train.py --baseline", root, args.quick, args.seed or None))
 
 
 if __name__ == "__main__":

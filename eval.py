@@ -34,8 +34,9 @@ from tqdm import tqdm
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from models import (EOT, GPT, Address, Reading, RevenaHybridTiny, Scores, StageError, arm_folder,
-                    characters_per_token, default_root, load_model, load_split, load_tokenizer, lower_precision, mix,
-                    parameters_by_group, pick_device, read_json, read_manifest, run_stage, sha256, write_json)
+                    characters_per_token, command, default_root, load_model, load_split, load_tokenizer,
+                    lower_precision, mix, parameters_by_group, pick_device, read_json, read_manifest, run_stage,
+                    sha256, write_json)
 
 ARMS = ("baseline", "with_ltm")
 PACK = 128                      # rows of 128 tokens scored at once; a control takes up to 2.5 GB of GPU memory
@@ -393,8 +394,7 @@ def kinds_of_target(tokens, stored, window, slots):
 
 def train_command(root, seed, arm, quick):
     """The command that makes an arm."""
-    flag = "--with-ltm" if arm == "with_ltm" else "--baseline"
-    return f"python train.py {flag} --root {root}" + f" --seed {seed}" * bool(seed) + " --quick" * quick
+    return command("train.py --with-ltm" if arm == "with_ltm" else "train.py --baseline", root, quick, seed or None)
 
 
 def load_arm(root, seed, arm, device, quick):
@@ -934,8 +934,8 @@ def main(argv=None):
         print_controls(rows)
     write_json(root / "results.json", results)
     print_table(results)
-    print(f"wrote {root / 'results.json'} in {time.time() - began:.0f} s; next: python plot_eval.py --root {root}"
-          + " --quick" * args.quick)
+    print(f"wrote {root / 'results.json'} in {time.time() - began:.0f} s; next: "
+          + command("plot_eval.py", root, args.quick))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ A sequence longer than the window is laid out as consecutive rows; `opens` (N,) 
 """
 
 import copy
+import functools
 import hashlib
 import importlib
 import json
@@ -20,6 +21,7 @@ import math
 import netrc
 import os
 import queue
+import shlex
 import signal
 import sys
 import threading
@@ -158,13 +160,16 @@ class Backbone(nn.Module):
                             10_000.0 ** (-torch.arange(half, device="cpu").double() / half))
         self.register_buffer("rotary", torch.stack((angle.cos(), angle.sin())).float())
 
-    def forward(self, embedded, attention, states=None):
-        """embedded (N, T, D) -> final normalised states (N, T, D); attention(layer, q, k, v); `states` collects all."""
+    def forward(self, embedded, attentions, states=None):
+        """embedded (N, T, D) -> final normalised states (N, T, D); attentions: one (q, k, v) -> heads' outputs a layer.
+
+        `states` collects what goes into each layer.
+        """
         x = norm(embedded.float())
-        for layer, block in enumerate(self.blocks):
+        for block, attention in zip(self.blocks, attentions):
             if states is not None:
                 states.append(x)
-            x = block(x, lambda q, k, v, layer=layer: attention(layer, q, k, v))
+            x = block(x, attention)
         return norm(x).to(self.embed.weight.dtype)
 
 
@@ -369,7 +374,8 @@ class GPT(PreTrainedModel, GenerationMixin):
         """Final states (N, C, D) of rows of tokens (N, C)."""
         table = self.backbone.rotary
         embedded = self.backbone.embed(tokens) if embedded is None else embedded
-        return self.backbone(embedded, lambda _, q, k, v: row_attention(q, k, v, table, opens), collect)
+        attention = lambda q, k, v: row_attention(q, k, v, table, opens)
+        return self.backbone(embedded, [attention] * self.config.n_layer, collect)
 
     def log_p(self, h, targets):
         """log p_stm(target) and log Z, (N, C) each, a slice of positions at a time, to bound the logits."""
@@ -502,7 +508,8 @@ class GPT(PreTrainedModel, GenerationMixin):
             table = self.backbone.rotary
             return attend(rotate(q, table, past), rotate(k, table), v, seen[:, None])
 
-        h = self.backbone(self.backbone.embed(tokens), attention, collect)
+        attentions = [functools.partial(attention, layer) for layer in range(self.config.n_layer)]
+        h = self.backbone(self.backbone.embed(tokens), attentions, collect)
         memory.real = known if window is None else known[:, n:]
         memory.length += n
         memory.place = memory.place + n
@@ -1075,6 +1082,12 @@ def lower_precision(model):
 def default_root(root, quick):
     """The folder that data/, trained/ and the results lie in: --root, or the project's own, or its quick/."""
     return Path(root) if root else Path(os.path.relpath(Path(__file__).parent)) / ("quick" if quick else "")
+
+
+def command(script, root, quick, seed=None):
+    """The command line that runs a stage ("train.py --baseline") on the same root, size and, where given, seed."""
+    chosen = "" if seed is None else f" --seed {seed}"
+    return f"python {script} --root {shlex.quote(str(root))}{chosen}" + " --quick" * quick
 
 
 def arm_folder(root, seed, arm):

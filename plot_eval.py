@@ -19,7 +19,6 @@ import io
 import itertools
 import json
 import re
-import shlex
 import string
 import textwrap
 import time
@@ -34,7 +33,7 @@ from matplotlib.font_manager import findfont, get_font
 from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch, Patch, Rectangle
 
-from models import StageError, Wandb, read_json, run_stage, sha256, write_atomic
+from models import StageError, Wandb, command, read_json, run_stage, sha256, write_atomic
 
 PROJECT = Path(__file__).resolve().parent
 WIDTH, DPI = 9.0, 200       # inches, pixels per inch: sharp at twice the 900 pixels that a README gives
@@ -471,7 +470,7 @@ def main(argv=None):
     parser.add_argument("--quick", action="store_true", help="draw the quick run")
     flags = parser.parse_args(argv)
     root, start = flags.root or (PROJECT / "quick" if flags.quick else PROJECT), time.monotonic()
-    again = f"python eval.py --root {shlex.quote(str(root))}" + " --quick" * flags.quick
+    again = command("eval.py", root, flags.quick)
 
     results, figures = read_json(root / "results.json", again), {}
     matplotlib.use("Agg")

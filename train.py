@@ -33,7 +33,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from models import (EOT, StageError, Wandb, arm_folder, default_root, load_model, load_split, load_tokenizer,
+from models import (EOT, StageError, Wandb, arm_folder, command, default_root, load_model, load_split, load_tokenizer,
                     lower_precision, manifest_of, pick_device, read_json, read_manifest, run_stage, save_model, sha256,
                     write_atomic, write_json)
 
@@ -546,8 +546,8 @@ def main(argv=None):
         globals().update(QUICK)
     began = time.time()
     root, arm = default_root(args.root, args.quick), "with_ltm" if args.with_ltm else "baseline"
-    following = (f"python train.py --with-ltm --root {root}" + f" --seed {args.seed}" * bool(args.seed)
-                 if arm == "baseline" else f"python eval.py --root {root}") + " --quick" * args.quick
+    following = (command("train.py --with-ltm", root, args.quick, args.seed or None) if arm == "baseline" else
+                 command("eval.py", root, args.quick))
     steps, device = args.steps or STEPS, distributed()
     first = not dist.is_initialized() or dist.get_rank() == 0
     stop = []
@@ -557,7 +557,7 @@ def main(argv=None):
     tokenizer = load_tokenizer(root)
     rows, meta = load_split(root, "train")
     init = arm_folder(root, args.seed, "init")
-    made_by = f"python add_memory.py --root {root} --seed {args.seed}" + " --quick" * args.quick
+    made_by = command("add_memory.py", root, args.quick, args.seed)
     start = read_manifest(init, made_by)["files"]
     model = load_model(init, made_by=made_by)
     model.config.ltm_enabled = args.with_ltm
