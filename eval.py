@@ -726,9 +726,7 @@ class NeuralCache(RevenaHybridTiny):
         match = self.config.theta * (h.float() @ items.key.float().mT)                 # (N, C, I)
         cache = match.masked_fill(~visible, -math.inf).softmax(-1).nan_to_num()        # at the start there is none
         weight = self.config.share / (1 - self.config.share) * cache
-        hit = visible.any(-1)
-        nothing = torch.zeros_like(weight), torch.zeros_like(hit)
-        return Reading(weight, nothing[0], hit, nothing[1], None), values, stored, -torch.ones_like(log_p)
+        return Reading(weight, torch.zeros_like(weight), None), values, stored, -torch.ones_like(log_p)
 
 
 @torch.no_grad()
@@ -774,7 +772,7 @@ def memory_controls(model, rate):
             ("look-ups", "made at every position", reads(lambda read, odds: (read, torch.ones_like(odds)))),
             ("look-ups", "exact addresses only", reads(lambda read, odds: (read, nothing(odds)))),
             ("look-ups", "learned addresses only", reads(lambda read, odds: (
-                read._replace(exact=nothing(read.exact), hit_exact=nothing(read.hit_exact)), odds)))]
+                read._replace(exact=nothing(read.exact)), odds)))]
 
 
 def evaluate_controls(hybrid, baseline, bits, rate, texts, training, asked, device):

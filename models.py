@@ -135,6 +135,7 @@ class Block(nn.Module):
         self.up = nn.Linear(D, 4 * D, bias=False)
         self.down = nn.Linear(4 * D, D, bias=False)
 
+    @torch.compiler.nested_compile_region           # whoever compiles a model compiles one layer, not each
     def forward(self, x, attention):
         """x (N, T, D) -> (N, T, D); attention(q, k, v) says what each position sees."""
         D, dtype = x.size(-1), self.out.weight.dtype
@@ -192,8 +193,6 @@ class Reading(NamedTuple):
 
     exact: torch.Tensor         # (N, C, I) weights through the exact addresses; 0: not retrieved
     learned: torch.Tensor       # (N, C, I) weights through the learned addresses, had every position looked up
-    hit_exact: torch.Tensor     # (N, C) bool: an exact address retrieved an item
-    hit_learned: torch.Tensor   # (N, C) bool: a learned address did
     cosine: torch.Tensor        # (N, K, C, I) of the learned addresses
 
 
@@ -264,18 +263,18 @@ class LongTermMemory(nn.Module):
         """
         config, E = self.config, self.config.ltm_ngrams
         score = address.trust.transpose(1, 2)[..., None] + items.strength.transpose(1, 2)[..., None, :]   # (N, H, C, I)
-        same, exact, hit = visible, torch.zeros_like(log_p), torch.zeros_like(visible[..., 0])
+        same, exact = visible, 0.0
         for n in range(E):
             same = same & (address.grams[..., n, None] == items.grams[:, None, :, n])
             found = same & address.known[..., None] & items.known[:, None] if n == 0 else same
             exact = exact + torch.where(found, score[:, n].clamp(max=10).exp(), 0.0)
-            hit = hit | found.any(-1)
 
-        cosine = (address.query.transpose(1, 2) @ items.key.permute(0, 2, 3, 1)).float()   # (N, K, C, I)
+        by_head = lambda x: x.transpose(1, 2).flatten(0, 1)                            # (N K, .., A)
+        cosine = (by_head(address.query) @ by_head(items.key).mT).unflatten(0, (-1, config.ltm_learned)).float()
         retrieved = visible[:, None] & (cosine > config.ltm_cosine)
         score = score[:, E:] + config.ltm_sharpness * (cosine - 1) + config.ltm_plausibility * log_p[:, None]
         learned = torch.where(retrieved, score.clamp(max=10).exp(), 0.0).sum(1)
-        return Reading(exact, learned, hit, retrieved.any(-1).any(1), cosine)
+        return Reading(exact, learned, cosine)
 
 
 def lagged(x, lag, opens, fill):
@@ -564,12 +563,14 @@ class RevenaHybridTiny(GPT):
         before = count.view(N, C) - stored.long()
         row = torch.arange(N, device=stored.device)
         first = before[torch.where(opens, row, 0).cummax(0).values, 0]         # number of the sequence's first item
-        number = (before[:, 0] - M).maximum(first)[:, None] + torch.arange(M + C, device=stored.device)     # (N, I)
-        at = torch.searchsorted(count, number + 1).clamp(max=N * C - 1)
-        items = Address(*(x.flatten(0, 1)[at] for x in address))
+        oldest, span = (before[:, 0] - M).maximum(first), torch.arange(M + C, device=stored.device)
+        number = oldest[:, None] + span                                        # (N, I)
+        # items in order of their numbers, so that a row's candidates lie side by side; at N C, what is not stored
+        place = torch.where(stored.flatten(), count - 1, N * C)
+        line = lambda x: x.new_zeros(N * C + M + C, *x.shape[2:]).index_copy(0, place, x.flatten(0, 1))[number]
         low = (before - M).maximum(first[:, None])[..., None]
         visible = (number[:, None] < before[..., None]) & (number[:, None] >= low)
-        return items, targets.flatten()[at], visible
+        return Address(*map(line, address)), line(targets), visible
 
     def read(self, h, tokens, targets, log_p, log_z, opens=None):
         """The parallel form: what every position of the rows retrieves.
@@ -598,17 +599,18 @@ class RevenaHybridTiny(GPT):
         same = values[:, None] == targets[..., None]
 
         def mixture(weight):
-            numerator = log_p.exp() + torch.where(same, weight, 0.0).sum(-1)
-            return numerator.clamp(min=1e-38).log() - weight.sum(-1).log1p()
+            numerator, total = log_p.exp() + torch.where(same, weight, 0.0).sum(-1), weight.sum(-1)
+            return numerator.clamp(min=1e-38).log() - total.log1p(), total > 0
 
-        without, within = mixture(read.exact), mixture(read.exact + read.learned)
+        (without, hit), (within, hit_within) = mixture(read.exact), mixture(read.exact + read.learned)
         # a look-up through the learned addresses is made when it is expected to save its price: training weighs
         # both outcomes by the odds, so that these learn from each position what the other outcome would have cost.
         # The backbone's own prediction, which decides what is stored, keeps learning also where the memory knows
         pays = odds.sigmoid()
         objective = pays * (within - self.config.ltm_price) + (1 - pays) * without + self.config.ltm_stm_loss * log_p
-        return Scores(torch.where(odds > 0, within, without), log_p, objective, stored,
-                      read.hit_exact | read.hit_learned & (odds > 0))
+        opened = odds > 0
+        return Scores(torch.where(opened, within, without), log_p, objective, stored,
+                      torch.where(opened, hit_within, hit))
 
     def distribution(self, h, tokens, targets, opens):
         if not self.config.ltm_enabled:

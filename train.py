@@ -69,22 +69,20 @@ def row_order(rows, steps, batch, seed):
     return torch.from_numpy(np.concatenate(epochs)[:need].reshape(steps, batch))
 
 
-def adamw(weights, masters, gradients, first, second, decay, rate, step, scale, halted):
-    """One AdamW step (Loshchilov & Hutter 2019) on float32 masters, of which `weights` are copies to compute with.
+def adamw(weight, master, gradient, first, second, decay, rate, step, scale, halted):
+    """One AdamW step (Loshchilov & Hutter 2019) on a float32 master; `weight`, or None, is its copy to compute with.
 
-    A loop over plain tensors: compiled, each tensor is one pass over memory; elsewhere it runs as it stands.
-    `halted` (a bool tensor) keeps the weights as they are.
+    Compiled, it is one pass over memory; elsewhere it runs as it stands. `halted` (a bool tensor) keeps the weights.
     """
     b1, b2 = BETAS
-    for w, p, g, m, v, d in zip(weights, masters, gradients, first, second, decay):
-        g = g.float() * scale
-        m.lerp_(g, 1 - b1)
-        v.lerp_(g * g, 1 - b2)
-        update = m / (v / (1 - b2 ** step)).sqrt_().add_(EPS)
-        update = update.mul_(rate / (1 - b1 ** step)).add_(p * (rate * d))
-        p.sub_(torch.where(halted, 0.0, update))
-        if w is not p:
-            w.copy_(p)
+    gradient = gradient.float() * scale
+    first.lerp_(gradient, 1 - b1)
+    second.lerp_(gradient * gradient, 1 - b2)
+    update = first / (second / (1 - b2 ** step)).sqrt_().add_(EPS)
+    update = update.mul_(rate / (1 - b1 ** step)).add_(master * (rate * decay))
+    master.sub_(torch.where(halted, 0.0, update))
+    if weight is not None:
+        weight.copy_(master)
 
 
 class Group:
@@ -178,8 +176,11 @@ class Training:
         row = row[:-1].masked_fill_(self.halted, math.nan)
         for group, share, norm in zip(self.groups, shares, norms):
             scale = (CLIP / norm.clamp(min=1e-12)).clamp(max=1)
-            self.update(group.weights, group.masters, share, group.first, group.second, group.decay, rate, step, scale,
-                        self.halted)
+            # flat: compiled once for all that have as many elements
+            flat = ([x.view(-1) for x in tensors] for tensors in (group.masters, share, group.first, group.second))
+            copies = [None if w is p else w.view(-1) for w, p in zip(group.weights, group.masters)]
+            for *tensors, decay in zip(copies, *flat, group.decay):
+                self.update(*tensors, decay, rate, step, scale, self.halted)
         self.statistics.index_copy_(0, self.at, row[None])
         self.at += 1
 
