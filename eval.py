@@ -332,13 +332,16 @@ def mcnemar(first, second):
 
 
 def paired_difference(first, second):
-    """Share of `second` minus that of `first`, paired bool arrays: {"mean", "ci95"} (Agresti & Min 2005).
+    """Share of `second` minus that of `first`, paired bool arrays (seeds, questions): {"mean", "ci95"}.
 
-    The interval is Wald's after half an observation is added to each of the four cells, so none is ever a point.
+    The interval is Wald's after half an observation is added to each of the four cells (Agresti & Min 2005), so none is
+    ever a point. The seeds' answers to a question are not independent: together they count as one.
     """
-    only, other, n = int((first & ~second).sum()) + 0.5, int((second & ~first).sum()) + 0.5, len(first) + 2
-    centre, half = (other - only) / n, 1.959964 * math.sqrt(only + other - (other - only) ** 2 / n) / n
-    return {"mean": (other - only) / len(first), "ci95": [max(-1.0, centre - half), min(1.0, centre + half)]}
+    n = first.shape[1]
+    only, other = ((one & ~two).sum() / len(one) for one, two in ((first, second), (second, first)))
+    centre, spread = (other - only) / (n + 2), only + other + 1
+    half = 1.959964 * math.sqrt(spread - (other - only) ** 2 / (n + 2)) / (n + 2)
+    return {"mean": (other - only) / n, "ci95": [max(-1.0, centre - half), min(1.0, centre + half)]}
 
 
 def paired_bootstrap(bits, characters):
@@ -530,13 +533,19 @@ def measure(models, texts, rows, asked, per_token, device):
 
 
 def summarise_recall(recall, seeds, config, distracted):
-    """The recall part of results.json: over formats and seeds, the same questions for every model.
+    """The recall part of results.json: means over formats and seeds, the same questions for every model.
 
     `distracted`: {distractors: {form: distance}}.
     """
     def gather(arm, outcome, cells):
-        """One of the OUTCOMES on some cells, all seeds."""
-        return np.concatenate([recall[arm, seed, cell][OUTCOMES.index(outcome)] for seed in seeds for cell in cells])
+        """One of the OUTCOMES on some cells: bool (seeds, questions)."""
+        return np.stack([np.concatenate([recall[arm, seed, cell][OUTCOMES.index(outcome)] for cell in cells])
+                         for seed in seeds])
+
+    def share(*cells):
+        """The mean, and Wilson's interval: the seeds' answers to a question count as one."""
+        right = gather(*cells)
+        return {"mean": float(right.mean()), "ci95": wilson(right.sum() / len(seeds), right.shape[1])}
 
     def of_answered(arm, cells):
         """Of the questions answered rightly, the share where the right item had been retrieved."""
@@ -544,8 +553,6 @@ def summarise_recall(recall, seeds, config, distracted):
         return float(gather(arm, "retrieved", cells)[right].mean()) if right.any() else 0.0
 
     at = lambda distances, forms=FORMATS: [(form, distance, 0) for form in forms for distance in distances]
-    share = lambda *cells: {"mean": float(gather(*cells).mean()),
-                            "ci95": wilson(int(gather(*cells).sum()), len(gather(*cells)))}
     summary = {"chance": 1 / FACTS, "window": config.stm_window, "distances": list(DISTANCES),
                "receptive_field": config.n_layer * (config.stm_window - 1) + 1,
                "trials_per_distance": len(FORMATS) * TRIALS, "seeds": len(seeds)}
@@ -558,7 +565,8 @@ def summarise_recall(recall, seeds, config, distracted):
             part[name] = {form: [share(arm, outcome, at([distance], [form]))["mean"] for distance in DISTANCES]
                           for form in FORMATS}
         part["retrieved_of_answered"] = [of_answered(arm, at([distance])) for distance in DISTANCES]
-    test = lambda distances: mcnemar(*(gather(arm, "forced_choice", at(distances)) for arm in ARMS))
+    # of the seed where the arms differ least
+    test = lambda distances: max(map(mcnemar, *(gather(arm, "forced_choice", at(distances)) for arm in ARMS)))
     summary["mcnemar_p"] = [test([distance]) for distance in DISTANCES]
 
     far = summary["long_range"] = {"distances": list(LONG_RANGE)}
@@ -579,7 +587,8 @@ def summarise_recall(recall, seeds, config, distracted):
         for arm in ARMS:
             shares = {name: share(arm, name, cells) for name in OUTCOMES}
             row[arm] = {name: x["mean"] for name, x in shares.items()} | {
-                "ci95": shares["forced_choice"]["ci95"], "retrieved_of_answered": of_answered(arm, cells)}
+                "ci95": shares["forced_choice"]["ci95"], "retrieved_of_answered": of_answered(arm, cells),
+                "by_format": {cell[0]: share(arm, "forced_choice", [cell])["mean"] for cell in cells}}
         summary["distractors"].append(row)
     return summary
 
@@ -632,8 +641,9 @@ def observe(model, texts, tally, tokenizer):
     """What the memory did in the first SHOWN tokens of one document, for results.json.
 
     The document: of those long enough (of all, if none is), the first in which READS words gain a bit or more although
-    the window has lost sight of them; if there is none, that with the most. The reads: the words that gained most from
-    items of which the heaviest lies beyond the window, no word twice. All in float32, the reads off a Memory.
+    the window has lost sight of them; if there is none, that with the most. The reads: the words that gained most, of
+    those that the window has lost and whose heaviest item lies beyond it; no word twice. All in float32, the reads off
+    a Memory.
     """
     config, window = model.config, model.config.stm_window
     is_word = np.array([any(map(str.isalnum, text)) for text in tokenizer.batch_decode(np.arange(EOT + 1)[:, None])])
@@ -652,7 +662,8 @@ def observe(model, texts, tally, tokenizer):
     bits, mixture, tokens = cost(altered(model, ltm_enabled=False)), cost(model), ids[0, 1:].tolist()
     words, memory, reads = pieces(tokenizer, tokens), model.new_memory(), []
     gains = sorted((mixed - alone, at) for at, (alone, mixed) in enumerate(zip(bits, mixture))
-                   if at >= window and mixed < alone and is_word[tokens[at]])
+                   if at >= window and mixed < alone and is_word[tokens[at]]
+                   and tokens[at] not in tokens[at - window:at])
     for gain, at in sorted(gains[:64], key=lambda pair: pair[1]):
         model(ids[:, memory.length:at + 1], past_key_values=memory, logits_to_keep=1)
         found = [{"at": item["position"] - 1, "share": item["share"], "cosine": item["cosine"]}

@@ -236,14 +236,11 @@ def arms_legend(figure, handle):
                   loc="upper left", bbox_to_anchor=(0.022, 1 - 0.66 / figure.get_figheight()), ncols=2, frameon=False)
 
 
-def how_measured(results):
-    return (f" Recall: forced choice, {results['detail']['recall']['trials_per_distance']:,} trials per distance. "
-            f"Per cent: the change with memory. Error bars, brackets: 95% intervals.")
-
-
 def draw_results(results, folders, gone):
-    height = 7.7
-    figure = new_figure(height, results, gone, *headline(results), how_measured(results))
+    height, trials = 7.7, results["detail"]["recall"]["trials_per_distance"]
+    notes = (f" Recall: forced choice, {trials:,} questions per distance. Per cent: the change with memory. Error bars, "
+             f"brackets: 95% intervals.")
+    figure = new_figure(height, results, gone, *headline(results), notes)
     arms_legend(figure, lambda look: Patch(facecolor=look["color"], hatch=look["hatch"], edgecolor="white",
                                            linewidth=0))
     panels = figure.subplot_mosaic("AAAAAA.BBBB..CCCC;DDDDDDDDDD.EEEEEE", gridspec_kw=dict(
@@ -262,9 +259,10 @@ def draw_controls(results, gone):
             rows.append({"name": row.get("group") or "", "group": row.get("group"), "title": True})
         rows.append(row)
     height = 2.7 + 0.22 * len(rows)
-    notes = f" Lines: all seeds; bars: seed {detail['run']['seeds'][0]}, the first, not trained again."
-    figure = new_figure(height, results, gone, "Controls: what the gain depends on", headline(results)[1],
-                        how_measured(results) + notes)
+    trials = max(row.get("trials") or 0 for row in detail["controls"])
+    notes = (f" Recall: forced choice, {trials:,} questions. Lines: all seeds; bars: seed {detail['run']['seeds'][0]}, "
+             f"the first, not trained again.")
+    figure = new_figure(height, results, gone, "Controls: what the gain depends on", headline(results)[1], notes)
     arms_legend(figure, lambda look: Line2D([], [], color=look["color"], linestyle=look["line"]))
     columns = figure.subplots(1, 2, sharey=True, gridspec_kw=dict(
         left=0.34, right=0.94, top=1 - 1.55 / height, bottom=0.95 / height, wspace=0.22))
@@ -397,7 +395,7 @@ def draw_costs(words, bars, found, reads, tokens, texts):
         drawn = bars.barh(np.arange(len(reads)) + side, [tokens[read["at"]][key] for read in reads], 0.34,
                           color=look["color"], hatch=look["hatch"], edgecolor="white", linewidth=0)
         first, *labels = bars.bar_label(drawn, fmt="{:.1f}", padding=3, fontsize=8.5)
-        first.set_text(f"{first.get_text()} {look['label'].partition(' (')[0]}")
+        first.set_text(f"{first.get_text()} {'memory on' if key == 'bits_mixture' else 'memory off'}")
     for row, (letter, read) in enumerate(zip(string.ascii_uppercase, reads)):
         chip(words, 0.08, row, letter, True)
         word = "".join(shown for _, _, shown in texts[read["at"]]).strip()
@@ -437,7 +435,7 @@ def draw_memory(results, gone):
         height, results, gone, "What the memory keeps, and what it finds again",
         f"The start of validation document {memory['document']:,}. Attention reaches {memory['window']:,} tokens back; "
         + (f"the memory, along the arrows, up to {max(back):,}." if back else "nothing was drawn from memory."),
-        " Cost: -log2 of the token's probability.", badge=1.52)
+        " Cost: -log2 of the token's probability, of one model with its memory off and on.", badge=1.52)
 
     def panel(left, down, wide, high, **limits):
         """Axes at so many inches from the left margin and from the top."""
@@ -449,7 +447,7 @@ def draw_memory(results, gone):
         axes.axis("off")
         return axes
 
-    figure.text(0.03, 1 - 0.96 / height, "cost of a token without memory, bits")
+    figure.text(0.03, 1 - 0.96 / height, "cost of a token, memory off, bits")
     draw_scale(panel(0, 1.04, 2.1, 0.15), threshold)
     draw_key(page(3.2, 0.82, 65, 2), threshold)
     text = page(0, head, COLUMNS, lines)

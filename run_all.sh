@@ -6,6 +6,7 @@
 #   ./run_all.sh --quick          all of it made small: minutes on two cores, nothing to download but the packages
 #
 #   --seeds N     train both arms with each of N seeds (default 1)
+#   --controls    measure, too, what the gain depends on: other thresholds, sizes, models
 #   --fresh       redo every stage, trainings too; without it, a run goes on from where the last one stopped
 #   --root DIR    where data, checkpoints and results go (default: this folder; with --quick: quick/ in it)
 #   --help        print this
@@ -17,10 +18,11 @@ set -euo pipefail
 home=$(dirname "${BASH_SOURCE[0]}")
 . "$home/tests/setup.sh"                # die, lock, find_python
 
-quick="" text="" seeds=1 fresh="" root=""
+quick="" text="" seeds=1 controls="" fresh="" root=""
 while [ $# -gt 0 ]; do
     case $1 in
         --quick) quick=--quick ;;
+        --controls) controls=--controls ;;
         --fresh) fresh=--fresh ;;
         --text | --seeds | --root)
             [ -n "${2:-}" ] || die "$1 needs a value; see ./run_all.sh --help" 2
@@ -115,6 +117,7 @@ for ((seed = 0; seed < seeds; seed++)); do
     stage 4."$seed" "$data $init"    "$arms/baseline/model.safetensors" train.py --baseline --seed "$seed"
     stage 5."$seed" "$data $init"    "$arms/with_ltm/model.safetensors" train.py --with-ltm --seed "$seed"
 done
-stage 6 "$tokenizer $data $models"   "results.json"                     eval.py
-stage 7 "results.json $history"      "results.png results_memory.png"   plot_eval.py
-echo "All seven stages are done: see $root/results.json, results.png and results_memory.png"
+pictures="results.png results_memory.png${controls:+ results_controls.png}"
+stage 6 "$tokenizer $data $models"   "results.json"                     eval.py $controls
+stage 7 "results.json $history"      "$pictures"                        plot_eval.py
+echo "All seven stages are done: see $root/results.json, ${pictures// /, }"

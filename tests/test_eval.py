@@ -268,6 +268,7 @@ def test_paired_difference():
     for only, other, both, neither in ((0, 0, 3, 4), (1, 5, 30, 14), (0, 40, 0, 0), (12, 3, 2, 9)):
         first = np.array([True] * only + [False] * other + [True] * both + [False] * neither)
         second = np.array([False] * only + [True] * other + [True] * both + [False] * neither)
+        first, second = (np.stack([x] * 3) for x in (first, second))            # three seeds that agree count as one
         result, n = evaluation.paired_difference(first, second), only + other + both + neither
         one, two = (only + 0.5) / (n + 2), (other + 0.5) / (n + 2)
         half = 1.959964 * math.sqrt((one * (1 - one) + two * (1 - two) + 2 * one * two) / (n + 2))

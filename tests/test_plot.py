@@ -189,7 +189,7 @@ def test_the_same_results_give_the_same_bytes(root, tmp_path):
 
 
 def texts(results, gone=()):
-    figure = plot_eval.new_figure(7, results, list(gone), *plot_eval.headline(results), plot_eval.how_measured(results))
+    figure = plot_eval.new_figure(7, results, list(gone), *plot_eval.headline(results), "")
     return [text.get_text() for text in figure.texts]
 
 
@@ -260,7 +260,7 @@ def test_the_memory_picture_says_what_a_prediction_drew_on(root):
     results = read(root)
     figure = plot_eval.draw_memory(results, [])
     words = [text.get_text() for axes in figure.axes for text in axes.texts]
-    assert "6.3 without memory" in words and "2.1 with memory" in words         # bits of token 66
+    assert "6.3 memory off" in words and "2.1 memory on" in words         # bits of token 66
     # the heaviest three at most, and of the others those that matter
     assert "63 tokens back: share 0.61, cosine 0.97" in words
     assert [word.count("tokens back") for word in words if "tokens back" in word] == [1, 3, 2, 1]

@@ -42,7 +42,7 @@ made = {
     "download_models.py": ["data/tokenizer/vocab.json", "data/tokenizer/merges.txt"],
     "prepare_data.py": ["data/train.bin", "data/val.bin", "data/meta.json"],
     "eval.py": ["results.json"],
-    "plot_eval.py": ["results.png", "results_memory.png"],
+    "plot_eval.py": ["results.png", "results_memory.png", "results_controls.png"],
 }
 if "--seed" in flags:
     seed = flags[flags.index("--seed") + 1]
@@ -181,6 +181,16 @@ def test_seeds(project):
     assert project.called() == [c.replace("--seed 0", "--seed 3") for c in STAGES[2:5]] + ["eval.py"]
 
 
+def test_controls_are_measured_when_asked_for(finished):
+    assert finished.run("--controls").returncode == 0
+    assert finished.called() == ["eval.py --controls", "plot_eval.py"]
+    done = finished.run("--controls")
+    assert finished.called() == [] and "results_controls.png" in done.stdout
+    (finished.folder / "results_controls.png").unlink()
+    done = finished.run("--controls", FORGOTTEN="results_controls.png")
+    assert done.returncode == 1 and "without making all of" in done.stderr
+
+
 def test_every_seed_is_an_input_of_the_evaluation(project):
     project.run("--quick", "--seeds", 2)
     (project.folder / "quick/trained/seed1/with_ltm/config.json").write_text("{}")
@@ -215,7 +225,7 @@ def test_bad_flags(project, flags):
 def test_help(project):
     shown = project.run("--help")
     assert shown.returncode == 0 and project.called() == []
-    for flag in ("--quick", "--text FILE", "--seeds N", "--fresh", "--root DIR"):
+    for flag in ("--quick", "--text FILE", "--seeds N", "--controls", "--fresh", "--root DIR"):
         assert flag in shown.stdout
     assert "set -e" not in shown.stdout
 
