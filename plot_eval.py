@@ -238,8 +238,8 @@ def arms_legend(figure, handle):
 
 def draw_results(results, folders, gone):
     height, trials = 7.7, results["detail"]["recall"]["trials_per_distance"]
-    notes = (f" Recall: forced choice, {trials:,} questions per distance. Per cent: the change with memory. Error bars, "
-             f"brackets: 95% intervals.")
+    notes = (f" Recall: forced choice, {trials:,} questions per distance. Per cent: the change with memory. Error "
+             f"bars, brackets: 95% intervals.")
     figure = new_figure(height, results, gone, *headline(results), notes)
     arms_legend(figure, lambda look: Patch(facecolor=look["color"], hatch=look["hatch"], edgecolor="white",
                                            linewidth=0))

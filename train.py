@@ -15,6 +15,7 @@ gathered, forward, backward, clipping, AdamW, statistics - is one CUDA graph, wh
 """
 
 import argparse
+import atexit
 import fcntl
 import importlib.util
 import json
@@ -513,6 +514,7 @@ def distributed():
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        atexit.register(dist.destroy_process_group)
     return device
 
 
