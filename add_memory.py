@@ -97,7 +97,7 @@ def main(argv=None):
         parser.error("--seed must be from 0 to 4294967295")
     start = time.time()
     root = default_root(args.root, args.quick)
-    tokenizer = load_tokenizer(root)
+    tokenizer = load_tokenizer(root, args.quick)
     size = "quick" if args.quick else SIZE
     gpt, hybrid = make_models(size, args.seed)
 

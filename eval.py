@@ -34,9 +34,9 @@ from tqdm import tqdm
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from models import (EOT, GPT, Address, Reading, RevenaHybridTiny, Scores, StageError, arm_folder,
-                    characters_per_token, command, default_root, load_model, load_split, load_tokenizer,
-                    lower_precision, mix, parameters_by_group, pick_device, read_json, read_manifest, run_stage,
-                    sha256, write_json)
+                    characters_per_token, command, default_root, has_compiler, load_model, load_split,
+                    load_tokenizer, lower_precision, mix, parameters_by_group, pick_device, read_json, read_manifest,
+                    run_stage, sha256, write_json)
 
 ARMS = ("baseline", "with_ltm")
 PACK = 128                      # rows of 128 tokens scored at once; a control takes up to 2.5 GB of GPU memory
@@ -52,7 +52,7 @@ REPEATS = 5                     # timed passes over TIMED packs, each arm in tur
 TIMED = 16
 SHOWN, READS, SOURCES = 420, 4, 3       # the picture of a memory: tokens of a document, reads, items of each
 CONTROL_TRIALS = 96             # questions per distance and format for each control
-FITTED = 200                    # documents of train.bin that the neural cache's two parameters are fitted to
+FITTED = 200                    # documents of train.bin that the caches' few parameters are fitted to
 SEED = 0                        # of questions, bootstrap and controls: the same for every model
 QUICK = dict(PACK=16, TRIALS=8, DISTANCES=(64, 160, 256), LONG_RANGE=(160, 256), DISTRACTORS=(0, 64), TIMED=1, FITTED=6)
 
@@ -122,7 +122,7 @@ def compiled(method):
 def fast(method, model, *given):
     """model.method(*given); on a GPU compiled, where model and pack are of the usual class and shape."""
     usual = type(model) is RevenaHybridTiny and given[0].shape[:2] == (PACK, model.config.stm_window)
-    return compiled(method)(model, *given) if usual and given[0].is_cuda else getattr(model, method)(*given)
+    return compiled(method)(model, *given) if usual and has_compiler(model.device) else getattr(model, method)(*given)
 
 
 def states(model, pack):
@@ -458,7 +458,7 @@ def gather_models(root, meta, device, quick):
     Raises StageError where the memory is not the only thing that differs: the data, the settings, the steps taken
     and, within a seed, the initial weights have to be the same.
     """
-    again = f"./run_all.sh --fresh --root {root}" + " --quick" * quick
+    again = command("./run_all.sh --fresh", root, quick)
     models, entries, shared = {}, {arm: [] for arm in ARMS}, None
     for seed in seeds_of(root):
         inits = set()
@@ -604,7 +604,10 @@ def summarise_speed(speed):
 
 
 def summarise_gain(tallies, texts, per_token, seeds, config):
-    """Where the gain in bits comes from, mean over seeds: (by place in the document, by kind of target)."""
+    """Where the gain in bits comes from, mean over seeds: (by place in the document, by kind of target).
+
+    What is in memory is what the first seed's model stored.
+    """
     place = np.concatenate([np.arange(len(text) - 1) for text in texts])
     characters = np.concatenate([per_token[text[1:]] for text in texts])
     bits = {arm: np.mean([np.concatenate(tallies[arm, seed].bits) for seed in seeds], 0) for arm in ARMS}
@@ -762,6 +765,35 @@ def fit_cache(model, texts, slots, width):
     return cache(theta=theta, share=share)
 
 
+@torch.no_grad()
+def fit_grams(model, texts, width):
+    """The memory with no learned part, on the backbone of `model`: exact addresses alone, a weight each.
+
+    The log weights are fitted to texts, one after the other and twice, on a grid.
+    """
+    config = model.config
+
+    def cache(trust):
+        twin = altered(model, ltm_enabled=True)
+        twin.memory = copy.deepcopy(twin.memory)
+        for weight in (twin.memory.from_state.weight, twin.memory.from_state.bias, twin.memory.from_tokens.weight):
+            weight.zero_()
+        _, trusts, _, is_open = twin.memory.from_state.bias[:sum(twin.memory.sizes)].split(twin.memory.sizes)
+        trusts[:config.ltm_ngrams] = torch.tensor(trust)
+        is_open.fill_(-1.0)
+        return twin
+
+    best = [-2.0] * config.ltm_ngrams
+    for n in [*range(config.ltm_ngrams)] * 2:
+        grid = [[*best[:n], power / 2, *best[n + 1:]] for power in range(-14, 5)]
+        variants, total = [cache(trust) for trust in grid], 0.0
+        for pack in packs(texts, width, model.device):
+            real = pack.targets != EOT
+            total = total + torch.stack([one.log_p[real].double().sum() for one in score(pack, *variants)]).cpu()
+        best = grid[int(total.argmax())]
+    return cache(best), best
+
+
 def memory_controls(model, rate):
     """[(group, name, model)]: the memory as trained, and with one thing changed in each."""
     def ladder(group, setting, values):
@@ -830,6 +862,8 @@ def evaluate_controls(hybrid, baseline, bits, rate, texts, training, asked, devi
     caches = [fit_cache(baseline, training, slots, window) for slots in (hybrid.config.ltm_slots, longest)]
     add([("other models", f"neural cache on the baseline, {cache.config.ltm_slots:,} tokens", cache,
           {"theta": cache.config.theta, "share": cache.config.share}) for cache in caches])
+    grams, trust = fit_grams(baseline, training, window)
+    add([("other models", "exact addresses on the baseline", grams, {"log_weights": trust})])
     question = max(len(question.tokens) for question in block)
     gpt = altered(baseline, GPT, stm_window=None, n_positions=max(longest, question))
     add([("other models", f"GPT, full attention (trained at {window})", gpt)], longest, question)
@@ -887,8 +921,8 @@ def main(argv=None):
     if args.quick:
         globals().update(QUICK)
     began, root, device = time.time(), Path(default_root(args.root, args.quick)), pick_device()
-    tokenizer = load_tokenizer(root)
-    rows, meta = load_split(root, "val")
+    tokenizer = load_tokenizer(root, args.quick)
+    rows, meta = load_split(root, "val", args.quick)
     texts = [text for text in documents(rows) if len(text) > 1]
     per_token = characters_per_token(tokenizer)
     characters = np.array([per_token[text].sum() for text in texts], float)
@@ -910,8 +944,8 @@ def main(argv=None):
     bpc = paired_bootstrap(stack(bits), characters)
     windows = paired_bootstrap(stack(measured.windows), measured.window_characters)
     if not np.isfinite([bpc["ratio"], windows["ratio"]]).all():
-        raise StageError(f"a metric is NaN or infinite: the weights are not sane; train again: ./run_all.sh --fresh "
-                         f"--root {root}" + " --quick" * args.quick)
+        raise StageError(f"a metric is NaN or infinite: the weights are not sane; train again: "
+                         f"{command('./run_all.sh --fresh', root, args.quick)}")
     mean = lambda field: [float(np.concatenate(getattr(measured.tallies["with_ltm", seed], field)).mean())
                           for seed in seeds]
     hits, stored, speed = mean("hit"), mean("stored"), summarise_speed(measured.speed)
@@ -936,7 +970,7 @@ def main(argv=None):
         "position": position, "targets_bits_per_token": targets,
         "memory": observe(hybrid, texts, measured.tallies["with_ltm", seeds[0]], tokenizer)}
     if args.controls:
-        training = [text for text in documents(load_split(root, "train")[0]) if len(text) > 1][:FITTED]
+        training = [text for text in documents(load_split(root, "train", args.quick)[0]) if len(text) > 1][:FITTED]
         rows = results["detail"]["controls"] = evaluate_controls(
             hybrid, models["baseline", seeds[0]], bits["baseline", seeds[0]].sum(), stored[0], texts, training, asked,
             device)

@@ -8,7 +8,8 @@ LTM                at most 256 items outside the network: a token whose surprisa
 Both forms of the memory compute one function: `score` and `forward` a whole sequence at once (training, evaluation),
 `stream` a few tokens at a time with constant memory (generation). Below the models stands what the scripts share.
 
-Axes: N rows, C positions in a row (128), B sequences, T tokens, D width, H heads, A address, I items, V vocabulary.
+Axes: N rows, C positions in a row (128), B sequences, T tokens, D width, H heads, V vocabulary; of the memory E exact
+and K learned addresses (H is E + K there), A dimensions of one, I candidate items, M slots.
 A sequence longer than the window is laid out as consecutive rows; `opens` (N,) marks the rows that begin a sequence.
 """
 
@@ -16,6 +17,7 @@ import copy
 import functools
 import hashlib
 import importlib
+import importlib.util
 import json
 import math
 import netrc
@@ -82,6 +84,8 @@ class RevenaConfig(PreTrainedConfig):
         self.ltm_price, self.ltm_stm_loss = ltm_price, ltm_stm_loss
         kwargs = {"bos_token_id": EOT, "eos_token_id": EOT, "pad_token_id": EOT, "tie_word_embeddings": True} | kwargs
         super().__init__(**kwargs)
+        if min(ltm_ngrams, ltm_learned) < 1:
+            raise ValueError("ltm_ngrams and ltm_learned must be at least 1")
 
 
 # ------------------------------------------------------------------------------------ the backbone of both arms
@@ -119,6 +123,10 @@ def row_attention(q, k, v, table, opens=None):
     return attend(rotate(q, table, C), rotate(k, table), v, seen[:, None])
 
 
+# who compiles a model compiles one layer, not each; before torch 2.8 there is no such thing, nor is it needed to run
+nested_compile_region = getattr(torch.compiler, "nested_compile_region", lambda function: function)
+
+
 class Block(nn.Module):
     """One pre-norm layer: attention, then a GELU network, each added to the residual stream (float32).
 
@@ -135,7 +143,7 @@ class Block(nn.Module):
         self.up = nn.Linear(D, 4 * D, bias=False)
         self.down = nn.Linear(4 * D, D, bias=False)
 
-    @torch.compiler.nested_compile_region           # whoever compiles a model compiles one layer, not each
+    @nested_compile_region
     def forward(self, x, attention):
         """x (N, T, D) -> (N, T, D); attention(q, k, v) says what each position sees."""
         D, dtype = x.size(-1), self.out.weight.dtype
@@ -216,21 +224,6 @@ class LongTermMemory(nn.Module):
         self.from_state = nn.Linear(D, self.width)
         self.from_tokens = nn.Linear(D, (1 + E) * self.width, bias=False)              # as x_{t+1}, x_t, x_{t-1}, ..
 
-    def init_weights(self):
-        """Start with half of all pairs above the cosine threshold, little trust, and every look-up made."""
-        K, A = self.config.ltm_learned, self.config.ltm_dim
-        _, trust, _, is_open = self.from_state.bias[:sum(self.sizes)].split(self.sizes)
-        with torch.no_grad():
-            for linear in (self.from_state, self.from_tokens):
-                nn.init.normal_(linear.weight, std=0.02)
-                linear.weight.unflatten(0, (-1, self.width))[:, K * A:] = 0
-            self.from_tokens.weight[:self.width] = 0
-            nn.init.zeros_(self.from_state.bias)
-            # beside 63 directions of variance ~1: cosines start around 0.8
-            self.from_state.bias[:K * A].view(K, A)[:, 0] = 16.0
-            trust.fill_(-2.0)
-            is_open.fill_(1.0)
-
     def project(self, tokens, embed):
         """What tokens (N, T) add to the addresses of the position before them, their own, and those after them:
         1 + E tensors (N, T, width). EOT adds nothing."""
@@ -280,7 +273,7 @@ class LongTermMemory(nn.Module):
 def lagged(x, lag, opens, fill):
     """x (N, C, ..) moved `lag` positions to the right (-1: to the left) along its sequence; `fill` before the start.
 
-    Moved to the left, the end of a sequence sees the start of the next: EOT, which adds nothing to an address.
+    Moved to the left, the end of a sequence sees the start of the next: no matter, it has no target to file.
     """
     C, ahead = x.size(1), max(-lag, 0)
     line = x if opens is None else x.flatten(0, 1)[None]
@@ -319,16 +312,9 @@ class GPT(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     def _init_weights(self, module):
-        """Normal(0, 0.02), what ends on the residual stream smaller by sqrt(2 layers) (GPT-2)."""
-        if isinstance(module, Block):
-            for linear in (module.qkvg, module.up):
-                nn.init.normal_(linear.weight, std=0.02)
-            for linear in (module.out, module.down):
-                nn.init.normal_(linear.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
-        elif isinstance(module, nn.Embedding):
+        """Embeddings: Normal(0, 0.02) (GPT-2). All else keeps nn.Linear's start: uniform within 1 / sqrt(inputs)."""
+        if isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
-        elif isinstance(module, LongTermMemory):
-            module.init_weights()
 
     @classmethod
     def _supports_default_dynamic_cache(cls):
@@ -378,8 +364,8 @@ class GPT(PreTrainedModel, GenerationMixin):
 
     def log_p(self, h, targets):
         """log p_stm(target) and log Z, (N, C) each, a slice of positions at a time, to bound the logits."""
-        pairs, slice = [], 2048 if h.is_cuda else 64                   # 64 x V floats: what malloc keeps and reuses
-        for states, wanted in zip(h.flatten(0, 1).split(slice), targets.flatten().split(slice)):
+        pairs, size = [], 2048 if h.is_cuda else 64                    # 64 x V floats: what malloc keeps and reuses
+        for states, wanted in zip(h.flatten(0, 1).split(size), targets.flatten().split(size)):
             logits = self.logits(states)
             log_z = logits.logsumexp(-1)
             if h.is_cuda:       # a gather's gradient is a (positions, V) matrix of zeros to fill; a masked sum fuses
@@ -546,7 +532,7 @@ class RevenaHybridTiny(GPT):
         return bits, ~none & (bits > self.config.ltm_surprisal_bits)
 
     def candidates(self, address, targets, stored, opens=None):
-        """The items that the positions of each row may retrieve: Address (N, I, ..), values (N, I), visible (N, C, I).
+        """The items that each row may retrieve: Address (N, I, ..) of what keys have, values (N, I), visible (N, C, I).
 
         Item i (value: the target of position i) is visible to t iff it was stored, i < t in the same sequence, and
         fewer than `ltm_slots` items were stored after it before t. Stored items are numbered; a row's candidates are
@@ -570,7 +556,9 @@ class RevenaHybridTiny(GPT):
         line = lambda x: x.new_zeros(N * C + M + C, *x.shape[2:]).index_copy(0, place, x.flatten(0, 1))[number]
         low = (before - M).maximum(first[:, None])[..., None]
         visible = (number[:, None] < before[..., None]) & (number[:, None] >= low)
-        return Address(*map(line, address)), line(targets), visible
+        items = Address(line(address.grams), line(address.known), None, line(address.key), None, line(address.strength),
+                        None)
+        return items, line(targets), visible
 
     def read(self, h, tokens, targets, log_p, log_z, opens=None):
         """The parallel form: what every position of the rows retrieves.
@@ -934,14 +922,14 @@ def read_json(path, made_by):
     return value
 
 
-def load_tokenizer(root):
+def load_tokenizer(root, quick=False):
     """GPT-2's tokenizer from `root`/data/tokenizer; raises StageError where a file is missing or another one."""
-    folder = Path(root) / "data" / "tokenizer"
+    folder, again = Path(root) / "data" / "tokenizer", command("download_models.py", root, quick)
     for name, expected in TOKENIZER_SHA256.items():
         if not (folder / name).is_file():
-            raise StageError(f"{folder / name} is missing; get it with: python download_models.py --root {root}")
+            raise StageError(f"{folder / name} is missing; get it with: {again}")
         if sha256(folder / name) != expected:
-            raise StageError(f"{folder / name} is not GPT-2's; get it with: python download_models.py --root {root}")
+            raise StageError(f"{folder / name} is not GPT-2's; get it with: {again}")
     tokenizer = GPT2TokenizerFast(str(folder / "vocab.json"), str(folder / "merges.txt"),
                                   pad_token="<|endoftext|>", padding_side="left")      # GPT-2 has none; for batches
     # by other keyword names the same call gives an empty vocabulary without a word
@@ -969,12 +957,12 @@ def characters_per_token(tokenizer):
     return counts
 
 
-def load_split(root, split):
+def load_split(root, split, quick=False):
     """The windows of one split, verified against meta.json: ((rows, 128) uint16 memmap, meta dict).
 
     Raises StageError where a file is missing, cut short, changed, or holds a token beyond the vocabulary.
     """
-    again = f"python prepare_data.py --root {root}"
+    again = command("prepare_data.py", root, quick)
     meta = read_json(Path(root) / "data" / "meta.json", again)
     path = Path(root) / "data" / f"{split}.bin"
     if meta.get("sha256") != seal(meta):
@@ -1074,11 +1062,17 @@ def pick_device():
 
 
 def lower_precision(model):
-    """Let the backbone compute in bfloat16 where the GPU does (the stream, norms, softmax and LTM stay float32)."""
+    """Let the backbone compute in bfloat16 where the GPU does. The stream, norms, softmax and the LTM's weighing stay
+    float32; its addresses are bfloat16 as the states are."""
     if next(model.parameters()).is_cuda and torch.cuda.is_bf16_supported(including_emulation=False):
         table = model.backbone.rotary
         model.backbone.to(torch.bfloat16).rotary = table
     return model
+
+
+def has_compiler(device):
+    """Whether torch.compile is of use on this device: a CUDA GPU, and Triton to make its kernels."""
+    return torch.device(device).type == "cuda" and importlib.util.find_spec("triton") is not None
 
 
 def default_root(root, quick):
@@ -1087,9 +1081,9 @@ def default_root(root, quick):
 
 
 def command(script, root, quick, seed=None):
-    """The command line that runs a stage ("train.py --baseline") on the same root, size and, where given, seed."""
-    chosen = "" if seed is None else f" --seed {seed}"
-    return f"python {script} --root {shlex.quote(str(root))}{chosen}" + " --quick" * quick
+    """The command line that runs a script ("train.py --baseline") on the same root, size and, where given, seed."""
+    program, chosen = "" if script.startswith("./") else "python ", "" if seed is None else f" --seed {seed}"
+    return f"{program}{script} --root {shlex.quote(str(root))}{chosen}" + " --quick" * quick
 
 
 def arm_folder(root, seed, arm):

@@ -52,8 +52,8 @@ import pyarrow
 from fsspec.compression import register_compression
 from tqdm import tqdm
 
-from models import (EOT, TOKENIZER_SHA256, StageError, characters_per_token, load_tokenizer, run_stage, sha256,
-                    write_json)
+from models import (EOT, TOKENIZER_SHA256, StageError, characters_per_token, command, load_tokenizer, run_stage,
+                    sha256, write_json)
 
 PROJECT = Path(__file__).resolve().parent
 DATASET = "Skylion007/openwebtext"
@@ -375,7 +375,7 @@ class SplitWriter:
 def prepare(root, text, quick, name=None):
     """Write ROOT/data/{train.bin, val.bin, meta.json} and return meta; where it raises, they are what they were."""
     folder, limit = root / "data", QUICK_DOCUMENTS if quick else DOCUMENTS
-    tokenizer = load_tokenizer(root)
+    tokenizer = load_tokenizer(root, quick)
     characters = characters_per_token(tokenizer)
     skipped, seen, truncated, names = Counter(), set(), 0, split_names()
     with ExitStack() as stack:
@@ -390,7 +390,7 @@ def prepare(root, text, quick, name=None):
                 continue
             if ids.max() > EOT:
                 raise StageError(f"the tokenizer gave token {ids.max()}, GPT-2's vocabulary ends at {EOT}; get GPT-2's "
-                                 f"with: python download_models.py --root {root}")
+                                 f"with: {command('download_models.py', root, quick)}")
             goes_on, ids = len(ids) > MAX_DOC_TOKENS, ids[:MAX_DOC_TOKENS]
             digest = hashlib.sha256(ids).digest()
             if digest in seen:

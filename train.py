@@ -15,9 +15,7 @@ gathered, forward, backward, clipping, AdamW, statistics - is one CUDA graph, wh
 """
 
 import argparse
-import atexit
 import fcntl
-import importlib.util
 import json
 import math
 import os
@@ -34,9 +32,9 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from models import (EOT, StageError, Wandb, arm_folder, command, default_root, load_model, load_split, load_tokenizer,
-                    lower_precision, manifest_of, pick_device, read_json, read_manifest, run_stage, save_model, sha256,
-                    write_atomic, write_json)
+from models import (EOT, StageError, Wandb, arm_folder, command, default_root, has_compiler, load_model, load_split,
+                    load_tokenizer, lower_precision, manifest_of, pick_device, read_json, read_manifest, run_stage,
+                    save_model, sha256, write_atomic, write_json)
 
 STEPS = 10_000
 BATCH = 8                       # rows of 128 tokens a step
@@ -204,12 +202,14 @@ class Training:
         if self.world > 1:
             return "plain PyTorch step, shared by several processes"
         how = "compiled and captured as one CUDA graph"
-        if importlib.util.find_spec("triton"):
+        if has_compiler(self.device):
+            torch._dynamo.config.recompile_limit = 64                    # one adamw for each size of tensor
             self.objective = torch.compile(self._objective, dynamic=False)
             self.update = torch.compile(adamw, dynamic=False)
         else:
             how = "captured as one CUDA graph, not compiled (no Triton here)"
         stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(min(3, len(self.order) - self.done)):
                 self.run(1)
@@ -416,7 +416,7 @@ class History:
 
     def restart(self):
         """Time the next interval from here: what came before (compiling, a checkpoint) is not training."""
-        self.mark = self.now()
+        self.mark, self.since = self.now(), self.training.done
 
     def now(self):
         """This point of the run: seconds on the CPU, an event that a GPU will pass."""
@@ -426,14 +426,14 @@ class History:
         event.record()
         return event
 
-    def entry(self, end, rows, seconds):
+    def entry(self, end, rows, pace):
+        """The line of the interval that ends with step `end`; rows: its statistics; pace: seconds a step, or None."""
         means = dict(zip(STATISTICS, rows.double().mean(0).tolist()))
-        # routed surprisal is a mean over routed tokens, not over steps: weigh each step by what it routed
+        # routed surprisal is a mean over routed tokens, not over steps: weigh each step by the share that it routed
         routed = rows[:, 1].double()
         means["avg_surprisal_routed"] = float((rows[:, 2].double() * routed).sum() / routed.sum().clamp(min=1e-12))
-        tokens = len(rows) * self.training.order.size(1) * self.training.rows.size(1)
-        rate = tokens / seconds if seconds else None
-        left = (len(self.training.order) - end) / len(rows) * seconds if seconds else None
+        steps, batch = self.training.order.shape
+        rate, left = (batch * self.training.rows.size(1) / pace, (steps - end) * pace) if pace else (None, None)
         return {"step": end, "LTM_enabled": self.enabled, **means, "lr": float(self.rates[end - 1]),
                 "tok/sec": rate, "ETA": left}
 
@@ -459,7 +459,9 @@ class History:
                 mark.synchronize()                       # then `rows` has arrived too
                 seconds = self.mark.elapsed_time(mark) / 1000
             self.refuse_nan(end - len(rows), rows)
-            entry, self.mark = self.entry(end, rows, seconds), mark
+            # the first interval after a start lacks the steps from before it
+            entry = self.entry(end, rows, seconds / (end - self.since) if end > self.since else None)
+            self.mark, self.since = mark, end
             self.file.write(json.dumps(entry) + "\n")
             self.file.flush()
             self.wandb.log(entry)
@@ -489,7 +491,7 @@ A GPT of {parameters:,} parameters with a sliding attention window of 128 tokens
 | | |
 |---|---|
 | data | {source}: {documents:,} documents, {tokens:,} tokens |
-| training loss (mixture, nats a token) | {loss:.4f} |
+| training loss (nats a token) | {loss:.4f} |
 | seed, batch, learning rate | {seed}, {batch} rows of 128 tokens, {lr} |
 | torch, device | {torch}, {device} |
 
@@ -514,7 +516,6 @@ def distributed():
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
-        atexit.register(dist.destroy_process_group)
     return device
 
 
@@ -547,6 +548,14 @@ def main(argv=None):
     args = parse(argv)
     if args.quick:
         globals().update(QUICK)
+    code = train(args)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return code
+
+
+def train(args):
+    """Train the arm, or what is left of it; returns the exit code."""
     began = time.time()
     root, arm = default_root(args.root, args.quick), "with_ltm" if args.with_ltm else "baseline"
     following = (command("train.py --with-ltm", root, args.quick, args.seed or None) if arm == "baseline" else
@@ -557,8 +566,8 @@ def main(argv=None):
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda caught, _: stop.append(caught))
 
-    tokenizer = load_tokenizer(root)
-    rows, meta = load_split(root, "train")
+    tokenizer = load_tokenizer(root, args.quick)
+    rows, meta = load_split(root, "train", args.quick)
     init = arm_folder(root, args.seed, "init")
     made_by = command("add_memory.py", root, args.quick, args.seed)
     start = read_manifest(init, made_by)["files"]
@@ -621,8 +630,9 @@ def main(argv=None):
             stopping = flag.item() > 0
         if stopping:
             break
-        # up to the end of the interval, one step at a time where a step takes long enough to be interrupted in
-        count = min(LOG_EVERY - training.done % LOG_EVERY, steps - training.done) if training.graph else 1
+        # up to the next log line or checkpoint; one step at a time where a step takes long enough to be interrupted in
+        ahead = (every - training.done % every for every in (LOG_EVERY, CHECKPOINT_STEPS))
+        count = min(*ahead, steps - training.done) if training.graph else 1
         training.run(count)
         if first:
             bar.update(training.done - warm)

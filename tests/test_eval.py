@@ -511,6 +511,24 @@ def test_the_neural_cache_is_fitted(small):
 
 
 @torch.no_grad()
+def test_exact_addresses_are_fitted_without_a_learned_part(small):
+    """On texts that repeat themselves they pay, on others they weigh least; the learned weights play no part."""
+    baseline = tiny(ltm_enabled=False)
+    before = {name: x.clone() for name, x in baseline.state_dict().items()}
+    texts = [np.concatenate(([EOT], np.tile(np.random.default_rng(i).integers(0, 5_000, 20), 4))) for i in range(2)]
+    fitted, trust = evaluation.fit_grams(baseline, texts, WIDTH)
+    best = bits_of(fitted, texts)[0].sum()
+    assert best < 0.6 * bits_of(baseline, texts)[0].sum()
+    assert all(torch.equal(x, before[name]) for name, x in baseline.state_dict().items())
+    # after 7 comes another token each time
+    never = [np.array([EOT, *[token for other in range(100, 130) for token in (7, other)]])]
+    assert evaluation.fit_grams(baseline, never, WIDTH)[1][0] == -7 < max(trust)
+    torch.nn.init.normal_(baseline.memory.from_state.weight)
+    torch.nn.init.normal_(baseline.memory.from_tokens.weight)
+    assert bits_of(evaluation.fit_grams(baseline, texts, WIDTH)[0], texts)[0].sum() == pytest.approx(best)
+
+
+@torch.no_grad()
 def test_full_attention_has_the_baselines_weights(small):
     baseline, texts = tiny(ltm_enabled=False), texts_of(100, WIDTH)
     gpt = evaluation.altered(baseline, models.GPT, stm_window=None, n_positions=100)

@@ -275,6 +275,18 @@ def test_learning_rate_warms_up_and_falls_along_a_cosine():
     assert rates[-1] == pytest.approx(train.MIN_LR, rel=1e-4) and (rates >= 1e-6).all()
 
 
+def test_where_the_weights_start():
+    """transformers passes over custom modules without parameters of their own: what is said to be set must be seen."""
+    _, model = add_memory.make_models("quick", 0)
+    for name, x in model.named_parameters():
+        if name == "backbone.embed.weight":
+            assert abs(x.std().item() / 0.02 - 1) < 0.01 and abs(x.mean().item()) < 1e-3
+        else:
+            bound = (x.size(1) if x.dim() > 1 else model.config.n_embd) ** -0.5
+            assert 0.9 * bound < x.abs().max().item() <= bound, name
+            assert abs(x.std().item() / (bound / 3 ** 0.5) - 1) < 0.1, name
+
+
 def test_adamw_is_adamw():
     draw = torch.Generator().manual_seed(0)
     ours = [torch.randn(size, generator=draw) for size in ((5, 7), (6,))]
@@ -312,6 +324,25 @@ def training_of(source, monkeypatch, ltm=True, steps=12):
     model = load_model(source / "trained" / "init")
     model.config.ltm_enabled = ltm
     return train.Training(model, rows, train.row_order(len(rows), steps, 2, 0))
+
+
+@pytest.mark.parametrize("before", [0, 3, 4])
+def test_the_log_times_the_steps_that_it_saw(source, monkeypatch, tmp_path, before):
+    """A second a step by a clock of ours, from the first line on, also where an interval began before the start."""
+    monkeypatch.setattr(train, "LOG_EVERY", 4)
+    training = training_of(source, monkeypatch)
+    monkeypatch.setattr(train, "LOG_EVERY", 4)
+    monkeypatch.setattr(train.time, "perf_counter", lambda: 100.0 + training.done)
+    training.run(before)
+    history = train.History(types.SimpleNamespace(folder=tmp_path), training, True, NoWandb())
+    while training.done < 12:
+        training.run(1)
+        history.note()
+        history.settle()
+    lines = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [4, 8, 12]
+    for line in lines[before // 4:]:
+        assert line["tok/sec"] == pytest.approx(2 * 16) and line["ETA"] == pytest.approx(12 - line["step"])
 
 
 @pytest.mark.parametrize("ltm", [False, True])
