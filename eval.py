@@ -572,14 +572,16 @@ def summarise_recall(recall, seeds, config, distracted):
     far = summary["long_range"] = {"distances": list(LONG_RANGE)}
     for arm in ARMS:
         top = share(arm, "top1", at(LONG_RANGE))
-        far[arm] = {**share(arm, "forced_choice", at(LONG_RANGE)), "top1": top["mean"], "top1_ci95": top["ci95"],
+        right = gather(arm, "forced_choice", at(LONG_RANGE))
+        far[arm] = {**share(arm, "forced_choice", at(LONG_RANGE)), "per_seed": right.mean(1).tolist(),
+                    "top1": top["mean"], "top1_ci95": top["ci95"],
                     "by_format": {form: share(arm, "forced_choice", at(LONG_RANGE, [form]))["mean"]
                                   for form in FORMATS},
                     "retrieved_of_answered": of_answered(arm, at(LONG_RANGE))}
     p = far["mcnemar_p"] = test(LONG_RANGE)
     far["difference"] = paired_difference(*(gather(arm, "forced_choice", at(LONG_RANGE)) for arm in ARMS))
-    better = far["with_ltm"]["mean"] > far["baseline"]["mean"]
-    far["verdict"] = "inconclusive" if p > 0.05 else "helps" if better else "hurts"
+    signs = {np.sign(b - a) for a, b in zip(*(far[arm]["per_seed"] for arm in ARMS))}
+    far["verdict"] = "inconclusive" if p > 0.05 or len(signs) > 1 else "helps" if signs == {1} else "hurts"
 
     summary["distractors"] = []
     for extra, distances in distracted.items():

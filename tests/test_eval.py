@@ -710,6 +710,7 @@ def test_results_hold_what_they_promise(evaluated):
         # the one distance beyond the window is the second of the curve
         assert results[arm]["long_range_recall"] == far["mean"] == part["forced_choice"][1]
         assert far["ci95"] == part["forced_choice_ci95"][1] and far["top1"] == part["top1"][1]
+        assert len(far["per_seed"]) == 2 and np.mean(far["per_seed"]) == pytest.approx(far["mean"])
     assert recall["long_range"]["mcnemar_p"] == recall["mcnemar_p"][1]
     assert [row["facts"] for row in recall["distractors"]] == [0, 9]
     for row in recall["distractors"]:
