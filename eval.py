@@ -787,7 +787,7 @@ def fit_grams(model, texts, width):
 
     best = [-2.0] * config.ltm_ngrams
     for n in [*range(config.ltm_ngrams)] * 2:
-        grid = [[*best[:n], power / 2, *best[n + 1:]] for power in range(-14, 5)]
+        grid = [[*best[:n], float(weight), *best[n + 1:]] for weight in range(-7, 3)]
         variants, total = [cache(trust) for trust in grid], 0.0
         for pack in packs(texts, width, model.device):
             real = pack.targets != EOT
