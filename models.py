@@ -17,7 +17,6 @@ import copy
 import functools
 import hashlib
 import importlib
-import importlib.util
 import json
 import math
 import netrc
@@ -1070,9 +1069,19 @@ def lower_precision(model):
     return model
 
 
+@functools.cache
 def has_compiler(device):
-    """Whether torch.compile is of use on this device: a CUDA GPU, and Triton to make its kernels."""
-    return torch.device(device).type == "cuda" and importlib.util.find_spec("triton") is not None
+    """Whether torch.compile is of use on this device: a CUDA GPU, and all that makes its kernels, tried on a small one.
+
+    That takes Triton, a C compiler and Python's headers: which of them is missing shows nowhere before.
+    """
+    if torch.device(device).type != "cuda":
+        return False
+    try:
+        torch.compile(lambda x: 2 * x)(torch.ones(64, device=device))
+    except Exception:
+        return False
+    return True
 
 
 def default_root(root, quick):

@@ -207,7 +207,7 @@ class Training:
             self.objective = torch.compile(self._objective, dynamic=False)
             self.update = torch.compile(adamw, dynamic=False)
         else:
-            how = "captured as one CUDA graph, not compiled (no Triton here)"
+            how = "captured as one CUDA graph, not compiled (that takes Triton, a C compiler and Python's headers)"
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):

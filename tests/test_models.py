@@ -630,3 +630,19 @@ def test_a_damaged_folder_is_one_clear_line(tmp_path, damage, says):
     with pytest.raises(StageError, match=says) as error:
         load_model(tmp_path, made_by="python train.py")
     assert "\n" not in str(error.value) and "python train.py" in str(error.value)
+
+
+def test_a_compiler_that_fails_is_none(monkeypatch):
+    """Whatever torch.compile needs and does not find, the stages go on without; on a CPU it is not even tried."""
+    tried = []
+
+    def no_c_compiler(function):
+        tried.append(function)
+        raise RuntimeError("Failed to find C compiler")
+    monkeypatch.setattr(torch, "compile", no_c_compiler)
+    monkeypatch.setattr(torch, "ones", lambda *_, device: None)             # there need not be a GPU
+    assert not models.has_compiler(torch.device("cpu")) and tried == []
+    assert not models.has_compiler(torch.device("cuda", 7)) and len(tried) == 1
+    monkeypatch.setattr(torch, "compile", lambda function: lambda x: None)
+    assert models.has_compiler(torch.device("cuda", 6)) and not models.has_compiler(torch.device("cuda", 7))
+    models.has_compiler.cache_clear()
