@@ -785,14 +785,26 @@ def fit_grams(model, texts, width):
         is_open.fill_(-1.0)
         return twin
 
+    # of each target p_stm and, through one address at a time, how many items matched with its value and how many at all
+    alone, seen = [cache(trust) for trust in torch.eye(config.ltm_ngrams).log().tolist()], []
+    for pack in packs(texts, width, model.device):
+        h, columns, real = states(model, pack), [], pack.targets != EOT
+        log_p, log_z = fast("log_p", model, h, pack.targets)
+        for twin in alone:
+            read, values, *_ = twin.read(h, pack.tokens, pack.targets, log_p, log_z, pack.opens)
+            right = values[:, None] == pack.targets[..., None]
+            columns += [torch.where(right, read.exact, 0.0).sum(-1), read.exact.sum(-1)]
+        seen.append(torch.stack([log_p.exp(), *columns], -1)[real].cpu().double())
+    seen = torch.cat(seen)
+    p, right, every = seen[:, 0], seen[:, 1::2], seen[:, 2::2]
+
+    def likelihood(trust):
+        weight = torch.tensor(trust).double().exp()
+        return ((p + right @ weight) / (1 + every @ weight)).log().sum().item()
+
     best = [-2.0] * config.ltm_ngrams
     for n in [*range(config.ltm_ngrams)] * 2:
-        grid = [[*best[:n], float(weight), *best[n + 1:]] for weight in range(-7, 3)]
-        variants, total = [cache(trust) for trust in grid], 0.0
-        for pack in packs(texts, width, model.device):
-            real = pack.targets != EOT
-            total = total + torch.stack([one.log_p[real].double().sum() for one in score(pack, *variants)]).cpu()
-        best = grid[int(total.argmax())]
+        best = max(([*best[:n], float(weight), *best[n + 1:]] for weight in range(-7, 3)), key=likelihood)
     return cache(best), best
 
 
