@@ -329,7 +329,6 @@ def training_of(source, monkeypatch, ltm=True, steps=12):
 @pytest.mark.parametrize("before", [0, 3, 4])
 def test_the_log_times_the_steps_that_it_saw(source, monkeypatch, tmp_path, before):
     """A second a step by a clock of ours, from the first line on, also where an interval began before the start."""
-    monkeypatch.setattr(train, "LOG_EVERY", 4)
     training = training_of(source, monkeypatch)
     monkeypatch.setattr(train, "LOG_EVERY", 4)
     monkeypatch.setattr(train.time, "perf_counter", lambda: 100.0 + training.done)
