@@ -738,9 +738,9 @@ class NeuralCache(RevenaHybridTiny):
     def read(self, h, tokens, targets, log_p, log_z, opens=None):
         stored = targets != EOT
         address = Address(*[targets] * len(Address._fields))._replace(key=h)           # only the key is asked for
-        items, values, visible = self.candidates(address, targets, stored, opens)
+        items, values, age = self.candidates(address, targets, stored, opens)
         match = self.config.theta * (h.float() @ items.key.float().mT)                 # (N, C, I)
-        cache = match.masked_fill(~visible, -math.inf).softmax(-1).nan_to_num()        # at the start there is none
+        cache = match.masked_fill(age == 0, -math.inf).softmax(-1).nan_to_num()        # at the start there is none
         weight = self.config.share / (1 - self.config.share) * cache
         return Reading(weight, torch.zeros_like(weight), None), values, stored, -torch.ones_like(log_p)
 
@@ -829,7 +829,8 @@ def memory_controls(model, rate):
             ("look-ups", "made at every position", reads(lambda read, odds: (read, torch.ones_like(odds)))),
             ("look-ups", "exact addresses only", reads(lambda read, odds: (read, nothing(odds)))),
             ("look-ups", "learned addresses only", reads(lambda read, odds: (
-                read._replace(exact=nothing(read.exact)), odds)))]
+                read._replace(exact=nothing(read.exact)), odds))),
+            *ladder("nats more trust in exact matches", "ltm_exact_trust", (0, 0.5, 1))]
 
 
 def evaluate_controls(hybrid, baseline, bits, rate, texts, training, asked, device):
@@ -858,7 +859,7 @@ def evaluate_controls(hybrid, baseline, bits, rate, texts, training, asked, devi
     def recall(variants, width, wiped=False):
         said = answer(variants, block, width, device, wiped, size(width))
         return [{"recall": float(right.mean()), "recall_ci95": wilson(int(right.sum()), len(block)),
-                 "trials": len(block)} for right, *_ in said]
+                 "top1": float(first.mean()), "trials": len(block)} for right, first, *_ in said]
 
     rows = []
 
@@ -886,10 +887,10 @@ def evaluate_controls(hybrid, baseline, bits, rate, texts, training, asked, devi
 
 def print_controls(rows):
     """Each control's bits per character by the baseline's, its long-range recall and the share of tokens it stores."""
-    print(f"\n{'':70}{'x bpc':>8}{'recall':>8}{'stored':>8}")
+    print(f"\n{'':70}{'x bpc':>8}{'recall':>8}{'top-1':>8}{'stored':>8}")
     for group, part in itertools.groupby(rows, lambda row: row["group"]):
         for row, head in zip(part, itertools.chain([group], itertools.repeat(""))):
-            numbers = [row.get(field) for field in ("bpc_ratio", "recall", "stored")]
+            numbers = [row.get(field) for field in ("bpc_ratio", "recall", "top1", "stored")]
             print(f"{head:27}{row['name']:43}" + "".join(f"{'-' if x is None else f'{x:.3f}':>8}" for x in numbers))
 
 

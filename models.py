@@ -66,6 +66,7 @@ class RevenaConfig(PreTrainedConfig):
             cosine and with log p_stm of its value.
         ltm_price: nats that a look-up through the learned addresses must be expected to save.
         ltm_stm_loss: weight in training of log p_stm beside the log p of the mixture.
+        ltm_exact_trust: nats that what an exact address finds is trusted beyond what training made of it, afterwards.
     """
 
     model_type = "revena"
@@ -73,14 +74,14 @@ class RevenaConfig(PreTrainedConfig):
     def __init__(self, vocab_size=50257, n_layer=8, n_embd=640, n_head=10, n_positions=2048, stm_window=128,
                  ltm_enabled=True, ltm_slots=256, ltm_surprisal_bits=4.5, ltm_cosine=0.8, ltm_ngrams=3, ltm_learned=4,
                  ltm_dim=64, ltm_sharpness=40.0, ltm_plausibility=0.45, ltm_price=0.024,
-                 ltm_stm_loss=0.3, **kwargs):
+                 ltm_stm_loss=0.3, ltm_exact_trust=0.5, **kwargs):
         self.vocab_size, self.n_layer, self.n_embd, self.n_head = vocab_size, n_layer, n_embd, n_head
         self.n_positions, self.stm_window = n_positions, stm_window
         self.ltm_enabled, self.ltm_slots = ltm_enabled, ltm_slots
         self.ltm_surprisal_bits, self.ltm_cosine = ltm_surprisal_bits, ltm_cosine
         self.ltm_ngrams, self.ltm_learned, self.ltm_dim = ltm_ngrams, ltm_learned, ltm_dim
         self.ltm_sharpness, self.ltm_plausibility = ltm_sharpness, ltm_plausibility
-        self.ltm_price, self.ltm_stm_loss = ltm_price, ltm_stm_loss
+        self.ltm_price, self.ltm_stm_loss, self.ltm_exact_trust = ltm_price, ltm_stm_loss, ltm_exact_trust
         kwargs = {"bos_token_id": EOT, "eos_token_id": EOT, "pad_token_id": EOT, "tie_word_embeddings": True} | kwargs
         super().__init__(**kwargs)
         if min(ltm_ngrams, ltm_learned) < 1:
@@ -209,7 +210,8 @@ class LongTermMemory(nn.Module):
     Exact addresses: the one-hot vector of the last token, of the last two, of the last three. The cosine of two is 1
     where all tokens agree and 0 elsewhere, so they are compared as tokens. The one-token address exists only where
     that token was itself stored: that "the" recurs says nothing.
-    Learned addresses: linear in the final state and the last three tokens; a key also knows the token it files.
+    Learned addresses: linear in the final state and the last three tokens; a key also knows the token it files, and
+    the state after reading it.
     """
 
     def __init__(self, config):
@@ -220,51 +222,61 @@ class LongTermMemory(nn.Module):
         self.sizes = (K * A, H, H, 1)                                                  # address, trust, strength, open
         aligned = lambda n: -(-n // 16) * 16
         self.width = aligned(sum(self.sizes))
-        self.from_state = nn.Linear(D, self.width)
+        self.from_state = nn.Linear(D, 2 * self.width)                                 # as h_t, h_{t+1}
         self.from_tokens = nn.Linear(D, (1 + E) * self.width, bias=False)              # as x_{t+1}, x_t, x_{t-1}, ..
+        self.recency = nn.Parameter(torch.zeros(K))
 
-    def project(self, tokens, embed):
+    def project_states(self, h):
+        """What states (N, T, D) add to their own address and to that of the position before: two (N, T, width)."""
+        y = F.linear(h, self.from_state.weight.to(h.dtype)).float() + self.from_state.bias
+        return y.split(self.width, dim=-1)
+
+    def project_tokens(self, tokens, embed):
         """What tokens (N, T) add to the addresses of the position before them, their own, and those after them:
         1 + E tensors (N, T, width). EOT adds nothing."""
         known = norm(F.embedding(tokens, embed)) * (tokens != EOT)[..., None]
         return F.linear(known, self.from_tokens.weight.to(known.dtype)).split(self.width, dim=-1)
 
-    def address(self, h, grams, known, near, coming):
-        """Address of each position.
+    def address(self, grams, known, near, coming, dtype):
+        """Address of each position, vectors in `dtype`.
 
         Args:
-            h: (.., D) final states. grams: (.., E) the tokens x_t, x_{t-1}, ...; EOT before the start.
-            known: (..,) bool, x_t was stored. near: (.., width) what `project` gives for `grams`, summed.
-            coming: (.., width) what it gives for x_{t+1}, the token that the item of t files.
+            grams: (.., E) the tokens x_t, x_{t-1}, ...; EOT before the start. known: (..,) bool, x_t was stored.
+            near: (.., width) what is projected of h_t and of `grams`, summed.
+            coming: (.., width) what is of h_{t+1} and of x_{t+1}, the token that the item of t files.
         """
-        E, K, A = self.config.ltm_ngrams, self.config.ltm_learned, self.config.ltm_dim
-        y = F.linear(h, self.from_state.weight.to(h.dtype)).float() + near.float() + self.from_state.bias
-        query, trust, strength, is_open = y[..., :sum(self.sizes)].split(self.sizes, dim=-1)
-        value, _, value_strength, _ = coming[..., :sum(self.sizes)].float().split(self.sizes, dim=-1)
-        unit = lambda x: F.normalize(x.unflatten(-1, (K, A)), dim=-1).to(h.dtype)
+        K, A = self.config.ltm_learned, self.config.ltm_dim
+        query, trust, strength, is_open = near[..., :sum(self.sizes)].split(self.sizes, dim=-1)
+        value, _, value_strength, _ = coming[..., :sum(self.sizes)].split(self.sizes, dim=-1)
+        unit = lambda x: F.normalize(x.unflatten(-1, (K, A)), dim=-1).to(dtype)
         return Address(grams, known, unit(query), unit(query + value), trust, strength + value_strength,
                        is_open[..., 0])
 
-    def weigh(self, address, items, log_p, visible):
-        """Weights of the retrieved: exp(trust + strength) through an exact address, through a learned one
-        exp(trust + strength + sharpness (cosine - 1) + plausibility log p_stm(value)).
+    def weigh(self, address, items, log_p, age):
+        """Weights of the retrieved: exp(trust + strength + exact_trust) through an exact address, through a learned one
+        exp(trust + strength + sharpness (cosine - 1) + plausibility log p_stm(value) - recency log age).
+
+        exact_trust is a choice, and not there in training: likelihood alone leaves a fact that stood once just below
+        what is likely anywhere, so that it is seldom the first choice.
 
         Args:
             address: of the queries, (N, C, ..). items: Address of the candidates, (N, I, ..), as far as they have it.
-            log_p: (N, C, I) log p_stm of each candidate's value at each query. visible: (N, C, I) bool.
+            log_p: (N, C, I) log p_stm of each candidate's value at each query.
+            age: (N, C, I) int, 1 for the newest item that a query sees, 2 for the one before; 0: it does not see it.
         """
-        config, E = self.config, self.config.ltm_ngrams
+        config, E, visible = self.config, self.config.ltm_ngrams, age > 0
         score = address.trust.transpose(1, 2)[..., None] + items.strength.transpose(1, 2)[..., None, :]   # (N, H, C, I)
-        same, exact = visible, 0.0
+        same, exact, more = visible, 0.0, 0.0 if self.training else config.ltm_exact_trust
         for n in range(E):
             same = same & (address.grams[..., n, None] == items.grams[:, None, :, n])
             found = same & address.known[..., None] & items.known[:, None] if n == 0 else same
-            exact = exact + torch.where(found, score[:, n].clamp(max=10).exp(), 0.0)
+            exact = exact + torch.where(found, (score[:, n] + more).clamp(max=10).exp(), 0.0)
 
         by_head = lambda x: x.transpose(1, 2).flatten(0, 1)                            # (N K, .., A)
         cosine = (by_head(address.query) @ by_head(items.key).mT).unflatten(0, (-1, config.ltm_learned)).float()
         retrieved = visible[:, None] & (cosine > config.ltm_cosine)
-        score = score[:, E:] + config.ltm_sharpness * (cosine - 1) + config.ltm_plausibility * log_p[:, None]
+        score = (score[:, E:] + config.ltm_sharpness * (cosine - 1) + config.ltm_plausibility * log_p[:, None]
+                 - self.recency[:, None, None] * age.clamp(min=1).float().log()[:, None])
         learned = torch.where(retrieved, score.clamp(max=10).exp(), 0.0).sum(1)
         return Reading(exact, learned, cosine)
 
@@ -311,7 +323,7 @@ class GPT(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     def _init_weights(self, module):
-        """Embeddings: Normal(0, 0.02) (GPT-2). All else keeps nn.Linear's start: uniform within 1 / sqrt(inputs)."""
+        """Embeddings: Normal(0, 0.02) (GPT-2). What is linear keeps nn.Linear's start: uniform in 1 / sqrt(inputs)."""
         if isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
 
@@ -531,7 +543,7 @@ class RevenaHybridTiny(GPT):
         return bits, ~none & (bits > self.config.ltm_surprisal_bits)
 
     def candidates(self, address, targets, stored, opens=None):
-        """The items that each row may retrieve: Address (N, I, ..) of what keys have, values (N, I), visible (N, C, I).
+        """The items that each row may retrieve: Address (N, I, ..) of what keys have, values (N, I), ages (N, C, I).
 
         Item i (value: the target of position i) is visible to t iff it was stored, i < t in the same sequence, and
         fewer than `ltm_slots` items were stored after it before t. Stored items are numbered; a row's candidates are
@@ -541,9 +553,7 @@ class RevenaHybridTiny(GPT):
         if opens is None:                                   # every row is a sequence: its own tokens are candidates
             count = stored.cumsum(1)
             before = count - stored.long()                  # items stored before t
-            number, items, values = count - 1, address, targets
-            low = (before - M)[..., None]
-            return items, values, stored[:, None] & (number[:, None] < before[..., None]) & (number[:, None] >= low)
+            return address, targets, self.ages(before, torch.where(stored, count - 1, -1))
         count = stored.flatten().cumsum(0)
         before = count.view(N, C) - stored.long()
         row = torch.arange(N, device=stored.device)
@@ -553,11 +563,15 @@ class RevenaHybridTiny(GPT):
         # items in order of their numbers, so that a row's candidates lie side by side; at N C, what is not stored
         place = torch.where(stored.flatten(), count - 1, N * C)
         line = lambda x: x.new_zeros(N * C + M + C, *x.shape[2:]).index_copy(0, place, x.flatten(0, 1))[number]
-        low = (before - M).maximum(first[:, None])[..., None]
-        visible = (number[:, None] < before[..., None]) & (number[:, None] >= low)
         items = Address(line(address.grams), line(address.known), None, line(address.key), None, line(address.strength),
                         None)
-        return items, line(targets), visible
+        return items, line(targets), self.ages(before, number)
+
+    def ages(self, before, number):
+        """Ages (N, C, I) as `weigh` takes them, of items numbered `number` (N, I), -1: none, where `before` (N, C) had
+        been stored: 0 where an item was pushed out, or is yet to come."""
+        age = before.int()[..., None] - number.int()[:, None]
+        return torch.where((age > 0) & (age <= self.config.ltm_slots) & (number >= 0)[:, None], age, 0)
 
     def read(self, h, tokens, targets, log_p, log_z, opens=None):
         """The parallel form: what every position of the rows retrieves.
@@ -567,12 +581,14 @@ class RevenaHybridTiny(GPT):
         embed, E = self.backbone.embed.weight.detach(), self.config.ltm_ngrams
         _, stored = self.route(log_p, targets)
         grams = torch.stack([lagged(tokens, lag, opens, EOT) for lag in range(E)], dim=-1)
-        parts = self.memory.project(tokens, embed)
-        coming, *near = (lagged(part, lag, opens, 0.0) for lag, part in enumerate(parts, -1))
-        address = self.memory.address(h, grams, lagged(stored, 1, opens, False), sum(near), coming)
-        items, values, visible = self.candidates(address, targets, stored, opens)
+        own, after = self.memory.project_states(h)
+        ahead, *parts = self.memory.project_tokens(tokens, embed)
+        near = own + sum(lagged(part, lag, opens, 0.0) for lag, part in enumerate(parts))
+        coming = lagged(ahead + after, -1, opens, 0.0)
+        address = self.memory.address(grams, lagged(stored, 1, opens, False), near, coming, h.dtype)
+        items, values, age = self.candidates(address, targets, stored, opens)
         item_log_p = (h.detach() @ embed[values].mT).float() - log_z.detach()[..., None]
-        return self.memory.weigh(address, items, item_log_p, visible), values, stored, address.open
+        return self.memory.weigh(address, items, item_log_p, age), values, stored, address.open
 
     def score(self, tokens, targets, opens=None, embedded=None):
         if not self.config.ltm_enabled:
@@ -630,10 +646,11 @@ class RevenaHybridTiny(GPT):
         tail, known = torch.cat((memory.tail, tokens), 1), torch.cat((memory.known[:, None], stored), 1)
         at = [slice(E - 1 - lag, E + n - lag) for lag in range(E)]                     # of the tail: x_t, x_{t-1}, ..
         grams = torch.stack([tail[:, place] for place in at], -1)
-        coming, *near = self.memory.project(tail, embed)
-        near = sum(part[:, place] for part, place in zip(near, at))
-        coming = F.pad(coming[:, E:], (0, 0, 0, 1))                                    # the last one is not known yet
-        address = self.memory.address(earlier, grams, known, near, coming)
+        own, after = self.memory.project_states(earlier)
+        ahead, *parts = self.memory.project_tokens(tail, embed)
+        near = own + sum(part[:, place] for part, place in zip(parts, at))
+        coming = F.pad(ahead[:, E:] + after[:, 1:], (0, 0, 0, 1))                      # the last one is not known yet
+        address = self.memory.address(grams, known, near, coming, h.dtype)
         arrived = memory.count[:, None] + stored.cumsum(1)                             # items each position can see
         slot = torch.arange(M, device=h.device)
         held = memory.count[:, None] - 1 - (memory.count[:, None] - 1 - slot) % M      # number of the item in each slot
@@ -643,12 +660,10 @@ class RevenaHybridTiny(GPT):
         items = {name: torch.cat((memory.items[name], new[name].to(memory.items[name].dtype)), 1) for name in new}
 
         # read: the query of each position against the ring and what came within this block
-        low = (arrived - M).clamp(min=0)[..., None]
-        visible = (number[:, None] < arrived[..., None]) & (number[:, None] >= low)
         query = Address(*(x[:, 1:] for x in address))
         filed = Address(items["grams"], items["known"], None, items["key"].to(h.dtype), None, items["strength"], None)
         item_log_p = (h @ embed[items["value"]].mT).float() - log_z[..., None]
-        read = self.memory.weigh(query, filed, item_log_p, visible)
+        read = self.memory.weigh(query, filed, item_log_p, self.ages(arrived, number))
         weight = read.exact + read.learned * (query.open > 0)[..., None]
         cosine = torch.where(read.exact[:, -1] > 0, 1.0, read.cosine[:, :, -1].amax(1))
         memory.last = dict(value=items["value"], position=items["position"], weight=weight[:, -1], cosine=cosine,

@@ -409,9 +409,11 @@ def test_each_control_is_what_its_name_says(small):
             "0.8 (as trained)": afresh(), "15.6 (as trained)": afresh(), "24 (as trained)": afresh(),
             "2": afresh(bits=2), "8": afresh(bits=8), "16": afresh(ltm_slots=16), "1024": afresh(ltm_slots=1024),
             "made at every position": afresh((3, 100)), "exact addresses only": afresh(ltm_cosine=2),
-            "learned addresses only": afresh((1, exact))}
+            "learned addresses only": afresh((1, exact)),
+            "0": afresh(ltm_exact_trust=0), "0.5 (as trained)": afresh(), "1": afresh((1, exact / -200))}
         for twin in (model, *expected.values()):    # cosines of all sizes, odds for a look-up and against it
             twin.memory.from_state.bias[:twin.memory.sizes[0]] *= 0.03
+            twin.memory.from_state.weight[twin.memory.width:] *= 0.2                 # what reads the token filed
             twin.memory.from_state.weight[sum(twin.memory.sizes[:3])].normal_(generator=torch.manual_seed(1))
     found = {name: bits_of(twin, texts)[0] for _, name, twin in evaluation.memory_controls(model, 0.5)}
     for name, twin in expected.items():
@@ -437,10 +439,10 @@ def test_shuffled_values_stay_in_their_sequence():
     targets = torch.arange(6 * WIDTH).view(6, WIDTH)
     stored, opens = torch.rand(6, WIDTH, generator=draw) < 0.5, torch.tensor([1, 0, 1, 0, 0, 1]).bool()
     address = models.Address(*[targets] * 7)
-    items, values, visible = model.candidates(address, targets, stored, opens)
+    items, values, ages = model.candidates(address, targets, stored, opens)
     assert torch.equal(values, model.candidates(address, targets, stored, opens)[1])
     for last, (first, past) in {1: (0, 2), 4: (2, 5), 5: (5, 6)}.items():
-        seen = visible[last, -1]
+        seen = ages[last, -1] > 0
         kept = targets[first:past][stored[first:past]][:int(seen.sum())]
         assert items.key[last][seen].tolist() == kept.tolist()                  # where they are filed
         mixed, own = values[last][seen].tolist(), targets[first:past][stored[first:past]].tolist()

@@ -48,14 +48,16 @@ def enliven(model, spread=0.12):
     model.backbone.embed.weight.normal_(std=spread)
     memory, D = model.memory, model.config.n_embd
     memory.from_state.weight.normal_(std=0.09)
+    memory.from_state.weight[memory.width:] *= 0.3                      # what has read the token filed
+    memory.recency.copy_(torch.linspace(-0.5, 0.5, len(memory.recency)))
     memory.from_tokens.weight.normal_(std=0.09)
     memory.from_tokens.weight[:memory.width] *= 0.7                     # the token filed
     memory.from_tokens.weight.view(-1, memory.width, D)[:, sum(memory.sizes) - 1] = 0   # open: by the state alone
-    memory.from_state.bias[memory.sizes[0]:].zero_()
+    memory.from_state.bias[memory.sizes[0]:memory.width].zero_()
     return model
 
 
-def lively(seed=6, **settings):
+def lively(seed=21, **settings):
     """A busy RevenaHybridTiny."""
     torch.manual_seed(seed)
     return enliven(RevenaHybridTiny(config(**settings)).eval())
@@ -144,7 +146,8 @@ def reference(model, ids):
     h = reference_states(model, ids, c.stm_window)
     embed = model.backbone.embed.weight.double()
     stm = (h @ embed[:VOCAB].T).log_softmax(-1)
-    linear, bias = memory.from_state.weight.double(), memory.from_state.bias.double()
+    linear, next_linear = memory.from_state.weight.double().view(2, -1, D)
+    bias, next_bias = memory.from_state.bias.double().view(2, -1)
     value_linear, *by_lag = memory.from_tokens.weight.double().view(1 + E, -1, D)
 
     token = lambda t: int(ids[t]) if t >= 0 else EOT
@@ -165,7 +168,7 @@ def reference(model, ids):
         stored = bits[t] > c.ltm_surprisal_bits
         if stored:
             y, exact = vector(t - 1)
-            v = value_linear @ rms(embed[token(t)])
+            v = value_linear @ rms(embed[token(t)]) + next_linear @ h[t] + next_bias
             learned = (y[:K * A] + v[:K * A]).view(K, A)
             held.append(dict(key=[*exact, *(k / k.norm() for k in learned)], value=token(t), bits=bits[t], position=t,
                              strength=(y + v)[K * A + E + K:K * A + 2 * (E + K)]))
@@ -174,7 +177,7 @@ def reference(model, ids):
         query = [*exact, *(q / q.norm() for q in y[:K * A].view(K, A))]
         trust, is_open = y[K * A:K * A + E + K], bool(y[K * A + 2 * (E + K)] > 0)
         weights, found = {True: torch.zeros(VOCAB).double(), False: torch.zeros(VOCAB).double()}, {}
-        for item in held:
+        for age, item in enumerate(reversed(held), 1):
             for head in range(E + K):
                 if head < E:
                     cosine = float(query[head] is not None and query[head] == item["key"][head])
@@ -182,8 +185,11 @@ def reference(model, ids):
                     cosine = float(query[head] @ item["key"][head])
                 if cosine > c.ltm_cosine:
                     score = trust[head] + item["strength"][head]
-                    if head >= E:
+                    if head < E:
+                        score += c.ltm_exact_trust
+                    else:
                         score += c.ltm_sharpness * (cosine - 1) + c.ltm_plausibility * stm[t, item["value"]]
+                        score -= memory.recency[head - E] * math.log(age)
                     weights[head >= E][item["value"]] += math.exp(min(float(score), 10))
                     if head < E or is_open:
                         found[item["position"]] = max(cosine, found.get(item["position"], 0.0))
@@ -260,6 +266,15 @@ def test_score_is_the_reference(case):
     wanted = (pays * (at(truth["with"]) - model.config.ltm_price) + (1 - pays) * at(truth["without"])
               + model.config.ltm_stm_loss * at(truth["stm"]))
     torch.testing.assert_close(flat(scores.objective)[real].double(), wanted[real], **CLOSE)
+
+
+def test_exact_matches_are_trusted_more_only_after_training(case):
+    """Training finds the trust by likelihood alone; what is added to it afterwards is added to exact matches only."""
+    model, ids, _ = case
+    plain = lively(ltm_exact_trust=0.0)
+    assert not torch.allclose(model(ids).logits, plain(ids).logits, **CLOSE)
+    torch.testing.assert_close(model.train()(ids).logits, plain(ids).logits, **CLOSE)
+    model.eval()
 
 
 @pytest.mark.parametrize("slots", [SLOTS, 4])

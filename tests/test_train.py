@@ -281,6 +281,8 @@ def test_where_the_weights_start():
     for name, x in model.named_parameters():
         if name == "backbone.embed.weight":
             assert abs(x.std().item() / 0.02 - 1) < 0.01 and abs(x.mean().item()) < 1e-3
+        elif name == "memory.recency":
+            assert not x.any()
         else:
             bound = (x.size(1) if x.dim() > 1 else model.config.n_embd) ** -0.5
             assert 0.9 * bound < x.abs().max().item() <= bound, name
@@ -347,7 +349,7 @@ def test_the_log_times_the_steps_that_it_saw(source, monkeypatch, tmp_path, befo
 @pytest.mark.parametrize("ltm", [False, True])
 def test_a_step_is_a_step_of_plain_autograd(source, monkeypatch, ltm):
     """One look-up of the embedding left to autograd, clip_grad_norm_ and torch's AdamW give the same weights."""
-    monkeypatch.setattr(train, "CLIP", 0.3)                             # so that both groups are clipped
+    monkeypatch.setattr(train, "CLIP", 0.15)                            # so that both groups are clipped
     ours = training_of(source, monkeypatch, ltm)
     plain = load_model(source / "trained" / "init").train()
     plain.config.ltm_enabled = ltm
@@ -361,7 +363,7 @@ def test_a_step_is_a_step_of_plain_autograd(source, monkeypatch, ltm):
         loss = -scores.objective[real].mean()
         optimizer.zero_grad()
         loss.backward()
-        norms = [float(torch.nn.utils.clip_grad_norm_(group, 0.3)) for group in groups[:1 + ltm]]
+        norms = [float(torch.nn.utils.clip_grad_norm_(group, 0.15)) for group in groups[:1 + ltm]]
         for group in optimizer.param_groups:
             group["lr"] = float(ours.rates[step])
         optimizer.step()
@@ -371,7 +373,7 @@ def test_a_step_is_a_step_of_plain_autograd(source, monkeypatch, ltm):
         assert row["routed_token_ratio"] == pytest.approx(float(scores.stored[real].float().mean()))
         assert row["ltm_hit_rate"] == pytest.approx(float(scores.hit[real].float().mean()))
         assert [row["grad_norm"], row["grad_norm_ltm"]][:1 + ltm] == pytest.approx(norms, rel=1e-4)
-        assert min(norms) > 0.3
+        assert min(norms) > 0.15
     for (name, p), (_, q) in zip(ours.model.named_parameters(), plain.named_parameters()):
         assert torch.allclose(p, q, atol=2e-6), name
 
