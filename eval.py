@@ -830,7 +830,7 @@ def memory_controls(model, rate):
             ("look-ups", "exact addresses only", reads(lambda read, odds: (read, nothing(odds)))),
             ("look-ups", "learned addresses only", reads(lambda read, odds: (
                 read._replace(exact=nothing(read.exact)), odds))),
-            *ladder("nats more trust in exact matches", "ltm_exact_trust", (0, 0.5, 1))]
+            ("look-ups", "exact matches trusted as in training", altered(model, ltm_exact_trust=0.0))]
 
 
 def evaluate_controls(hybrid, baseline, bits, rate, texts, training, asked, device):
