@@ -776,7 +776,7 @@ def fit_grams(model, texts, width):
     config = model.config
 
     def cache(trust):
-        twin = altered(model, ltm_enabled=True)
+        twin = altered(model, ltm_enabled=True, ltm_exact_trust=0.0)
         twin.memory = copy.deepcopy(twin.memory)
         for weight in (twin.memory.from_state.weight, twin.memory.from_state.bias, twin.memory.from_tokens.weight):
             weight.zero_()
@@ -886,7 +886,7 @@ def evaluate_controls(hybrid, baseline, bits, rate, texts, training, asked, devi
 
 
 def print_controls(rows):
-    """Each control's bits per character by the baseline's, its long-range recall and the share of tokens it stores."""
+    """Each control's bits per character by the baseline's, its recall (forced choice and top-1), and what it stores."""
     print(f"\n{'':70}{'x bpc':>8}{'recall':>8}{'top-1':>8}{'stored':>8}")
     for group, part in itertools.groupby(rows, lambda row: row["group"]):
         for row, head in zip(part, itertools.chain([group], itertools.repeat(""))):

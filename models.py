@@ -3,7 +3,8 @@
 GPT-70M            pre-norm transformer, rotary positions, tied embeddings, full causal attention
 STM                the same attention, but each position sees only itself and the 127 before it
 LTM                at most 256 items outside the network: a token whose surprisal exceeded 4.5 bits, filed under the
-                   state that failed to predict it, found again by cosine similarity above 0.8, first in first out
+                   state that failed to predict it (and the one that has read it), found again by cosine similarity
+                   above 0.8, first in first out
 
 Both forms of the memory compute one function: `score` and `forward` a whole sequence at once (training, evaluation),
 `stream` a few tokens at a time with constant memory (generation). Below the models stands what the scripts share.
@@ -66,7 +67,8 @@ class RevenaConfig(PreTrainedConfig):
             cosine and with log p_stm of its value.
         ltm_price: nats that a look-up through the learned addresses must be expected to save.
         ltm_stm_loss: weight in training of log p_stm beside the log p of the mixture.
-        ltm_exact_trust: nats that what an exact address finds is trusted beyond what training made of it, afterwards.
+        ltm_exact_trust: nats that what an exact address finds is trusted beyond what training made of it: in eval mode
+            only, so that losses of the two modes differ by it.
     """
 
     model_type = "revena"
@@ -222,6 +224,7 @@ class LongTermMemory(nn.Module):
         self.sizes = (K * A, H, H, 1)                                                  # address, trust, strength, open
         aligned = lambda n: -(-n // 16) * 16
         self.width = aligned(sum(self.sizes))
+        # each part has room for all four, also where an address takes only the first and the third (of x, h at t+1)
         self.from_state = nn.Linear(D, 2 * self.width)                                 # as h_t, h_{t+1}
         self.from_tokens = nn.Linear(D, (1 + E) * self.width, bias=False)              # as x_{t+1}, x_t, x_{t-1}, ..
         self.recency = nn.Parameter(torch.zeros(K))
@@ -256,8 +259,8 @@ class LongTermMemory(nn.Module):
         """Weights of the retrieved: exp(trust + strength + exact_trust) through an exact address, through a learned one
         exp(trust + strength + sharpness (cosine - 1) + plausibility log p_stm(value) - recency log age).
 
-        exact_trust is a choice, and not there in training: likelihood alone leaves a fact that stood once just below
-        what is likely anywhere, so that it is seldom the first choice.
+        exact_trust is a choice, and not there in training: likelihood alone often leaves a fact that stood once just
+        below what is likely anywhere.
 
         Args:
             address: of the queries, (N, C, ..). items: Address of the candidates, (N, I, ..), as far as they have it.
@@ -476,7 +479,8 @@ class GPT(PreTrainedModel, GenerationMixin):
         for block, mask in zip(ids.masked_fill(~real, EOT).split(step, 1), real.split(step, 1)):
             collected = None if hidden is None else []
             # one token of a model with a window has the same shapes whatever came before: a GPU replays it
-            same = block.is_cuda and block.size(1) == 1 and self.config.stm_window and not torch.is_grad_enabled()
+            same = (block.is_cuda and block.size(1) == 1 and self.config.stm_window
+                    and not (torch.is_grad_enabled() or self.training))
             parts.append(memory.replay(block, mask) if same and hidden is None else
                          self.stream(block, memory, mask, collected))
             if keep:

@@ -269,12 +269,19 @@ def test_score_is_the_reference(case):
 
 
 def test_exact_matches_are_trusted_more_only_after_training(case):
-    """Training finds the trust by likelihood alone; what is added to it afterwards is added to exact matches only."""
-    model, ids, _ = case
-    plain = lively(ltm_exact_trust=0.0)
-    assert not torch.allclose(model(ids).logits, plain(ids).logits, **CLOSE)
-    torch.testing.assert_close(model.train()(ids).logits, plain(ids).logits, **CLOSE)
-    model.eval()
+    """Training finds the trust by likelihood alone; what is added to it in eval mode is added to exact matches only."""
+    ids = case[1]
+    tokens, targets, opens = rows_of(ids)
+
+    def reading(model):
+        h = model.states(tokens, opens)
+        return model.read(h, tokens, targets, *model.log_p(h, targets), opens)[0]
+    trusting, plain, training = reading(lively()), reading(lively(ltm_exact_trust=0.0)), reading(lively().train())
+    assert torch.equal(trusting.learned, plain.learned) and (trusting.exact > 0).any()
+    torch.testing.assert_close(trusting.exact, math.exp(0.5) * plain.exact)
+    assert torch.equal(training.exact, plain.exact) and torch.equal(training.learned, plain.learned)
+    for model in (lively().train(), lively(ltm_exact_trust=0.0)):
+        torch.testing.assert_close(streamed(model, ids, [7, 1])[0], lively(ltm_exact_trust=0.0)(ids).logits, **CLOSE)
 
 
 @pytest.mark.parametrize("slots", [SLOTS, 4])
