@@ -570,16 +570,16 @@ def summarise_recall(recall, seeds, config, distracted):
     summary["mcnemar_p"] = [test([distance]) for distance in DISTANCES]
 
     far = summary["long_range"] = {"distances": list(LONG_RANGE)}
+    right = {arm: gather(arm, "forced_choice", at(LONG_RANGE)) for arm in ARMS}
     for arm in ARMS:
         top = share(arm, "top1", at(LONG_RANGE))
-        right = gather(arm, "forced_choice", at(LONG_RANGE))
-        far[arm] = {**share(arm, "forced_choice", at(LONG_RANGE)), "per_seed": right.mean(1).tolist(),
+        far[arm] = {**share(arm, "forced_choice", at(LONG_RANGE)), "per_seed": right[arm].mean(1).tolist(),
                     "top1": top["mean"], "top1_ci95": top["ci95"],
                     "by_format": {form: share(arm, "forced_choice", at(LONG_RANGE, [form]))["mean"]
                                   for form in FORMATS},
                     "retrieved_of_answered": of_answered(arm, at(LONG_RANGE))}
     p = far["mcnemar_p"] = test(LONG_RANGE)
-    far["difference"] = paired_difference(*(gather(arm, "forced_choice", at(LONG_RANGE)) for arm in ARMS))
+    far["difference"] = paired_difference(*right.values())
     signs = {np.sign(b - a) for a, b in zip(*(far[arm]["per_seed"] for arm in ARMS))}
     far["verdict"] = "inconclusive" if p > 0.05 or len(signs) > 1 else "helps" if signs == {1} else "hurts"
 
@@ -778,7 +778,7 @@ def fit_grams(model, texts, width):
     def cache(trust):
         twin = altered(model, ltm_enabled=True, ltm_exact_trust=0.0)
         twin.memory = copy.deepcopy(twin.memory)
-        for weight in (twin.memory.from_state.weight, twin.memory.from_state.bias, twin.memory.from_tokens.weight):
+        for weight in twin.memory.parameters():
             weight.zero_()
         _, trusts, _, is_open = twin.memory.from_state.bias[:sum(twin.memory.sizes)].split(twin.memory.sizes)
         trusts[:config.ltm_ngrams] = torch.tensor(trust)

@@ -574,7 +574,7 @@ class RevenaHybridTiny(GPT):
     def ages(self, before, number):
         """Ages (N, C, I) as `weigh` takes them, of items numbered `number` (N, I), -1: none, where `before` (N, C) had
         been stored: 0 where an item was pushed out, or is yet to come."""
-        age = before.int()[..., None] - number.int()[:, None]
+        age = before.int()[..., None] - number.int()[:, None]                  # int32: there are many
         return torch.where((age > 0) & (age <= self.config.ltm_slots) & (number >= 0)[:, None], age, 0)
 
     def read(self, h, tokens, targets, log_p, log_z, opens=None):

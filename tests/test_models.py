@@ -87,6 +87,12 @@ def rows_of(*sequences):
     return torch.cat(tokens), torch.cat(targets), torch.cat(opens)
 
 
+def read(model, tokens, targets, opens):
+    """What every position of the rows retrieves: what `model.read` returns."""
+    h = model.states(tokens, opens)
+    return model.read(h, tokens, targets, *model.log_p(h, targets), opens)
+
+
 def streamed(model, ids, sizes, memory=None):
     """Log-probabilities (1, T, V) and the memory after reading `ids` in blocks of these sizes, again and again."""
     memory = memory or Memory(model)                        # a Memory is true, however little it has read
@@ -259,8 +265,7 @@ def test_score_is_the_reference(case):
     assert flat(scores.stored).tolist() == truth["stored"][1:]
     assert flat(scores.hit).tolist() == truth["hit"][:-1]
 
-    h = model.states(tokens, opens)
-    odds = flat(model.read(h, tokens, targets, *model.log_p(h, targets), opens)[3]).double()
+    odds = flat(read(model, tokens, targets, opens)[3]).double()
     assert (odds > 0).tolist() == truth["open"][:-1]
     pays = odds.sigmoid()
     wanted = (pays * (at(truth["with"]) - model.config.ltm_price) + (1 - pays) * at(truth["without"])
@@ -271,12 +276,8 @@ def test_score_is_the_reference(case):
 def test_exact_matches_are_trusted_more_only_after_training(case):
     """Training finds the trust by likelihood alone; what is added to it in eval mode is added to exact matches only."""
     ids = case[1]
-    tokens, targets, opens = rows_of(ids)
-
-    def reading(model):
-        h = model.states(tokens, opens)
-        return model.read(h, tokens, targets, *model.log_p(h, targets), opens)[0]
-    trusting, plain, training = reading(lively()), reading(lively(ltm_exact_trust=0.0)), reading(lively().train())
+    trusting, plain, training = (read(model, *rows_of(ids))[0]
+                                 for model in (lively(), lively(ltm_exact_trust=0.0), lively().train()))
     assert torch.equal(trusting.learned, plain.learned) and (trusting.exact > 0).any()
     torch.testing.assert_close(trusting.exact, math.exp(0.5) * plain.exact)
     assert torch.equal(training.exact, plain.exact) and torch.equal(training.learned, plain.learned)
@@ -418,10 +419,8 @@ def test_an_evicted_item_is_out_of_reach_in_the_parallel_form():
     model.memory.from_tokens.weight.zero_()
     model.memory.from_state.bias.fill_(1.0)
     ids = torch.randint(0, EOT, (1, LENGTH), generator=torch.Generator().manual_seed(0))
-    tokens, targets, opens = rows_of(ids)
-    h = model.states(tokens, opens)
-    read = model.read(h, tokens, targets, *model.log_p(h, targets), opens)[0]
-    assert (read.learned > 0).sum(-1).flatten()[:LENGTH].tolist() == [min(t, SLOTS) for t in range(LENGTH)]
+    reading = read(model, *rows_of(ids))[0]
+    assert (reading.learned > 0).sum(-1).flatten()[:LENGTH].tolist() == [min(t, SLOTS) for t in range(LENGTH)]
 
 
 def test_retrieved_is_what_the_reference_found(case):
