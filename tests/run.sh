@@ -4,7 +4,7 @@
 #   tests/run.sh -m slow          only the slow ones, which are left out otherwise
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-. tests/setup.sh
+. tests/setup.bash
 # shellcheck disable=SC2119  # this script's arguments are pytest's
 find_python
 

@@ -45,7 +45,7 @@ def project(tmp_path, tokenizer_dir):
     (folder / "tests").mkdir(parents=True)
     for path in (*PROJECT.glob("*.py"), PROJECT / "run_all.sh", PROJECT / "requirements.txt"):
         shutil.copy(path, folder)
-    shutil.copy(PROJECT / "tests" / "setup.sh", folder / "tests")
+    shutil.copy(PROJECT / "tests" / "setup.bash", folder / "tests")
     shutil.copytree(tokenizer_dir, folder / "quick" / "data" / "tokenizer")
     for name, constants in EDITS.items():
         for start, value in constants.items():

@@ -64,7 +64,7 @@ class Project:
         self.folder = folder / "a project"      # a path with a space in it, always
         (self.folder / "tests").mkdir(parents=True)
         shutil.copy(PROJECT / "run_all.sh", self.folder)
-        shutil.copy(PROJECT / "tests" / "setup.sh", self.folder / "tests")
+        shutil.copy(PROJECT / "tests" / "setup.bash", self.folder / "tests")
         (self.folder / "models.py").touch()
         (self.folder / "requirements.txt").touch()
         for command in STAGES:
