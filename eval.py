@@ -738,9 +738,9 @@ class NeuralCache(RevenaHybridTiny):
     def read(self, h, tokens, targets, log_p, log_z, opens=None):
         stored = targets != EOT
         address = Address(*[targets] * len(Address._fields))._replace(key=h)           # only the key is asked for
-        items, values, age = self.candidates(address, targets, stored, opens)
+        items, values, visible = self.candidates(address, targets, stored, opens)
         match = self.config.theta * (h.float() @ items.key.float().mT)                 # (N, C, I)
-        cache = match.masked_fill(age == 0, -math.inf).softmax(-1).nan_to_num()        # at the start there is none
+        cache = match.masked_fill(~visible, -math.inf).softmax(-1).nan_to_num()        # at the start there is none
         weight = self.config.share / (1 - self.config.share) * cache
         return Reading(weight, torch.zeros_like(weight), None), values, stored, -torch.ones_like(log_p)
 
@@ -830,7 +830,8 @@ def memory_controls(model, rate):
             ("look-ups", "exact addresses only", reads(lambda read, odds: (read, nothing(odds)))),
             ("look-ups", "learned addresses only", reads(lambda read, odds: (
                 read._replace(exact=nothing(read.exact)), odds))),
-            ("look-ups", "exact matches trusted as in training", altered(model, ltm_exact_trust=0.0))]
+            ("look-ups", "exact matches trusted as in training", altered(model, ltm_exact_trust=0.0)),
+            ("look-ups", "learned matches weighed as in training", altered(model, ltm_crowding=0.0))]
 
 
 def evaluate_controls(hybrid, baseline, bits, rate, texts, training, asked, device):

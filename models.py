@@ -67,8 +67,10 @@ class RevenaConfig(PreTrainedConfig):
             cosine and with log p_stm of its value.
         ltm_price: nats that a look-up through the learned addresses must be expected to save.
         ltm_stm_loss: weight in training of log p_stm beside the log p of the mixture.
-        ltm_exact_trust: nats that what an exact address finds is trusted beyond what training made of it: in eval mode
-            only, so that losses of the two modes differ by it.
+        ltm_exact_trust, ltm_crowding, ltm_shown: in eval mode only, so that losses of the two modes differ by them:
+            nats that what an exact address finds is trusted beyond what training made of it; how the weight of what
+            learned addresses find falls with the number of items seen, where that is above the ltm_shown that the end
+            of a training row shows.
     """
 
     model_type = "revena"
@@ -76,14 +78,15 @@ class RevenaConfig(PreTrainedConfig):
     def __init__(self, vocab_size=50257, n_layer=8, n_embd=640, n_head=10, n_positions=2048, stm_window=128,
                  ltm_enabled=True, ltm_slots=256, ltm_surprisal_bits=4.5, ltm_cosine=0.8, ltm_ngrams=3, ltm_learned=4,
                  ltm_dim=64, ltm_sharpness=40.0, ltm_plausibility=0.45, ltm_price=0.024,
-                 ltm_stm_loss=0.3, ltm_exact_trust=0.5, **kwargs):
+                 ltm_stm_loss=0.3, ltm_exact_trust=0.75, ltm_crowding=0.6, ltm_shown=64, **kwargs):
         self.vocab_size, self.n_layer, self.n_embd, self.n_head = vocab_size, n_layer, n_embd, n_head
         self.n_positions, self.stm_window = n_positions, stm_window
         self.ltm_enabled, self.ltm_slots = ltm_enabled, ltm_slots
         self.ltm_surprisal_bits, self.ltm_cosine = ltm_surprisal_bits, ltm_cosine
         self.ltm_ngrams, self.ltm_learned, self.ltm_dim = ltm_ngrams, ltm_learned, ltm_dim
         self.ltm_sharpness, self.ltm_plausibility = ltm_sharpness, ltm_plausibility
-        self.ltm_price, self.ltm_stm_loss, self.ltm_exact_trust = ltm_price, ltm_stm_loss, ltm_exact_trust
+        self.ltm_price, self.ltm_stm_loss = ltm_price, ltm_stm_loss
+        self.ltm_exact_trust, self.ltm_crowding, self.ltm_shown = ltm_exact_trust, ltm_crowding, ltm_shown
         kwargs = {"bos_token_id": EOT, "eos_token_id": EOT, "pad_token_id": EOT, "tie_word_embeddings": True} | kwargs
         super().__init__(**kwargs)
         if min(ltm_ngrams, ltm_learned) < 1:
@@ -227,7 +230,6 @@ class LongTermMemory(nn.Module):
         # each part has room for all four, also where an address takes only the first and the third (of x, h at t+1)
         self.from_state = nn.Linear(D, 2 * self.width)                                 # as h_t, h_{t+1}
         self.from_tokens = nn.Linear(D, (1 + E) * self.width, bias=False)              # as x_{t+1}, x_t, x_{t-1}, ..
-        self.recency = nn.Parameter(torch.zeros(K))
 
     def project_states(self, h):
         """What states (N, T, D) add to their own address and to that of the position before: two (N, T, width)."""
@@ -255,19 +257,19 @@ class LongTermMemory(nn.Module):
         return Address(grams, known, unit(query), unit(query + value), trust, strength + value_strength,
                        is_open[..., 0])
 
-    def weigh(self, address, items, log_p, age):
+    def weigh(self, address, items, log_p, visible):
         """Weights of the retrieved: exp(trust + strength + exact_trust) through an exact address, through a learned one
-        exp(trust + strength + sharpness (cosine - 1) + plausibility log p_stm(value) - recency log age).
+        exp(trust + strength + sharpness (cosine - 1) + plausibility log p_stm(value)).
 
         exact_trust is a choice, and not there in training: likelihood alone often leaves a fact that stood once just
-        below what is likely anywhere.
+        below what is likely anywhere. Nor is crowding: the more items a query sees, the more of them an address finds,
+        and the weights add up; a row of training never shows as many as a long text does.
 
         Args:
             address: of the queries, (N, C, ..). items: Address of the candidates, (N, I, ..), as far as they have it.
-            log_p: (N, C, I) log p_stm of each candidate's value at each query.
-            age: (N, C, I) int, 1 for the newest item that a query sees, 2 for the one before; 0: it does not see it.
+            log_p: (N, C, I) log p_stm of each candidate's value at each query. visible: (N, C, I) bool.
         """
-        config, E, visible = self.config, self.config.ltm_ngrams, age > 0
+        config, E = self.config, self.config.ltm_ngrams
         score = address.trust.transpose(1, 2)[..., None] + items.strength.transpose(1, 2)[..., None, :]   # (N, H, C, I)
         same, exact, more = visible, 0.0, 0.0 if self.training else config.ltm_exact_trust
         for n in range(E):
@@ -278,9 +280,11 @@ class LongTermMemory(nn.Module):
         by_head = lambda x: x.transpose(1, 2).flatten(0, 1)                            # (N K, .., A)
         cosine = (by_head(address.query) @ by_head(items.key).mT).unflatten(0, (-1, config.ltm_learned)).float()
         retrieved = visible[:, None] & (cosine > config.ltm_cosine)
-        score = (score[:, E:] + config.ltm_sharpness * (cosine - 1) + config.ltm_plausibility * log_p[:, None]
-                 - self.recency[:, None, None] * age.clamp(min=1).float().log()[:, None])
+        score = score[:, E:] + config.ltm_sharpness * (cosine - 1) + config.ltm_plausibility * log_p[:, None]
         learned = torch.where(retrieved, score.clamp(max=10).exp(), 0.0).sum(1)
+        if not self.training:
+            crowd = (visible.sum(-1, keepdim=True) / config.ltm_shown).clamp(min=1)
+            learned = learned * crowd ** -config.ltm_crowding
         return Reading(exact, learned, cosine)
 
 
@@ -547,7 +551,7 @@ class RevenaHybridTiny(GPT):
         return bits, ~none & (bits > self.config.ltm_surprisal_bits)
 
     def candidates(self, address, targets, stored, opens=None):
-        """The items that each row may retrieve: Address (N, I, ..) of what keys have, values (N, I), ages (N, C, I).
+        """The items that each row may retrieve: Address (N, I, ..) of what keys have, values (N, I), visible (N, C, I).
 
         Item i (value: the target of position i) is visible to t iff it was stored, i < t in the same sequence, and
         fewer than `ltm_slots` items were stored after it before t. Stored items are numbered; a row's candidates are
@@ -557,25 +561,26 @@ class RevenaHybridTiny(GPT):
         if opens is None:                                   # every row is a sequence: its own tokens are candidates
             count = stored.cumsum(1)
             before = count - stored.long()                  # items stored before t
-            return address, targets, self.ages(before, torch.where(stored, count - 1, -1))
+            return address, targets, self.in_reach(before, torch.where(stored, count - 1, -1))
         count = stored.flatten().cumsum(0)
         before = count.view(N, C) - stored.long()
         row = torch.arange(N, device=stored.device)
         first = before[torch.where(opens, row, 0).cummax(0).values, 0]         # number of the sequence's first item
         oldest, span = (before[:, 0] - M).maximum(first), torch.arange(M + C, device=stored.device)
         number = oldest[:, None] + span                                        # (N, I)
-        # items in order of their numbers, so that a row's candidates lie side by side; at N C, what is not stored
+        # where the item of each number stands; at N C, what is not stored
         place = torch.where(stored.flatten(), count - 1, N * C)
-        line = lambda x: x.new_zeros(N * C + M + C, *x.shape[2:]).index_copy(0, place, x.flatten(0, 1))[number]
+        stands = place.new_zeros(N * C + M + C).index_copy(0, place, torch.arange(N * C, device=stored.device))[number]
+        line = lambda x: x.flatten(0, 1)[stands]
         items = Address(line(address.grams), line(address.known), None, line(address.key), None, line(address.strength),
                         None)
-        return items, line(targets), self.ages(before, number)
+        return items, line(targets), self.in_reach(before, number)
 
-    def ages(self, before, number):
-        """Ages (N, C, I) as `weigh` takes them, of items numbered `number` (N, I), -1: none, where `before` (N, C) had
-        been stored: 0 where an item was pushed out, or is yet to come."""
-        age = before.int()[..., None] - number.int()[:, None]                  # int32: there are many
-        return torch.where((age > 0) & (age <= self.config.ltm_slots) & (number >= 0)[:, None], age, 0)
+    def in_reach(self, before, number):
+        """Which items, numbered `number` (N, I), -1: none, are in memory where `before` (N, C) have been stored: bool
+        (N, C, I), false for what was pushed out or is yet to come."""
+        low = (before - self.config.ltm_slots).clamp(min=0)
+        return (number[:, None] < before[..., None]) & (number[:, None] >= low[..., None])
 
     def read(self, h, tokens, targets, log_p, log_z, opens=None):
         """The parallel form: what every position of the rows retrieves.
@@ -590,9 +595,9 @@ class RevenaHybridTiny(GPT):
         near = own + sum(lagged(part, lag, opens, 0.0) for lag, part in enumerate(parts))
         coming = lagged(ahead + after, -1, opens, 0.0)
         address = self.memory.address(grams, lagged(stored, 1, opens, False), near, coming, h.dtype)
-        items, values, age = self.candidates(address, targets, stored, opens)
+        items, values, visible = self.candidates(address, targets, stored, opens)
         item_log_p = (h.detach() @ embed[values].mT).float() - log_z.detach()[..., None]
-        return self.memory.weigh(address, items, item_log_p, age), values, stored, address.open
+        return self.memory.weigh(address, items, item_log_p, visible), values, stored, address.open
 
     def score(self, tokens, targets, opens=None, embedded=None):
         if not self.config.ltm_enabled:
@@ -667,7 +672,7 @@ class RevenaHybridTiny(GPT):
         query = Address(*(x[:, 1:] for x in address))
         filed = Address(items["grams"], items["known"], None, items["key"].to(h.dtype), None, items["strength"], None)
         item_log_p = (h @ embed[items["value"]].mT).float() - log_z[..., None]
-        read = self.memory.weigh(query, filed, item_log_p, self.ages(arrived, number))
+        read = self.memory.weigh(query, filed, item_log_p, self.in_reach(arrived, number))
         weight = read.exact + read.learned * (query.open > 0)[..., None]
         cosine = torch.where(read.exact[:, -1] > 0, 1.0, read.cosine[:, :, -1].amax(1))
         memory.last = dict(value=items["value"], position=items["position"], weight=weight[:, -1], cosine=cosine,

@@ -44,7 +44,7 @@ BETAS, EPS = (0.9, 0.95), 1e-8
 WEIGHT_DECAY = 0.1              # of matrices; vectors have none
 CLIP = 1.0                      # gradient norm, of the backbone and of the LTM apart: neither can swamp the other
 LOG_EVERY = 50                  # steps; a logged value is their mean
-CHECKPOINT_STEPS = 2_500
+CHECKPOINT_STEPS = 5_000
 KEEP = 2                        # checkpoints
 QUICK = dict(STEPS=200, BATCH=2, WARMUP=20, LOG_EVERY=10, CHECKPOINT_STEPS=100)
 
@@ -142,6 +142,12 @@ class Training:
         sums = torch.stack((loss, -total(scores.log_p), scores.stored.sum(), bits.sum(), (scores.hit & real).sum()))
         return loss, sums.detach()
 
+    def lay(self, x):
+        """A parameter's elements as rows of the model's width, as far as they fill them: AdamW does not mind, and is
+        compiled twice, for the first of them and for any number of rows."""
+        width = self.model.config.n_embd
+        return x.view(-1, width) if x.numel() % width == 0 else x
+
     def step(self):
         """One optimizer step, without a word to the host."""
         batch = self.rows[self.order.index_select(0, self.at)[0]].long()
@@ -175,10 +181,9 @@ class Training:
         row = row[:-1].masked_fill_(self.halted, math.nan)
         for group, share, norm in zip(self.groups, shares, norms):
             scale = (CLIP / norm.clamp(min=1e-12)).clamp(max=1)
-            # flat: compiled once for all that have as many elements
-            flat = ([x.view(-1) for x in tensors] for tensors in (group.masters, share, group.first, group.second))
-            copies = [None if w is p else w.view(-1) for w, p in zip(group.weights, group.masters)]
-            for *tensors, decay in zip(copies, *flat, group.decay):
+            laid = ([self.lay(x) for x in tensors] for tensors in (group.masters, share, group.first, group.second))
+            copies = [None if w is p else self.lay(w) for w, p in zip(group.weights, group.masters)]
+            for *tensors, decay in zip(copies, *laid, group.decay):
                 self.update(*tensors, decay, rate, step, scale, self.halted)
         self.statistics.index_copy_(0, self.at, row[None])
         self.at += 1
@@ -203,9 +208,8 @@ class Training:
             return "plain PyTorch step, shared by several processes"
         how = "compiled and captured as one CUDA graph"
         if has_compiler(self.device):
-            torch._dynamo.config.recompile_limit = 64                    # one adamw for each size of tensor
             self.objective = torch.compile(self._objective, dynamic=False)
-            self.update = torch.compile(adamw, dynamic=False)
+            self.update = torch.compile(adamw)
         else:
             how = "captured as one CUDA graph, not compiled (that takes Triton, a C compiler and Python's headers)"
         stream = torch.cuda.Stream()

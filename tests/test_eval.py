@@ -390,13 +390,13 @@ def test_an_altered_model_is_another_one_of_the_same_weights():
 
 def test_each_control_is_what_its_name_says(small):
     """A second way to each: other settings or other weights of a model that is made afresh."""
-    much = dict(ltm_plausibility=0.0, ltm_sharpness=5.0)            # for what the learned addresses find to matter
+    much = dict(ltm_plausibility=0.0, ltm_sharpness=5.0, ltm_shown=4)           # for what the learned addresses find to matter
     phrases = np.random.default_rng(0).integers(0, 5_000, (2, 12))
     model, texts = tiny(**much), [np.concatenate(([EOT], np.tile(phrase, 9))) for phrase in phrases] + texts_of(20)
 
     def afresh(moved=None, **settings):
         """The model with these settings; moved: (number of a part of the memory's bias, by how much)."""
-        twin = tiny(**much, **settings)
+        twin = tiny(**(much | settings))
         if moved:
             part, by = moved
             twin.memory.from_state.bias[:sum(twin.memory.sizes)].split(twin.memory.sizes)[part].add_(by)
@@ -410,7 +410,8 @@ def test_each_control_is_what_its_name_says(small):
             "2": afresh(bits=2), "8": afresh(bits=8), "16": afresh(ltm_slots=16), "1024": afresh(ltm_slots=1024),
             "made at every position": afresh((3, 100)), "exact addresses only": afresh(ltm_cosine=2),
             "learned addresses only": afresh((1, exact)),
-            "exact matches trusted as in training": afresh((1, exact / 200))}
+            "exact matches trusted as in training": afresh((1, 0.0075 * exact)),
+            "learned matches weighed as in training": afresh(ltm_shown=1_000)}
         for twin in (model, *expected.values()):    # cosines of all sizes, odds for a look-up and against it
             twin.memory.from_state.bias[:twin.memory.sizes[0]] *= 0.03
             twin.memory.from_state.weight[twin.memory.width:] *= 0.2                 # what reads the token filed
@@ -420,7 +421,8 @@ def test_each_control_is_what_its_name_says(small):
         assert np.allclose(found[name], bits_of(twin, texts)[0], atol=1e-4), name
     assert len({round(float(found[name].sum()), 3) for name in (
         "as trained", "reads off", "values shuffled", "random tokens, same rate", "every token", "none", "0.9",
-        "made at every position", "exact addresses only", "learned addresses only", "16")}) == 11
+        "made at every position", "exact addresses only", "learned addresses only",
+        "learned matches weighed as in training", "16")}) == 12
     assert list(found) == list(dict.fromkeys(name for _, name, _ in evaluation.memory_controls(model, 0.5)))
 
 
@@ -439,10 +441,10 @@ def test_shuffled_values_stay_in_their_sequence():
     targets = torch.arange(6 * WIDTH).view(6, WIDTH)
     stored, opens = torch.rand(6, WIDTH, generator=draw) < 0.5, torch.tensor([1, 0, 1, 0, 0, 1]).bool()
     address = models.Address(*[targets] * 7)
-    items, values, ages = model.candidates(address, targets, stored, opens)
+    items, values, visible = model.candidates(address, targets, stored, opens)
     assert torch.equal(values, model.candidates(address, targets, stored, opens)[1])
     for last, (first, past) in {1: (0, 2), 4: (2, 5), 5: (5, 6)}.items():
-        seen = ages[last, -1] > 0
+        seen = visible[last, -1]
         kept = targets[first:past][stored[first:past]][:int(seen.sum())]
         assert items.key[last][seen].tolist() == kept.tolist()                  # where they are filed
         mixed, own = values[last][seen].tolist(), targets[first:past][stored[first:past]].tolist()

@@ -37,7 +37,7 @@ def no_gradients():
 
 def config(**settings):
     return RevenaConfig(**dict(vocab_size=VOCAB, n_layer=2, n_embd=64, n_head=2, stm_window=WINDOW, ltm_slots=SLOTS,
-                               ltm_surprisal_bits=7.0, ltm_sharpness=5.0, ltm_plausibility=0.3) | settings)
+                               ltm_surprisal_bits=7.0, ltm_sharpness=5.0, ltm_plausibility=0.3, ltm_shown=4) | settings)
 
 
 @torch.no_grad()
@@ -49,7 +49,6 @@ def enliven(model, spread=0.12):
     memory, D = model.memory, model.config.n_embd
     memory.from_state.weight.normal_(std=0.09)
     memory.from_state.weight[memory.width:] *= 0.3                      # what has read the token filed
-    memory.recency.copy_(torch.linspace(-0.5, 0.5, len(memory.recency)))
     memory.from_tokens.weight.normal_(std=0.09)
     memory.from_tokens.weight[:memory.width] *= 0.7                     # the token filed
     memory.from_tokens.weight.view(-1, memory.width, D)[:, sum(memory.sizes) - 1] = 0   # open: by the state alone
@@ -183,7 +182,7 @@ def reference(model, ids):
         query = [*exact, *(q / q.norm() for q in y[:K * A].view(K, A))]
         trust, is_open = y[K * A:K * A + E + K], bool(y[K * A + 2 * (E + K)] > 0)
         weights, found = {True: torch.zeros(VOCAB).double(), False: torch.zeros(VOCAB).double()}, {}
-        for age, item in enumerate(reversed(held), 1):
+        for item in held:
             for head in range(E + K):
                 if head < E:
                     cosine = float(query[head] is not None and query[head] == item["key"][head])
@@ -195,8 +194,8 @@ def reference(model, ids):
                         score += c.ltm_exact_trust
                     else:
                         score += c.ltm_sharpness * (cosine - 1) + c.ltm_plausibility * stm[t, item["value"]]
-                        score -= memory.recency[head - E] * math.log(age)
-                    weights[head >= E][item["value"]] += math.exp(min(float(score), 10))
+                    crowd = 1.0 if head < E else max(1.0, len(held) / c.ltm_shown) ** c.ltm_crowding
+                    weights[head >= E][item["value"]] += math.exp(min(float(score), 10)) / crowd
                     if head < E or is_open:
                         found[item["position"]] = max(cosine, found.get(item["position"], 0.0))
         mixed = {looked: ((stm[t].exp() + w) / (1 + w.sum())).log()
@@ -273,16 +272,21 @@ def test_score_is_the_reference(case):
     torch.testing.assert_close(flat(scores.objective)[real].double(), wanted[real], **CLOSE)
 
 
-def test_exact_matches_are_trusted_more_only_after_training(case):
-    """Training finds the trust by likelihood alone; what is added to it in eval mode is added to exact matches only."""
-    ids = case[1]
-    trusting, plain, training = (read(model, *rows_of(ids))[0]
-                                 for model in (lively(), lively(ltm_exact_trust=0.0), lively().train()))
-    assert torch.equal(trusting.learned, plain.learned) and (trusting.exact > 0).any()
-    torch.testing.assert_close(trusting.exact, math.exp(0.5) * plain.exact)
-    assert torch.equal(training.exact, plain.exact) and torch.equal(training.learned, plain.learned)
-    for model in (lively().train(), lively(ltm_exact_trust=0.0)):
-        torch.testing.assert_close(streamed(model, ids, [7, 1])[0], lively(ltm_exact_trust=0.0)(ids).logits, **CLOSE)
+def test_what_training_does_not_know_is_added_after_it(case):
+    """In eval mode only: more trust, of exact matches; less weight, of learned ones, the more items a query sees."""
+    ids, plain = case[1], lively(ltm_exact_trust=0.0, ltm_crowding=0.0)
+    rows = rows_of(ids)
+    trusting, crowded, neither, training = (read(model, *rows)[0] for model in (
+        lively(ltm_crowding=0.0), lively(ltm_exact_trust=0.0), plain, lively().train()))
+    assert torch.equal(trusting.learned, neither.learned) and (trusting.exact > 0).any()
+    torch.testing.assert_close(trusting.exact, math.exp(0.75) * neither.exact)
+    assert torch.equal(crowded.exact, neither.exact)
+    held = torch.tensor([len(items) for items in case[2]["items"]])
+    less, text_of = (held / plain.config.ltm_shown).clamp(min=1) ** -0.6, lambda x: x.flatten(0, 1)[:LENGTH]
+    assert less.min() < 0.9 and less.max() == 1
+    torch.testing.assert_close(text_of(crowded.learned), less[:, None] * text_of(neither.learned))
+    assert torch.equal(training.exact, neither.exact) and torch.equal(training.learned, neither.learned)
+    torch.testing.assert_close(streamed(lively().train(), ids, [7, 1])[0], plain(ids).logits, **CLOSE)
 
 
 @pytest.mark.parametrize("slots", [SLOTS, 4])
