@@ -301,7 +301,7 @@ def answer(variants, asked, width, device, wiped=False, size=None, note=None):
             p, stored, retrieved = p_stm, torch.zeros_like(truth), torch.zeros_like(truth)
             if memory:
                 read, values, kept, odds = model.read(h, pack.tokens, pack.targets, log_p, log_z, pack.opens)
-                weight = (read.exact + read.learned * (odds > 0)[..., None])[row, column]
+                weight = read.weights(odds)[row, column]
                 p = mix(p[:, None], weight[:, None], values[row])[:, 0]
                 stored, retrieved = kept.flatten()[fact], ((weight > 0) & (values[row] == truth[:, None])).any(1)
             picked = choices.gather(1, p.gather(1, choices).argmax(1, keepdim=True))[:, 0]

@@ -67,10 +67,10 @@ class RevenaConfig(PreTrainedConfig):
             cosine and with log p_stm of its value.
         ltm_price: nats that a look-up through the learned addresses must be expected to save.
         ltm_stm_loss: weight in training of log p_stm beside the log p of the mixture.
-        ltm_exact_trust, ltm_crowding, ltm_shown: in eval mode only, so that losses of the two modes differ by them:
-            nats that what an exact address finds is trusted beyond what training made of it; how the weight of what
-            learned addresses find falls with the number of items seen, where that is above the ltm_shown that the end
-            of a training row shows.
+        ltm_exact_trust: nats that what an exact address finds is trusted beyond what training made of it: in eval mode
+            only, so that losses of the two modes differ by it.
+        ltm_crowding, ltm_shown: of a query that sees n items, what learned addresses find weighs (ltm_shown / n) to
+            this power, where n is larger; in eval mode only, too. A training row ends with some 74.
     """
 
     model_type = "revena"
@@ -89,8 +89,8 @@ class RevenaConfig(PreTrainedConfig):
         self.ltm_exact_trust, self.ltm_crowding, self.ltm_shown = ltm_exact_trust, ltm_crowding, ltm_shown
         kwargs = {"bos_token_id": EOT, "eos_token_id": EOT, "pad_token_id": EOT, "tie_word_embeddings": True} | kwargs
         super().__init__(**kwargs)
-        if min(ltm_ngrams, ltm_learned) < 1:
-            raise ValueError("ltm_ngrams and ltm_learned must be at least 1")
+        if min(ltm_ngrams, ltm_learned, ltm_shown) < 1:
+            raise ValueError("ltm_ngrams, ltm_learned and ltm_shown must be at least 1")
 
 
 # ------------------------------------------------------------------------------------ the backbone of both arms
@@ -208,6 +208,10 @@ class Reading(NamedTuple):
     learned: torch.Tensor       # (N, C, I) weights through the learned addresses, had every position looked up
     cosine: torch.Tensor        # (N, K, C, I) of the learned addresses
 
+    def weights(self, odds):
+        """(N, C, I), the learned ones only where the log odds (N, C) of looking up through them are above 0."""
+        return self.exact + self.learned * (odds > 0)[..., None]
+
 
 class LongTermMemory(nn.Module):
     """Addresses, trust and strength of the items; the items themselves are data, never parameters.
@@ -259,7 +263,8 @@ class LongTermMemory(nn.Module):
 
     def weigh(self, address, items, log_p, visible):
         """Weights of the retrieved: exp(trust + strength + exact_trust) through an exact address, through a learned one
-        exp(trust + strength + sharpness (cosine - 1) + plausibility log p_stm(value)).
+        exp(trust + strength + sharpness (cosine - 1) + plausibility log p_stm(value)) min(1, shown / seen)^crowding;
+        no exponent above 10.
 
         exact_trust is a choice, and not there in training: likelihood alone often leaves a fact that stood once just
         below what is likely anywhere. Nor is crowding: the more items a query sees, the more of them an address finds,
@@ -308,7 +313,7 @@ class Scores(NamedTuple):
 
     log_p: torch.Tensor         # of the model: the mixture where the LTM is on
     log_p_stm: torch.Tensor     # of the backbone alone, which decides what is stored
-    objective: torch.Tensor     # what training maximises: see score_states
+    objective: torch.Tensor     # what training maximises (of a model in train mode): see score_states
     stored: torch.Tensor        # bool: the target is stored
     hit: torch.Tensor           # bool: the prediction retrieved at least one item
 
@@ -568,9 +573,9 @@ class RevenaHybridTiny(GPT):
         first = before[torch.where(opens, row, 0).cummax(0).values, 0]         # number of the sequence's first item
         oldest, span = (before[:, 0] - M).maximum(first), torch.arange(M + C, device=stored.device)
         number = oldest[:, None] + span                                        # (N, I)
-        # where the item of each number stands; at N C, what is not stored
-        place = torch.where(stored.flatten(), count - 1, N * C)
-        stands = place.new_zeros(N * C + M + C).index_copy(0, place, torch.arange(N * C, device=stored.device))[number]
+        # where the item of each number stands; a number not given out stands at 0, which in_reach hides
+        given = torch.where(stored.flatten(), count - 1, N * C)
+        stands = given.new_zeros(N * C + M + C).index_copy(0, given, torch.arange(N * C, device=stored.device))[number]
         line = lambda x: x.flatten(0, 1)[stands]
         items = Address(line(address.grams), line(address.known), None, line(address.key), None, line(address.strength),
                         None)
@@ -632,7 +637,7 @@ class RevenaHybridTiny(GPT):
         stm = logits - log_z[..., None]
         log_p = stm.gather(-1, targets[..., None])[..., 0]
         read, values, _, odds = self.read(h, tokens, targets, log_p, log_z, opens)
-        return mix(stm, read.exact + read.learned * (odds > 0)[..., None], values)
+        return mix(stm, read.weights(odds), values)
 
     def stream(self, tokens, memory, real=None, collect=None):
         if not self.config.ltm_enabled:
@@ -673,7 +678,7 @@ class RevenaHybridTiny(GPT):
         filed = Address(items["grams"], items["known"], None, items["key"].to(h.dtype), None, items["strength"], None)
         item_log_p = (h @ embed[items["value"]].mT).float() - log_z[..., None]
         read = self.memory.weigh(query, filed, item_log_p, self.in_reach(arrived, number))
-        weight = read.exact + read.learned * (query.open > 0)[..., None]
+        weight = read.weights(query.open)
         cosine = torch.where(read.exact[:, -1] > 0, 1.0, read.cosine[:, :, -1].amax(1))
         memory.last = dict(value=items["value"], position=items["position"], weight=weight[:, -1], cosine=cosine,
                            total=1 + weight[:, -1].sum(-1))
@@ -743,7 +748,9 @@ class Memory(Cache):
         The graph works on tensors of its own: what else happened to the memory since is copied into them first.
         """
         length = self.length
-        if self.graph is None:
+        settings = [value for name, value in vars(self.model.config).items() if name.startswith("ltm_")]
+        if self.graph is None or settings != self.settings:                 # a graph has those that it was made with
+            self.settings = settings
             self.fixed = {name: x.clone() for name, x in self._tensors().items()} | {"tokens": tokens.clone(),
                                                                                      "mask": real.clone()}
             stream, trial = torch.cuda.Stream(), copy.deepcopy(self)

@@ -143,8 +143,8 @@ class Training:
         return loss, sums.detach()
 
     def lay(self, x):
-        """A parameter's elements as rows of the model's width, as far as they fill them: AdamW does not mind, and is
-        compiled twice, for the first of them and for any number of rows."""
+        """A parameter's elements as rows of the model's width, where they fill them: AdamW does not mind, and is
+        compiled for the first of them and for any number of rows, not for each size."""
         width = self.model.config.n_embd
         return x.view(-1, width) if x.numel() % width == 0 else x
 
@@ -507,6 +507,8 @@ text = tokenizer("The memory of", return_tensors="pt")
 memory = model.new_memory()     # or model.load_memory("memory.safetensors"), which memory.save(..) wrote
 print(tokenizer.decode(model.generate(**text, max_new_tokens=50, past_key_values=memory)[0]))
 ```
+
+Before it predicts, after more training: `model.eval()`; how it weighs what it retrieves differs from training.
 
 Limits: a small model trained on little text to answer one question (does a memory help?); it knows next to nothing,
 repeats itself, and says whatever its data said.

@@ -35,8 +35,8 @@ ARMS = evaluation.ARMS
 def tiny(seed=0, bits=15.6, **settings):
     """A hybrid at random weights, surprised by about half of all tokens: log2 of its vocabulary is 15.617."""
     torch.manual_seed(seed)
-    config = dict(n_layer=1, n_embd=16, n_head=2, stm_window=WIDTH, ltm_slots=24, ltm_surprisal_bits=bits) | settings
-    return RevenaHybridTiny(RevenaConfig(**config)).eval()
+    config = dict(n_layer=1, n_embd=16, n_head=2, stm_window=WIDTH, ltm_slots=24, ltm_surprisal_bits=bits, ltm_shown=4)
+    return RevenaHybridTiny(RevenaConfig(**config | settings)).eval()
 
 
 def text_of(length, draw):
@@ -390,7 +390,7 @@ def test_an_altered_model_is_another_one_of_the_same_weights():
 
 def test_each_control_is_what_its_name_says(small):
     """A second way to each: other settings or other weights of a model that is made afresh."""
-    much = dict(ltm_plausibility=0.0, ltm_sharpness=5.0, ltm_shown=4)           # for what the learned addresses find to matter
+    much = dict(ltm_plausibility=0.0, ltm_sharpness=5.0)            # for what the learned addresses find to matter
     phrases = np.random.default_rng(0).integers(0, 5_000, (2, 12))
     model, texts = tiny(**much), [np.concatenate(([EOT], np.tile(phrase, 9))) for phrase in phrases] + texts_of(20)
 
