@@ -536,9 +536,12 @@ def test_a_gpu_replays_single_tokens(model):
         twin = copy.deepcopy(replayed)
         check(ids[:, 72:73])
         assert twin.length == 72 and twin.graph is None, "a copy stays where it was"
+        gpu.config.ltm_sharpness, recorded = 9.0, replayed.graph
+        check(ids[:, 73:74])
+        assert replayed.graph is not recorded, "a graph has the settings that it was made with"
         for memory in (replayed, plain):
             memory.batch_repeat_interleave(2)
-        check(ids[:, 73:74].repeat_interleave(2, 0))
+        check(ids[:, 74:75].repeat_interleave(2, 0))
         for memory in (replayed, plain):
             memory.clear(2)
         check(ids[:, :1])
