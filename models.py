@@ -1092,11 +1092,12 @@ def pick_device():
 
 
 def lower_precision(model):
-    """Let the backbone compute in bfloat16 where the GPU does. The stream, norms, softmax and the LTM's weighing stay
-    float32; its addresses are bfloat16 as the states are."""
+    """Let the matrices compute in bfloat16 where the GPU does; an LTM that is off keeps its own as they are. The stream,
+    norms, softmax and the LTM's weighing stay float32; its addresses are bfloat16 as the states are."""
     if next(model.parameters()).is_cuda and torch.cuda.is_bf16_supported(including_emulation=False):
-        table = model.backbone.rotary
-        model.backbone.to(torch.bfloat16).rotary = table
+        for name, weight in model.named_parameters():
+            if weight.dim() > 1 and (name.startswith("backbone.") or model.config.ltm_enabled):
+                weight.data = weight.data.bfloat16()
     return model
 
 
