@@ -1092,8 +1092,8 @@ def pick_device():
 
 
 def lower_precision(model):
-    """Let the matrices compute in bfloat16 where the GPU does; an LTM that is off keeps its own as they are. The stream,
-    norms, softmax and the LTM's weighing stay float32; its addresses are bfloat16 as the states are."""
+    """Let the matrices compute in bfloat16 where the GPU does, those of an LTM that is off excepted. The stream, norms,
+    softmax and the LTM's weighing stay float32; its addresses are bfloat16 as the states are."""
     if next(model.parameters()).is_cuda and torch.cuda.is_bf16_supported(including_emulation=False):
         for name, weight in model.named_parameters():
             if weight.dim() > 1 and (name.startswith("backbone.") or model.config.ltm_enabled):

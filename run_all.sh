@@ -16,7 +16,7 @@
 set -euo pipefail
 
 home=$(dirname "${BASH_SOURCE[0]}")
-. "$home/tests/setup.bash"                # die, lock, find_python
+. "$home/tests/setup.bash"              # die, lock, find_python
 
 quick="" text="" seeds=1 controls="" fresh="" root=""
 while [ $# -gt 0 ]; do

@@ -508,7 +508,7 @@ memory = model.new_memory()     # or model.load_memory("memory.safetensors"), wh
 print(tokenizer.decode(model.generate(**text, max_new_tokens=50, past_key_values=memory)[0]))
 ```
 
-Before it predicts, after more training: `model.eval()`; how it weighs what it retrieves differs from training.
+After more training, call `model.eval()` before it predicts: how it weighs what it retrieves differs from training.
 
 Limits: a small model trained on little text to answer one question (does a memory help?); it knows next to nothing,
 repeats itself, and says whatever its data said.
