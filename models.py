@@ -67,8 +67,8 @@ class RevenaConfig(PreTrainedConfig):
             cosine and with log p_stm of its value.
         ltm_price: nats that a look-up through the learned addresses must be expected to save.
         ltm_stm_loss: weight in training of log p_stm beside the log p of the mixture.
-        ltm_exact_trust: nats that what an exact address finds is trusted beyond what training made of it: in eval mode
-            only, so that losses of the two modes differ by it.
+        ltm_exact_trust: nats, for each token that matched, that what an exact address finds is trusted beyond what
+            training made of it: in eval mode only, so that losses of the two modes differ by it.
         ltm_crowding, ltm_shown: of a query that sees n items, what learned addresses find weighs (ltm_shown / n) to
             this power, where n is larger; in eval mode only, too. A training row ends with some 74.
     """
@@ -78,7 +78,7 @@ class RevenaConfig(PreTrainedConfig):
     def __init__(self, vocab_size=50257, n_layer=8, n_embd=640, n_head=10, n_positions=2048, stm_window=128,
                  ltm_enabled=True, ltm_slots=256, ltm_surprisal_bits=4.5, ltm_cosine=0.8, ltm_ngrams=3, ltm_learned=4,
                  ltm_dim=64, ltm_sharpness=40.0, ltm_plausibility=0.45, ltm_price=0.024,
-                 ltm_stm_loss=0.3, ltm_exact_trust=0.75, ltm_crowding=0.6, ltm_shown=64, **kwargs):
+                 ltm_stm_loss=0.3, ltm_exact_trust=0.5, ltm_crowding=0.6, ltm_shown=64, **kwargs):
         self.vocab_size, self.n_layer, self.n_embd, self.n_head = vocab_size, n_layer, n_embd, n_head
         self.n_positions, self.stm_window = n_positions, stm_window
         self.ltm_enabled, self.ltm_slots = ltm_enabled, ltm_slots
@@ -262,9 +262,9 @@ class LongTermMemory(nn.Module):
                        is_open[..., 0])
 
     def weigh(self, address, items, log_p, visible):
-        """Weights of the retrieved: exp(trust + strength + exact_trust) through an exact address, through a learned one
-        exp(trust + strength + sharpness (cosine - 1) + plausibility log p_stm(value)) min(1, shown / seen)^crowding;
-        no exponent above 10.
+        """Weights of the retrieved: exp(trust + strength + n exact_trust) through the exact address of n tokens,
+        through a learned one exp(trust + strength + sharpness (cosine - 1) + plausibility log p_stm(value)) times
+        min(1, shown / seen)^crowding; no exponent above 10.
 
         exact_trust is a choice, and not there in training: likelihood alone often leaves a fact that stood once just
         below what is likely anywhere. Nor is crowding: the more items a query sees, the more of them an address finds,
@@ -280,7 +280,7 @@ class LongTermMemory(nn.Module):
         for n in range(E):
             same = same & (address.grams[..., n, None] == items.grams[:, None, :, n])
             found = same & address.known[..., None] & items.known[:, None] if n == 0 else same
-            exact = exact + torch.where(found, (score[:, n] + more).clamp(max=10).exp(), 0.0)
+            exact = exact + torch.where(found, (score[:, n] + (n + 1) * more).clamp(max=10).exp(), 0.0)
 
         by_head = lambda x: x.transpose(1, 2).flatten(0, 1)                            # (N K, .., A)
         cosine = (by_head(address.query) @ by_head(items.key).mT).unflatten(0, (-1, config.ltm_learned)).float()

@@ -410,7 +410,7 @@ def test_each_control_is_what_its_name_says(small):
             "2": afresh(bits=2), "8": afresh(bits=8), "16": afresh(ltm_slots=16), "1024": afresh(ltm_slots=1024),
             "made at every position": afresh((3, 100)), "exact addresses only": afresh(ltm_cosine=2),
             "learned addresses only": afresh((1, exact)),
-            "exact matches trusted as in training": afresh((1, 0.0075 * exact)),
+            "exact matches trusted as in training": afresh((1, torch.tensor([-0.5, -1.0, -1.5, 0, 0, 0, 0]))),
             "learned matches weighed as in training": afresh(ltm_shown=1_000)}
         for twin in (model, *expected.values()):    # cosines of all sizes, odds for a look-up and against it
             twin.memory.from_state.bias[:twin.memory.sizes[0]] *= 0.03

@@ -192,7 +192,7 @@ def reference(model, ids):
                 if cosine > c.ltm_cosine:
                     score = trust[head] + item["strength"][head]
                     if head < E:
-                        score += c.ltm_exact_trust
+                        score += (head + 1) * c.ltm_exact_trust
                     else:
                         score += c.ltm_sharpness * (cosine - 1) + c.ltm_plausibility * stm[t, item["value"]]
                     crowd = 1.0 if head < E else max(1.0, len(held) / c.ltm_shown) ** c.ltm_crowding
@@ -279,9 +279,17 @@ def test_what_training_does_not_know_is_added_after_it(case):
     rows = rows_of(ids)
     trusting, crowded, neither, training = (read(model, *rows)[0] for model in (
         lively(ltm_crowding=0.0), lively(ltm_exact_trust=0.0), plain, lively().train()))
-    assert torch.equal(trusting.learned, neither.learned) and (trusting.exact > 0).any()
-    torch.testing.assert_close(trusting.exact, math.exp(0.75) * neither.exact)
-    assert torch.equal(crowded.exact, neither.exact)
+    assert torch.equal(trusting.learned, neither.learned) and torch.equal(crowded.exact, neither.exact)
+
+    def alone(n, **settings):
+        """What the exact address of n tokens finds."""
+        model = lively(ltm_crowding=0.0, **settings)
+        trusts = model.memory.from_state.bias.data[:sum(model.memory.sizes)].split(model.memory.sizes)[1]
+        trusts[[i for i in range(3) if i != n - 1]] = -100.0
+        return read(model, *rows)[0].exact
+    for n in (1, 2, 3):
+        assert (alone(n) > 1e-9).any()
+        torch.testing.assert_close(alone(n), math.exp(0.5 * n) * alone(n, ltm_exact_trust=0.0))
     held = torch.tensor([len(items) for items in case[2]["items"]])
     less, text_of = (held / plain.config.ltm_shown).clamp(min=1) ** -0.6, lambda x: x.flatten(0, 1)[:LENGTH]
     assert (text_of(neither.learned)[less < 0.9] > 0).any() and less.max() == 1
