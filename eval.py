@@ -34,7 +34,7 @@ from tqdm import tqdm
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from models import (EOT, GPT, Address, Reading, RevenaHybridTiny, Scores, StageError, arm_folder,
-                    characters_per_token, command, default_root, has_compiler, load_model, load_split,
+                    characters_per_token, command, compiled, default_root, has_compiler, load_model, load_split,
                     load_tokenizer, lower_precision, mix, parameters_by_group, pick_device, read_json, read_manifest,
                     run_stage, sha256, write_json)
 
@@ -114,15 +114,15 @@ def packs(sequences, width, device, size=None):
 
 
 @functools.cache
-def compiled(method):
+def graph(method):
     """A method of the models as one graph: their weights are its inputs, so it is compiled once for all of them."""
-    return torch.compile(lambda model, *given: getattr(model, method)(*given), dynamic=False)
+    return compiled(lambda model, *given: getattr(model, method)(*given), dynamic=False)
 
 
 def fast(method, model, *given):
     """model.method(*given); on a GPU compiled, where model and pack are of the usual class and shape."""
     usual = type(model) is RevenaHybridTiny and given[0].shape[:2] == (PACK, model.config.stm_window)
-    return compiled(method)(model, *given) if usual and has_compiler(model.device) else getattr(model, method)(*given)
+    return graph(method)(model, *given) if usual and has_compiler(model.device) else getattr(model, method)(*given)
 
 
 def states(model, pack):

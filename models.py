@@ -101,10 +101,13 @@ def norm(x):
 
 
 def rotate(x, table, first=0):
-    """Rotary embedding (Su et al. 2021) of x (N, T, H, D/H) at positions first, first+1, ...; table (2, L, D/H/2)."""
-    cos, sin = table[:, first:first + x.size(1), None]
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
+    """Rotary embedding (Su et al. 2021) of x (N, T, H, D/H) at positions first, first+1, ...; table: Backbone.rotary.
+
+    (a, b) cos + (b, a) (-sin, sin): with a flip instead of a cat a compiler fuses it with the norm before it.
+    """
+    cos, sin = table[:, first:first + x.size(1), None]                                 # (T, 1, 2, D/H/2) each
+    halves = x.float().unflatten(-1, (2, -1))
+    return (halves * cos + halves.flip(-2) * sin).flatten(-2).to(x.dtype)
 
 
 def attend(q, k, v, mask=None):
@@ -172,7 +175,8 @@ class Backbone(nn.Module):
         length = 2 * config.stm_window if config.stm_window else config.n_positions
         angle = torch.outer(torch.arange(length, device="cpu").double(),
                             10_000.0 ** (-torch.arange(half, device="cpu").double() / half))
-        self.register_buffer("rotary", torch.stack((angle.cos(), angle.sin())).float())
+        turn = torch.stack((-angle, angle), dim=1)                                     # of a head's two halves
+        self.register_buffer("rotary", torch.stack((turn.cos(), turn.sin())).float())  # (2, length, 2, half)
 
     def forward(self, embedded, attentions, states=None):
         """embedded (N, T, D) -> final normalised states (N, T, D); attentions: one (q, k, v) -> heads' outputs a layer.
@@ -275,17 +279,19 @@ class LongTermMemory(nn.Module):
             log_p: (N, C, I) log p_stm of each candidate's value at each query. visible: (N, C, I) bool.
         """
         config, E = self.config, self.config.ltm_ngrams
-        score = address.trust.transpose(1, 2)[..., None] + items.strength.transpose(1, 2)[..., None, :]   # (N, H, C, I)
         same, exact, more = visible, 0.0, 0.0 if self.training else config.ltm_exact_trust
         for n in range(E):
             same = same & (address.grams[..., n, None] == items.grams[:, None, :, n])
             found = same & address.known[..., None] & items.known[:, None] if n == 0 else same
-            exact = exact + torch.where(found, (score[:, n] + (n + 1) * more).clamp(max=10).exp(), 0.0)
+            score = address.trust[..., n, None] + items.strength[:, None, :, n] + (n + 1) * more          # (N, C, I)
+            exact = exact + torch.where(found, score.clamp(max=10).exp(), 0.0)
 
         by_head = lambda x: x.transpose(1, 2).flatten(0, 1)                            # (N K, .., A)
         cosine = (by_head(address.query) @ by_head(items.key).mT).unflatten(0, (-1, config.ltm_learned)).float()
         retrieved = visible[:, None] & (cosine > config.ltm_cosine)
-        score = score[:, E:] + config.ltm_sharpness * (cosine - 1) + config.ltm_plausibility * log_p[:, None]
+        of_head = lambda x: x[..., E:].transpose(1, 2)                                 # (N, K, ..)
+        score = of_head(address.trust)[..., None] + of_head(items.strength)[..., None, :]                 # (N, K, C, I)
+        score = score + config.ltm_sharpness * (cosine - 1) + config.ltm_plausibility * log_p[:, None]
         learned = torch.where(retrieved, score.clamp(max=10).exp(), 0.0).sum(1)
         if not self.training:
             crowd = (visible.sum(-1, keepdim=True) / config.ltm_shown).clamp(min=1)
@@ -389,12 +395,17 @@ class GPT(PreTrainedModel, GenerationMixin):
         """log p_stm(target) and log Z, (N, C) each, a slice of positions at a time, to bound the logits."""
         pairs, size = [], 2048 if h.is_cuda else 64                    # 64 x V floats: what malloc keeps and reuses
         for states, wanted in zip(h.flatten(0, 1).split(size), targets.flatten().split(size)):
-            logits = self.logits(states)
-            log_z = logits.logsumexp(-1)
-            if h.is_cuda:       # a gather's gradient is a (positions, V) matrix of zeros to fill; a masked sum fuses
-                at = torch.arange(logits.size(-1), device=h.device) == wanted[:, None]
-                picked = torch.where(at, logits, 0.0).sum(-1)
+            if h.is_cuda:
+                # what fuses well: all columns with those of no token hidden, where a slice would be read unaligned;
+                # and a masked sum, where a gather's gradient is a (positions, V) matrix of zeros to fill
+                logits = F.linear(states, self.backbone.embed.weight).float()
+                token = torch.arange(logits.size(-1), device=h.device)
+                logits = torch.where(token < self.config.vocab_size, logits, -math.inf)
+                log_z = logits.logsumexp(-1)
+                picked = torch.where(token == wanted[:, None], logits, 0.0).sum(-1)
             else:
+                logits = self.logits(states)
+                log_z = logits.logsumexp(-1)
                 picked = logits.gather(-1, wanted[:, None])[:, 0]
             pairs.append((picked - log_z, log_z))
         return tuple(torch.cat(parts).view_as(targets) for parts in zip(*pairs))
@@ -1101,6 +1112,11 @@ def lower_precision(model):
     return model
 
 
+def compiled(function, **options):
+    """torch.compile, but for its habit of choosing how to sum by a stopwatch: so two runs give the same bits."""
+    return torch.compile(function, options={"deterministic": True}, **options)
+
+
 @functools.cache
 def has_compiler(device):
     """Whether torch.compile is of use on this device: a CUDA GPU, and all that makes its kernels, tried on a small one.
@@ -1110,7 +1126,7 @@ def has_compiler(device):
     if torch.device(device).type != "cuda":
         return False
     try:
-        torch.compile(lambda x: 2 * x)(torch.ones(64, device=device))
+        compiled(lambda x: 2 * x)(torch.ones(64, device=device))
     except Exception:
         return False
     return True

@@ -32,9 +32,9 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from models import (EOT, StageError, Wandb, arm_folder, command, default_root, has_compiler, load_model, load_split,
-                    load_tokenizer, lower_precision, manifest_of, pick_device, read_json, read_manifest, run_stage,
-                    save_model, sha256, write_atomic, write_json)
+from models import (EOT, StageError, Wandb, arm_folder, command, compiled, default_root, has_compiler, load_model,
+                    load_split, load_tokenizer, lower_precision, manifest_of, pick_device, read_json, read_manifest,
+                    run_stage, save_model, sha256, write_atomic, write_json)
 
 STEPS = 10_000
 BATCH = 8                       # rows of 128 tokens a step
@@ -68,13 +68,23 @@ def row_order(rows, steps, batch, seed):
     return torch.from_numpy(np.concatenate(epochs)[:need].reshape(steps, batch))
 
 
-def adamw(weight, master, gradient, first, second, decay, rate, step, scale, halted):
+def lengths(tensors):
+    """2-norms of some tensors, float32 (len(tensors),); in one pass over all of a dtype: mixed, each takes its own."""
+    found = {}
+    for dtype in dict.fromkeys(x.dtype for x in tensors):
+        places = [i for i, x in enumerate(tensors) if x.dtype == dtype]
+        found.update(zip(places, torch._foreach_norm([tensors[i] for i in places], 2, torch.float32)))
+    return torch.stack([found[i] for i in range(len(tensors))])
+
+
+def adamw(weight, master, gradient, first, second, decay, rate, step, norm, halted):
     """One AdamW step (Loshchilov & Hutter 2019) on a float32 master; `weight`, or None, is its copy to compute with.
 
-    Compiled, it is one pass over memory; elsewhere it runs as it stands. `halted` (a bool tensor) keeps the weights.
+    `norm`, of the gradients that are clipped together, says by how much. `halted` (a bool tensor) keeps the weights.
+    Compiled, all this is one pass over memory; elsewhere it runs as it stands.
     """
     b1, b2 = BETAS
-    gradient = gradient.float() * scale
+    gradient = gradient.float() * (CLIP / norm.clamp(min=1e-12)).clamp(max=1)
     first.lerp_(gradient, 1 - b1)
     second.lerp_(gradient * gradient, 1 - b2)
     update = first / (second / (1 - b2 ** step)).sqrt_().add_(EPS)
@@ -170,21 +180,20 @@ class Training:
                 dist.all_reduce(tensor)
 
         rate, step = self.rates.index_select(0, self.at)[0], (self.at[0] + 1).float()
-        rest = iter(gradients)
-        shares = [[next(rest) for _ in group.parameters] for group in self.groups]
-        norms = [torch.stack(torch._foreach_norm(share, 2, torch.float32)).norm() for share in shares]
+        rest, counts = iter(gradients), [len(group.parameters) for group in self.groups]
+        norms = [part.norm() for part in lengths(gradients).split(counts)]
         loss, nats, stored, bits, hits = sums                            # of all processes
         row = torch.stack((nats / targets_in_batch, stored / targets_in_batch, bits / stored.clamp(min=1),
                            hits / targets_in_batch, norms[0], norms[1] if len(norms) > 1 else norms[0] * 0, loss))
         # NaN, Inf: nothing moves from here on, and the statistics tell the host
         self.halted |= ~torch.isfinite(row).all()
         row = row[:-1].masked_fill_(self.halted, math.nan)
-        for group, share, norm in zip(self.groups, shares, norms):
-            scale = (CLIP / norm.clamp(min=1e-12)).clamp(max=1)
+        for group, norm in zip(self.groups, norms):
+            share = [next(rest) for _ in group.parameters]
             laid = ([self.lay(x) for x in tensors] for tensors in (group.masters, share, group.first, group.second))
             copies = [None if w is p else self.lay(w) for w, p in zip(group.weights, group.masters)]
             for *tensors, decay in zip(copies, *laid, group.decay):
-                self.update(*tensors, decay, rate, step, scale, self.halted)
+                self.update(*tensors, decay, rate, step, norm, self.halted)
         self.statistics.index_copy_(0, self.at, row[None])
         self.at += 1
 
@@ -208,8 +217,8 @@ class Training:
             return "plain PyTorch step, shared by several processes"
         how = "compiled and captured as one CUDA graph"
         if has_compiler(self.device):
-            self.objective = torch.compile(self._objective, dynamic=False)
-            self.update = torch.compile(adamw)
+            self.objective = compiled(self._objective, dynamic=False)
+            self.update = compiled(adamw)
         else:
             how = "captured as one CUDA graph, not compiled (that takes Triton, a C compiler and Python's headers)"
         stream = torch.cuda.Stream()

@@ -23,7 +23,7 @@ sys.path.insert(0, str(PROJECT))
 
 import train                                                                                            # noqa: E402
 from add_memory import make_models                                                                      # noqa: E402
-from models import (EOT, GPT, SIZES, Memory, RevenaConfig, StageError, has_compiler, load_split,        # noqa: E402
+from models import (EOT, GPT, SIZES, Memory, RevenaConfig, StageError, compiled, has_compiler, load_split, # noqa: E402
                     lower_precision, pick_device)
 
 CAP = 8e9                       # bytes that training may take while it starts: those of a small consumer GPU
@@ -233,7 +233,7 @@ def device_copy(setup):
 def pack_scorer():
     """score(model, tokens, targets, opens), compiled for each shape where that can be had, as eval.py does it."""
     score = lambda model, *rows: model.score(*rows)
-    return torch.compile(score, dynamic=False) if has_compiler(pick_device()) else score
+    return compiled(score, dynamic=False) if has_compiler(pick_device()) else score
 
 
 def scoring(setup, score, arm, rows, per_document):

@@ -672,13 +672,13 @@ def test_a_compiler_that_fails_is_none(monkeypatch):
     """Whatever torch.compile needs and does not find, the stages go on without; on a CPU it is not even tried."""
     tried = []
 
-    def no_c_compiler(function):
+    def no_c_compiler(function, **options):
         tried.append(function)
         raise RuntimeError("Failed to find C compiler")
     monkeypatch.setattr(torch, "compile", no_c_compiler)
     monkeypatch.setattr(torch, "ones", lambda *_, device: None)             # there need not be a GPU
     assert not models.has_compiler(torch.device("cpu")) and tried == []
     assert not models.has_compiler(torch.device("cuda", 7)) and len(tried) == 1
-    monkeypatch.setattr(torch, "compile", lambda function: lambda x: None)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: lambda x: None)
     assert models.has_compiler(torch.device("cuda", 6)) and not models.has_compiler(torch.device("cuda", 7))
     models.has_compiler.cache_clear()

@@ -299,7 +299,7 @@ def test_adamw_is_adamw():
     for step, rate in enumerate((1e-3, 5e-3, 2e-3, 1e-2, 1e-4) * 8, 1):
         # some gradients vanish, as those of tokens that did not occur do
         gradients = [torch.randn(x.shape, generator=draw) * (torch.rand(x.shape, generator=draw) < 0.5) for x in ours]
-        scale = torch.tensor(0.5)
+        norm = torch.tensor(2 * train.CLIP)                            # which halves the gradients
         for x, g in zip(theirs, gradients):
             x.grad = g.double() * 0.5
         for group in optimizer.param_groups:
@@ -308,10 +308,10 @@ def test_adamw_is_adamw():
         rate, step = torch.tensor(rate), torch.tensor(float(step))
         copies = [x.bfloat16() for x in ours]
         for copy, x, g, m, v, d in zip(copies, ours, gradients, first, second, decay):
-            train.adamw(copy, x, g, m, v, d, rate, step, scale, go)
+            train.adamw(copy, x, g, m, v, d, rate, step, norm, go)
             assert torch.equal(copy, x.bfloat16())
             before = x.clone()
-            train.adamw(None, x, g * torch.nan, m.clone(), v.clone(), d, rate, step, scale, halt)
+            train.adamw(None, x, g * torch.nan, m.clone(), v.clone(), d, rate, step, norm, halt)
             assert torch.equal(x, before)
     for x, y in zip(ours, theirs):
         assert torch.allclose(x.double(), y.detach(), rtol=2e-6, atol=2e-6)
