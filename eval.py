@@ -114,7 +114,7 @@ def packs(sequences, width, device, size=None):
 
 
 @functools.cache
-def graph(method):
+def compiled_method(method):
     """A method of the models as one graph: their weights are its inputs, so it is compiled once for all of them."""
     return compiled(lambda model, *given: getattr(model, method)(*given), dynamic=False)
 
@@ -122,7 +122,9 @@ def graph(method):
 def fast(method, model, *given):
     """model.method(*given); on a GPU compiled, where model and pack are of the usual class and shape."""
     usual = type(model) is RevenaHybridTiny and given[0].shape[:2] == (PACK, model.config.stm_window)
-    return graph(method)(model, *given) if usual and has_compiler(model.device) else getattr(model, method)(*given)
+    if usual and has_compiler(model.device):
+        return compiled_method(method)(model, *given)
+    return getattr(model, method)(*given)
 
 
 def states(model, pack):

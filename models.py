@@ -280,7 +280,7 @@ class LongTermMemory(nn.Module):
         """
         config, E = self.config, self.config.ltm_ngrams
         same, exact, more = visible, 0.0, 0.0 if self.training else config.ltm_exact_trust
-        for n in range(E):
+        for n in range(E):                                                             # the last n + 1 tokens
             same = same & (address.grams[..., n, None] == items.grams[:, None, :, n])
             found = same & address.known[..., None] & items.known[:, None] if n == 0 else same
             score = address.trust[..., n, None] + items.strength[:, None, :, n] + (n + 1) * more          # (N, C, I)
@@ -289,8 +289,8 @@ class LongTermMemory(nn.Module):
         by_head = lambda x: x.transpose(1, 2).flatten(0, 1)                            # (N K, .., A)
         cosine = (by_head(address.query) @ by_head(items.key).mT).unflatten(0, (-1, config.ltm_learned)).float()
         retrieved = visible[:, None] & (cosine > config.ltm_cosine)
-        of_head = lambda x: x[..., E:].transpose(1, 2)                                 # (N, K, ..)
-        score = of_head(address.trust)[..., None] + of_head(items.strength)[..., None, :]                 # (N, K, C, I)
+        of_learned = lambda x: x[..., E:].transpose(1, 2)                              # (N, K, ..)
+        score = of_learned(address.trust)[..., None] + of_learned(items.strength)[..., None, :]           # (N, K, C, I)
         score = score + config.ltm_sharpness * (cosine - 1) + config.ltm_plausibility * log_p[:, None]
         learned = torch.where(retrieved, score.clamp(max=10).exp(), 0.0).sum(1)
         if not self.training:
@@ -1113,8 +1113,13 @@ def lower_precision(model):
 
 
 def compiled(function, **options):
-    """torch.compile, but for its habit of choosing how to sum by a stopwatch: so two runs give the same bits."""
-    return torch.compile(function, options={"deterministic": True}, **options)
+    """torch.compile, but for its habit of choosing how to sum by a stopwatch: two runs are to sum alike.
+
+    Before torch 2.10 it has no other way.
+    """
+    from torch._inductor import config              # here: it takes seconds, and not everybody compiles
+    by_rule = {"deterministic": True} if hasattr(config, "deterministic") else None
+    return torch.compile(function, options=by_rule, **options)
 
 
 @functools.cache

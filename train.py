@@ -68,7 +68,7 @@ def row_order(rows, steps, batch, seed):
     return torch.from_numpy(np.concatenate(epochs)[:need].reshape(steps, batch))
 
 
-def lengths(tensors):
+def norms_of(tensors):
     """2-norms of some tensors, float32 (len(tensors),); in one pass over all of a dtype: mixed, each takes its own."""
     found = {}
     for dtype in dict.fromkeys(x.dtype for x in tensors):
@@ -80,11 +80,11 @@ def lengths(tensors):
 def adamw(weight, master, gradient, first, second, decay, rate, step, norm, halted):
     """One AdamW step (Loshchilov & Hutter 2019) on a float32 master; `weight`, or None, is its copy to compute with.
 
-    `norm`, of the gradients that are clipped together, says by how much. `halted` (a bool tensor) keeps the weights.
-    Compiled, all this is one pass over memory; elsewhere it runs as it stands.
+    `norm`: of all gradients that are clipped together; above CLIP they are scaled down to it. `halted` (a bool tensor)
+    keeps the weights. Compiled, all this is one pass over memory; elsewhere it runs as it stands.
     """
     b1, b2 = BETAS
-    gradient = gradient.float() * (CLIP / norm.clamp(min=1e-12)).clamp(max=1)
+    gradient = gradient.float() * (CLIP / norm).clamp(max=1)
     first.lerp_(gradient, 1 - b1)
     second.lerp_(gradient * gradient, 1 - b2)
     update = first / (second / (1 - b2 ** step)).sqrt_().add_(EPS)
@@ -180,14 +180,14 @@ class Training:
                 dist.all_reduce(tensor)
 
         rate, step = self.rates.index_select(0, self.at)[0], (self.at[0] + 1).float()
-        rest, counts = iter(gradients), [len(group.parameters) for group in self.groups]
-        norms = [part.norm() for part in lengths(gradients).split(counts)]
+        norms = [part.norm() for part in norms_of(gradients).split([len(group.parameters) for group in self.groups])]
         loss, nats, stored, bits, hits = sums                            # of all processes
         row = torch.stack((nats / targets_in_batch, stored / targets_in_batch, bits / stored.clamp(min=1),
                            hits / targets_in_batch, norms[0], norms[1] if len(norms) > 1 else norms[0] * 0, loss))
         # NaN, Inf: nothing moves from here on, and the statistics tell the host
         self.halted |= ~torch.isfinite(row).all()
         row = row[:-1].masked_fill_(self.halted, math.nan)
+        rest = iter(gradients)
         for group, norm in zip(self.groups, norms):
             share = [next(rest) for _ in group.parameters]
             laid = ([self.lay(x) for x in tensors] for tensors in (group.masters, share, group.first, group.second))

@@ -114,8 +114,8 @@ def bench_training(setup, turns, wanted, seconds):
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         builders = {"baseline": lambda: contenders.own_step(setup, "baseline"),
                     "with_ltm": lambda: contenders.own_step(setup, "with_ltm"),
-                    "compiled": lambda: contenders.without_graph(setup, compiled=True),
-                    "eager": lambda: contenders.without_graph(setup, compiled=False),
+                    "compiled": lambda: contenders.without_graph(setup, compile=True),
+                    "eager": lambda: contenders.without_graph(setup, compile=False),
                     "conventional": lambda: contenders.conventional(setup, folder),
                     "trainer": lambda: contenders.hugging_face(setup, folder)}
         builders = {name: build for name, build in builders.items() if name in wanted}

@@ -23,8 +23,8 @@ sys.path.insert(0, str(PROJECT))
 
 import train                                                                                            # noqa: E402
 from add_memory import make_models                                                                      # noqa: E402
-from models import (EOT, GPT, SIZES, Memory, RevenaConfig, StageError, compiled, has_compiler, load_split, # noqa: E402
-                    lower_precision, pick_device)
+from models import (EOT, GPT, SIZES, Memory, RevenaConfig, StageError, compiled, has_compiler,           # noqa: E402
+                    load_split, lower_precision, pick_device)
 
 CAP = 8e9                       # bytes that training may take while it starts: those of a small consumer GPU
 CALLS = 10_000                  # of a contender in one window, at most
@@ -127,11 +127,11 @@ def own_step(setup, arm):
     return setup.case(accelerated(setup, arm).run)
 
 
-def without_graph(setup, compiled):
+def without_graph(setup, compile):
     """The baseline's step launched kernel by kernel: compiled, or as eager PyTorch."""
     if not setup.cuda:
         raise Skip(f"on {setup.device} the step is the plain one anyway")
-    if not compiled:
+    if not compile:
         return setup.case(setup.training("baseline").run)
     training = accelerated(setup, "baseline")
 

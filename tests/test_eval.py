@@ -555,8 +555,8 @@ def test_a_graph_is_compiled_once_for_all_models(small, monkeypatch):
         counters.append(CompileCounter())
         return compile(function, backend=counters[-1], dynamic=dynamic)
     monkeypatch.setattr(torch, "compile", counting)
-    graph = evaluation.functools.cache(evaluation.graph.__wrapped__)
-    monkeypatch.setattr(evaluation, "fast", lambda method, model, *given: graph(method)(model, *given))
+    method_of = evaluation.functools.cache(evaluation.compiled_method.__wrapped__)
+    monkeypatch.setattr(evaluation, "fast", lambda method, model, *given: method_of(method)(model, *given))
     for seed in range(3):
         for ltm in (False, True):
             model = tiny(seed, ltm_enabled=ltm)

@@ -668,17 +668,35 @@ def test_a_damaged_folder_is_one_clear_line(tmp_path, damage, says):
     assert "\n" not in str(error.value) and "python train.py" in str(error.value)
 
 
+def test_log_p_is_the_same_as_written_for_a_gpu():
+    """There it hides the columns of no token instead of leaving them out, and sums instead of picking."""
+    class OnGPU(torch.Tensor):
+        is_cuda = True
+    model, draw, found = lively(), torch.Generator().manual_seed(0), []
+    h, targets = torch.randn(3, WINDOW, model.config.n_embd, generator=draw), rows_of(text(3 * WINDOW))[1]
+    for kind in (torch.Tensor, OnGPU):
+        with torch.enable_grad():
+            given = h.clone().requires_grad_()
+            log_p, log_z = model.log_p(given.as_subclass(kind), targets)
+            total = log_p.sum() + 0.1 * log_z.square().sum()
+        gradients = torch.autograd.grad(total, [given, model.backbone.embed.weight])
+        found.append([x.as_subclass(torch.Tensor) for x in (log_p, log_z, *gradients)])
+    for ours, theirs in zip(*found):
+        torch.testing.assert_close(ours, theirs)
+    assert len(found[1][3]) > model.config.vocab_size and not found[1][3][model.config.vocab_size:].any()
+
+
 def test_a_compiler_that_fails_is_none(monkeypatch):
     """Whatever torch.compile needs and does not find, the stages go on without; on a CPU it is not even tried."""
     tried = []
 
-    def no_c_compiler(function, **options):
-        tried.append(function)
+    def no_c_compiler(function, **given):
+        tried.append(given["options"]["deterministic"])
         raise RuntimeError("Failed to find C compiler")
     monkeypatch.setattr(torch, "compile", no_c_compiler)
     monkeypatch.setattr(torch, "ones", lambda *_, device: None)             # there need not be a GPU
     assert not models.has_compiler(torch.device("cpu")) and tried == []
-    assert not models.has_compiler(torch.device("cuda", 7)) and len(tried) == 1
-    monkeypatch.setattr(torch, "compile", lambda function, **options: lambda x: None)
+    assert not models.has_compiler(torch.device("cuda", 7)) and tried == [True]
+    monkeypatch.setattr(torch, "compile", lambda function, **given: lambda x: None)
     assert models.has_compiler(torch.device("cuda", 6)) and not models.has_compiler(torch.device("cuda", 7))
     models.has_compiler.cache_clear()

@@ -299,9 +299,10 @@ def test_adamw_is_adamw():
     for step, rate in enumerate((1e-3, 5e-3, 2e-3, 1e-2, 1e-4) * 8, 1):
         # some gradients vanish, as those of tokens that did not occur do
         gradients = [torch.randn(x.shape, generator=draw) * (torch.rand(x.shape, generator=draw) < 0.5) for x in ours]
-        norm = torch.tensor(2 * train.CLIP)                            # which halves the gradients
+        # a norm above CLIP scales them down, one below it does not scale them up
+        norm = torch.tensor(train.CLIP * (2.0, 0.5, 0.0)[step % 3])
         for x, g in zip(theirs, gradients):
-            x.grad = g.double() * 0.5
+            x.grad = g.double() * (0.5, 1.0, 1.0)[step % 3]
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
@@ -315,6 +316,14 @@ def test_adamw_is_adamw():
             assert torch.equal(x, before)
     for x, y in zip(ours, theirs):
         assert torch.allclose(x.double(), y.detach(), rtol=2e-6, atol=2e-6)
+
+
+def test_norms_are_those_of_each_tensor_whatever_their_dtypes():
+    draw = torch.Generator().manual_seed(0)
+    mixed = [(torch.randn(n, 3, generator=draw) * n).to((torch.float32, torch.bfloat16)[n % 2]) for n in range(1, 7)]
+    norms = train.norms_of(mixed)
+    assert norms.dtype == torch.float32
+    torch.testing.assert_close(norms, torch.stack([x.float().norm() for x in mixed]))
 
 
 def training_of(source, monkeypatch, ltm=True, steps=12):
