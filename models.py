@@ -401,12 +401,11 @@ class GPT(PreTrainedModel, GenerationMixin):
                 logits = F.linear(states, self.backbone.embed.weight).float()
                 token = torch.arange(logits.size(-1), device=h.device)
                 logits = torch.where(token < self.config.vocab_size, logits, -math.inf)
-                log_z = logits.logsumexp(-1)
                 picked = torch.where(token == wanted[:, None], logits, 0.0).sum(-1)
             else:
                 logits = self.logits(states)
-                log_z = logits.logsumexp(-1)
                 picked = logits.gather(-1, wanted[:, None])[:, 0]
+            log_z = logits.logsumexp(-1)
             pairs.append((picked - log_z, log_z))
         return tuple(torch.cat(parts).view_as(targets) for parts in zip(*pairs))
 
