@@ -1,0 +1,569 @@
+"""What the scripts share: the table of arms, failures in one line, files that are whole or absent, data, wandb.
+
+Importing this file does not import torch: a script that needs none starts at once. What needs torch (loading a
+model, picking a device) imports it where it is called.
+"""
+
+import argparse
+import contextlib
+import errno
+import fcntl
+import functools
+import hashlib
+import importlib
+import json
+import netrc
+import os
+import queue
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+import numpy as np
+
+PROJECT = Path(__file__).resolve().parent
+EOT = 50256                     # <|endoftext|>: opens every document, pads the last window, is never a target
+
+TOKENIZER_SHA256 = {            # GPT-2's tokenizer (Radford et al. 2019), wherever it came from
+    "vocab.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+    "merges.txt": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+}
+
+
+# ------------------------------------------------------------------------------------ the arms of the experiment
+
+class Arm(NamedTuple):
+    """One line of the comparison: the backbone that all arms share, and what is added to it."""
+
+    memory: str | None          # a name of models.Memory.kinds; None: the backbone alone
+    label: str                  # as it stands in tables and pictures
+    settings: dict = {}         # of the memory, where they are not its own (config.memory_settings)
+    backbone: dict = {}         # of the config, where the backbone itself is changed: a control
+    replay: float = 0.0         # share of each step's rows that is drawn again from rows seen before: a control
+    control: bool = False       # no design of its own: left out of the comparison unless it is asked for
+
+
+ARMS = {
+    "baseline": Arm(None, "no memory"),
+    "with_ltm": Arm("ltm", "LTM: surprising tokens"),
+    "with_store": Arm("store", "store: keys and values"),
+    "with_bank": Arm("bank", "bank: learned vectors"),
+    "with_mag": Arm("mag", "MAG: fast weights"),
+    "with_gru": Arm("gru", "GRU: fading state"),
+}
+SPECIFIED = ("baseline", "with_ltm")            # the experiment of ./run_all.sh; --memories trains all
+
+
+def arm_flag(arm):
+    """The flag of train.py and add_memory.py that chooses an arm: "--with-ltm"."""
+    return "--" + arm.replace("_", "-")
+
+
+def init_name(arm):
+    """The folder under trained/ that holds the weights which an arm starts from; the specification's two share one."""
+    return "init" if arm in SPECIFIED else f"init_{arm}"
+
+
+def arm_folder(root, seed, name):
+    """Where seed `seed` keeps an arm ("with_ltm") or its starting weights ("init")."""
+    return Path(root) / "trained" / (f"seed{seed}" if seed else "") / name
+
+
+def model_class(memory):
+    """The class of a model with that memory: the one place where names become code.
+
+    It lives in the file that a checkpoint has to carry: models.py alone for the specification's arms, memories.py
+    with it for the further ones.
+    """
+    home, name = ("models", "RevenaHybridTiny") if memory in (None, "ltm") else ("memories", "RevenaHybrid")
+    return getattr(importlib.import_module(home), name)
+
+
+# ------------------------------------------------------------------------------------ failures
+
+class StageError(Exception):
+    """A failure the user can act on: one line that says what is wrong and which command to run next."""
+
+
+def one_line(error, most=200):
+    """An error's message, short enough to be part of one line."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
+def leave_on_sigterm():
+    """Turn SIGTERM into SystemExit(143). Outside the main thread (a notebook's) Python allows no handlers: then not."""
+    def on_sigterm(*_):
+        raise SystemExit(143)
+
+    with contextlib.suppress(ValueError):
+        signal.signal(signal.SIGTERM, on_sigterm)
+
+
+def run_stage(main):
+    """Run a script's `main()` and leave the process; every failure a user can cause is one line on stderr.
+
+    Exit codes: 0 done, 1 a StageError, a failing disk or no memory, 2 bad flags (argparse), 130 Ctrl-C, 143 SIGTERM.
+    """
+    name = Path(sys.argv[0]).name
+    leave_on_sigterm()
+    if hasattr(sys.stdout, "reconfigure"):                  # a notebook's has no such thing
+        sys.stdout.reconfigure(errors="backslashreplace")   # as stderr: a file's name need not be UTF-8
+    try:
+        sys.exit(main() or 0)
+    except StageError as error:
+        reason = str(error)
+    except KeyboardInterrupt:
+        print(f"\n{name}: interrupted; run the same command again to go on", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        place = f" ({error.filename})" if error.filename else ""
+        reason = f"{error.strerror or error}{place}; mend that, then run {name} again"
+    except Exception as error:
+        if type(error).__name__ != "OutOfMemoryError":      # torch's, which need not have been imported
+            raise
+        reason = (f"the GPU is out of memory; close what else uses it or lower the batch size at the top of {name}, "
+                  f"then run it again")
+    reason = " ".join(reason.splitlines())                  # a name may even have line ends in it
+    sys.exit(f"{name}: {reason}")
+
+
+def parser_of(doc, root_help="folder of data/ and trained/ (default: this one; with --quick its quick/)"):
+    """An argument parser with the two flags that every stage has: --root and --quick."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", metavar="DIR", help=root_help)
+    parser.add_argument("--quick", action="store_true", help="the small setting, under quick/: minutes on any CPU")
+    return parser
+
+
+def seed_number(text):
+    """An argparse type: a whole number that seeds a generator."""
+    number = int(text)
+    if not 0 <= number < 2 ** 32:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to 4294967295")
+    return number
+
+
+def default_root(root, quick):
+    """The folder that data/, trained/ and the results lie in: --root, or the project's own, or its quick/."""
+    if root:
+        return Path(root)
+    return Path(os.path.relpath(PROJECT)) / ("quick" if quick else "")
+
+
+def command(script, root, quick, seed=None):
+    """The command line that runs a script ("train.py --baseline") on the same root, size and, where given, seed."""
+    words = [] if script.startswith("./") else ["python"]
+    words += [script, "--root", shlex.quote(str(root))]
+    if seed is not None:
+        words += ["--seed", str(seed)]
+    if quick:
+        words.append("--quick")
+    return " ".join(words)
+
+
+# ------------------------------------------------------------------------------------ files
+
+def sha256(path):
+    """SHA-256 of a file's bytes, as hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def follow_umask(path):
+    """Give a file the mode that open() would have given it: safetensors writes 0600, for its owner's eyes only."""
+    mask = os.umask(0)
+    os.umask(mask)
+    os.chmod(path, 0o666 & ~mask)
+
+
+def fsync(path):
+    """Bring a file's bytes to the disk."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def write_atomic(path, data):
+    """Write `data` (bytes or str) so that `path` is either what it was or all of `data`, never a part of it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    if isinstance(data, str):
+        data = data.encode("utf-8", "backslashreplace")     # a file's name in it need not be UTF-8
+    try:
+        with open(aside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    """Write a JSON file atomically; raises StageError on NaN and Infinity, which JSON has no words for."""
+    try:
+        text = json.dumps(value, indent=1, allow_nan=False)
+    except ValueError:
+        raise StageError(f"a number that belongs into {path} is NaN or infinite; the file was left as it was") from None
+    write_atomic(path, text + "\n")
+
+
+def read_json(path, made_by):
+    """Read a JSON object; raises StageError naming `made_by`, the command that makes it, where that fails."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise StageError(f"{path} is missing; make it with: {made_by}") from None
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise StageError(f"{path} is damaged; make it again with: {made_by}")
+    return value
+
+
+def seal(value):
+    """SHA-256 of a JSON object but for its own "sha256": kept there, it tells when a byte of the file has changed."""
+    rest = {key: entry for key, entry in value.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def write_manifest(folder, **facts):
+    """Write `folder`/manifest.json: the hash of every file in it, and `facts`. Comes last: no manifest, no folder."""
+    folder = Path(folder)
+    names = sorted(path.name for path in folder.iterdir() if path.name != "manifest.json")
+    manifest = {"files": {name: sha256(folder / name) for name in names}, **facts}
+    write_json(folder / "manifest.json", {**manifest, "sha256": seal(manifest)})
+
+
+def read_manifest(folder, made_by="the stage that writes this folder"):
+    """The manifest of a folder whose files all match it; raises StageError naming the first that does not."""
+    folder = Path(folder)
+    manifest = read_json(folder / "manifest.json", made_by)
+    files = manifest.get("files")
+    # a name is a file of this folder, never a path out of it
+    if manifest.get("sha256") != seal(manifest) or not isinstance(files, dict) or any("/" in name for name in files):
+        raise StageError(f"{folder / 'manifest.json'} is damaged; make it again with: {made_by}")
+    for name, expected in files.items():
+        if not (folder / name).is_file() or sha256(folder / name) != expected:
+            raise StageError(f"{folder / name} is missing, damaged or changed: manifest.json has another hash; "
+                             f"make it again with: {made_by}")
+    return manifest
+
+
+def lock(file, refusal):
+    """Hold an open file until it is closed or the process ends; raises StageError(refusal) where another one does.
+
+    A file system without locks (ENOSYS, ENOLCK) gives none: better to go on than never to start.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            raise StageError(refusal) from None
+
+
+def commit():
+    """The commit of this code, "-dirty" where it was changed since; "unknown" outside a checkout of its own."""
+    def git(*words):
+        # the variables by which git is told of another repository are not for this question
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+        done = subprocess.run(["git", "-C", str(PROJECT), *words], capture_output=True, text=True, env=clean,
+                              check=True, timeout=30)
+        return done.stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != PROJECT:
+            return "unknown"                                # unpacked inside another repository
+        return git("describe", "--always", "--dirty")
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+# ------------------------------------------------------------------------------------ tokenizer and data
+
+def load_tokenizer(root, quick=False):
+    """GPT-2's tokenizer from `root`/data/tokenizer; raises StageError where a file is missing or another one."""
+    from transformers import GPT2TokenizerFast
+
+    folder, again = Path(root) / "data" / "tokenizer", command("download_models.py", root, quick)
+    for name, expected in TOKENIZER_SHA256.items():
+        if not (folder / name).is_file():
+            raise StageError(f"{folder / name} is missing; get it with: {again}")
+        if sha256(folder / name) != expected:
+            raise StageError(f"{folder / name} is not GPT-2's; get it with: {again}")
+    tokenizer = GPT2TokenizerFast(str(folder / "vocab.json"), str(folder / "merges.txt"),
+                                  pad_token="<|endoftext|>", padding_side="left")      # GPT-2 has none; for batches
+    # by other keyword names the same call gives an empty vocabulary without a word
+    assert len(tokenizer) == EOT + 1 and tokenizer.encode("Hello world") == [15496, 995], "the tokenizer came out empty"
+    return tokenizer
+
+
+def characters_per_token(tokenizer):
+    """Characters each token adds to a text: its bytes that are not UTF-8 continuation bytes. (vocab,) int64 array.
+
+    Summed over a document's tokens this is len(text), also where one character is spread over two tokens.
+    """
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    letter_of_byte = bytes_to_unicode()
+    continuation = {letter_of_byte[byte] for byte in range(0x80, 0xC0)}
+    counts = np.zeros(len(tokenizer), np.int64)
+    for token, index in tokenizer.get_vocab().items():
+        counts[index] = sum(letter not in continuation for letter in token)
+    counts[EOT] = 0
+    return counts
+
+
+def read_meta(root, again):
+    """data/meta.json, unchanged since prepare_data.py of this version wrote it; else StageError."""
+    path = Path(root) / "data" / "meta.json"
+    meta = read_json(path, again)
+    if meta.get("sha256") != seal(meta):
+        raise StageError(f"{path} was changed after it was made; make it again with: {again}")
+    try:
+        parts = {name: meta["splits"][name] for name in ("train", "val")}
+        counts = [part[name] for part in parts.values() for name in ("documents", "tokens", "bytes")]
+        usable = (meta["format"] == 1 and {"source", "quick"} <= meta.keys()
+                  and all("sha256" in part for part in parts.values())
+                  and all(type(count) is int and count > 0 for count in (meta["window"], *counts)))
+    except (KeyError, TypeError):
+        usable = False
+    if not usable:
+        raise StageError(f"{path} is of another version of prepare_data.py; make it again with: {again}")
+    if meta.get("tokenizer_sha256") != TOKENIZER_SHA256:
+        raise StageError(f"{path} names another tokenizer; make it again with: {again}")
+    return meta
+
+
+def load_split(root, split, quick=False):
+    """The windows of one split, verified against meta.json: ((rows, 128) uint16 memmap, meta dict).
+
+    Raises StageError where a file is missing, cut short, changed, or holds a token beyond the vocabulary.
+    """
+    again = command("prepare_data.py", root, quick)
+    meta = read_meta(root, again)
+    path = Path(root) / "data" / f"{split}.bin"
+    expected, window = meta["splits"][split], meta["window"]
+    if not path.is_file():
+        raise StageError(f"{path} is missing; make it with: {again}")
+    if path.stat().st_size != expected["bytes"] or expected["bytes"] % (2 * window):
+        raise StageError(f"{path} has {path.stat().st_size} bytes, meta.json says {expected['bytes']}; "
+                         f"make it again with: {again}")
+    if sha256(path) != expected["sha256"]:
+        raise StageError(f"{path} is not the file meta.json describes (its hash differs); make it again with: {again}")
+    rows = np.memmap(path, np.uint16, mode="r").reshape(-1, window)
+    if rows.max() > EOT:
+        raise StageError(f"{path} holds token {rows.max()}, the vocabulary ends at {EOT}; make it again with: {again}")
+    return rows, meta
+
+
+def documents(rows):
+    """The documents that the rows of a .bin were cut from: list of int64 arrays, each opened by EOT."""
+    starts = np.flatnonzero(rows[:, 0] == EOT)
+    stride = rows.shape[1] // 2
+    found = []
+    for first, last in zip(starts, [*starts[1:], len(rows)]):
+        fresh = rows[first + 1:last, stride:]
+        tokens = np.concatenate([rows[first], *fresh]).astype(np.int64)
+        end = np.flatnonzero(tokens != EOT).max(initial=0) + 1
+        found.append(tokens[:end])
+    return found
+
+
+# ------------------------------------------------------------------------------------ models on a device
+
+def save_model(model, tokenizer, folder):
+    """Write a Hugging Face folder: config, weights (safetensors, float32), tokenizer, and the model's file as code."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    type(model).register_for_auto_class("AutoModelForCausalLM")
+    type(model.config).register_for_auto_class()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    follow_umask(Path(folder) / "model.safetensors")
+
+
+def load_model(folder, device="cpu", made_by="python add_memory.py", weights=None):
+    """The model of `folder`; raises StageError where its config or weights are missing or damaged.
+
+    `weights`: another safetensors file than the folder's own. Nothing but JSON and safetensors is read: no code of
+    the folder's runs.
+    """
+    from safetensors.torch import load_file
+
+    from models import RevenaConfig
+
+    folder = Path(folder)
+    settings = read_json(folder / "config.json", made_by)
+    path = weights or folder / "model.safetensors"
+    try:
+        tensors = load_file(path)
+    except FileNotFoundError:
+        raise StageError(f"{path} is missing; make it with: {made_by}") from None
+    except Exception as error:                      # safetensors raises its own type, and OSError for some damage
+        raise StageError(f"{path} is not a whole safetensors file ({error}); make it again with: {made_by}") from None
+    try:
+        config = RevenaConfig.from_dict(settings)
+        model = model_class(config.memory)(config)
+        model.load_state_dict(tensors)
+    except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError) as error:
+        raise StageError(f"{folder}: config.json and model.safetensors do not fit ({one_line(error)}); "
+                         f"make it again with: {made_by}") from None
+    return model.to(device).eval()
+
+
+def pick_device():
+    """The best device here: CUDA, then Apple's MPS, then the CPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def device_name(device):
+    """What people call the device."""
+    import torch
+
+    return torch.cuda.get_device_name() if device == "cuda" else device
+
+
+def lower_precision(model):
+    """Let the matrices compute in bfloat16 where the GPU does, those of a memory that is off excepted.
+
+    The residual stream, norms, softmax, states and the weighing of what is retrieved stay float32.
+    """
+    import torch
+
+    weights = dict(model.named_parameters())
+    on_cuda = next(iter(weights.values())).is_cuda
+    if on_cuda and torch.cuda.is_bf16_supported(including_emulation=False):
+        for name, weight in weights.items():
+            part = name.partition(".")[0]
+            if weight.dim() > 1 and (part == "backbone" or model.config.memory_enabled):
+                weight.data = weight.data.bfloat16()
+    return model
+
+
+def compiled(function, **options):
+    """torch.compile, but for its habit of choosing how to sum by a stopwatch: two runs are to sum alike.
+
+    Before torch 2.10 it has no other way.
+    """
+    import torch
+    from torch._inductor import config
+
+    by_rule = {"deterministic": True} if hasattr(config, "deterministic") else None
+    return torch.compile(function, options=by_rule, **options)
+
+
+@functools.cache
+def has_compiler(device):
+    """Whether torch.compile is of use on this device: a CUDA GPU, and all that makes its kernels, tried on a small one.
+
+    That takes Triton, a C compiler and Python's headers: which of them is missing shows nowhere before.
+    """
+    import torch
+
+    if torch.device(device).type != "cuda":
+        return False
+
+    def twice(x):
+        return 2 * x
+
+    try:
+        compiled(twice)(torch.ones(64, device=device))
+    except Exception:
+        return False
+    return True
+
+
+# ------------------------------------------------------------------------------------ wandb
+
+WANDB_PROJECT = "revena"
+WANDB_SECONDS = 15              # that its start and its end may take
+
+
+def wandb_mode():
+    """None (the environment decides) where there are credentials; else "offline": wandb would ask for them."""
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).netloc
+    try:
+        entry = netrc.netrc(os.path.expanduser(os.environ.get("NETRC", "~/.netrc"))).authenticators(host)
+    except (OSError, netrc.NetrcParseError):
+        entry = None
+    named = any(map(os.environ.get, ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")))
+    return None if entry or named or os.environ.get("WANDB_MODE") == "disabled" else "offline"
+
+
+class Wandb:
+    """Weights & Biases in a thread of its own: missing, raising or hanging, it costs a warning and nothing else.
+
+    Online where the user has logged in (`wandb login`, WANDB_API_KEY) and WANDB_MODE does not say otherwise. A seed is
+    a group and each arm a job type of its own, so that charts overlay the arms, also where they are drawn by group.
+
+    Args:
+        folder: where it writes. seed, job (an arm, or "eval"): what the run is called and grouped by.
+        config: {name: value}, to which the hashes of the project's code are added.
+        warn: is called, in the thread, with the line that says what went wrong.
+    """
+
+    def __init__(self, folder, seed, job, config, warn):
+        self.warn = warn
+        self.tasks = queue.Queue()
+        self.failed = False
+        code = {path.name: sha256(path) for path in sorted(PROJECT.glob("*.py"))}
+        self.thread = threading.Thread(target=self._work, daemon=True,
+                                       args=(str(folder), f"seed{seed}", job, {**config, "code": code}))
+        self.thread.start()
+
+    def _work(self, folder, group, job, config):
+        if os.environ.get("WANDB_MODE") == "disabled":
+            return                                  # without waiting for the import
+        try:
+            import wandb
+
+            settings = wandb.Settings(console="off", silent=True, init_timeout=WANDB_SECONDS,
+                                      finish_timeout=WANDB_SECONDS)
+            run = wandb.init(project=WANDB_PROJECT, group=group, job_type=job, name=f"{job}-{group}", dir=folder,
+                             config=config, mode=wandb_mode(), settings=settings)
+            while (task := self.tasks.get()) is not None:
+                task(wandb, run)
+            run.finish()
+        except Exception as error:
+            self.failed = True
+            self.warn(f"wandb is left out ({one_line(error)})")
+
+    def log(self, entry):
+        """Log the numbers of a dict with a "step"."""
+        def task(wandb, run):
+            run.log(entry, step=entry["step"])
+
+        if not self.failed:
+            self.tasks.put(task)
+
+    def log_pictures(self, paths):
+        """Log picture files, to be looked at and, as one artefact, to be fetched."""
+        def task(wandb, run):
+            run.log({path.stem: wandb.Image(str(path)) for path in paths})
+            artifact = wandb.Artifact(f"pictures-{run.group}", type="pictures")
+            for path in paths:
+                artifact.add_file(str(path))
+            run.log_artifact(artifact)
+
+        self.tasks.put(task)
+
+    def finish(self):
+        """Wait for what was logged, at most WANDB_SECONDS."""
+        self.tasks.put(None)
+        self.thread.join(WANDB_SECONDS)
+        if self.thread.is_alive():
+            self.warn(f"wandb did not end within {WANDB_SECONDS} s and is left behind")
