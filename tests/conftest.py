@@ -19,11 +19,18 @@ PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
 import download_models                                      # noqa: E402
-import models                                               # noqa: E402
+import stages                                               # noqa: E402
 
-# models this small are several times slower on two threads, and a fork would lose the second one; besides, one thread
-# takes the same sums in the same order in every process
-models.torch.set_num_threads(1)
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    """One thread for torch, where a test has imported it: not every script needs it.
+
+    Models this small are several times slower on two threads, and a fork would lose the second one; besides, one
+    thread takes the same sums in the same order in every process.
+    """
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -52,11 +59,11 @@ def make_root(tmp_path, tokenizer_dir):
 @pytest.fixture
 def stage(capsys, monkeypatch):
     """stage(main, *flags): run a script's main() as the command line would; (exit code, stdout, what stderr says)."""
-    monkeypatch.setattr(models.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(stages.signal, "signal", lambda *_: None)
 
     def run(main, *flags):
         with pytest.raises(SystemExit) as exit_:
-            models.run_stage(lambda: main([str(flag) for flag in flags]))
+            stages.run_stage(lambda: main([str(flag) for flag in flags]))
         printed = capsys.readouterr()
         code = exit_.value.code
         # sys.exit("a line") prints the line and leaves with 1, as the interpreter does
