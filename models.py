@@ -634,8 +634,8 @@ class LongTermMemory(Memory, kind="ltm"):
         same = values[:, None] == final.targets[..., None]
 
         def mixture(weight):
-            total = weight.sum(-1)
             numerator = final.log_p.exp() + torch.where(same, weight, 0.0).sum(-1)
+            total = weight.sum(-1)
             return numerator.clamp(min=1e-38).log() - total.log1p(), total > 0
 
         without, hit = mixture(read.exact)

@@ -1,21 +1,26 @@
-"""Train one arm: the hybrid with its long-term memory off (--baseline) or on (--with-ltm).
+"""Train one arm: the backbone alone (--baseline), with its long-term memory (--with-ltm), or with another memory.
 
-reads   data/train.bin, data/meta.json, trained/init/
-writes  trained/baseline/ or trained/with_ltm/   the newest weights as a Hugging Face folder, history.jsonl,
-                                                  checkpoints/step-NNNNNN/ (the last two, with the optimizer)
+reads   data/train.bin, data/meta.json, trained/init/ (of a further memory: trained/init_with_NAME/)
+writes  trained/baseline/, trained/with_ltm/, ..   the newest weights as a Hugging Face folder, history.jsonl,
+                                                    checkpoints/step-NNNNNN/ (the last two, with the optimizer)
 
     python train.py --baseline              STM only (the default)
     python train.py --with-ltm              STM and LTM
     python train.py --with-ltm --resume     go on where it was stopped: the same bits as without the stop
+    python train.py --with-gru --chained    rows of a document one after the other, state carried from row to row
     python train.py --baseline --quick      the small model under quick/, on any CPU
     torchrun --nproc_per_node=2 train.py --baseline     the same batch, shared by two processes
 
-Both arms start from the same weights and see the same rows in the same order. On CUDA the whole step - rows
+All arms start from the same backbone and see the same rows in the same order. On CUDA the whole step - rows
 gathered, forward, backward, clipping, AdamW, statistics - is one CUDA graph, which the host only replays.
+
+Two regimes. Isolated (the default): a step is 8 windows of 128 tokens, each a sequence of its own. Chained: the same
+1,024 tokens as one lane of 8 consecutive rows of the .bin (i, i+2, i+4, ..: they start 64 tokens apart and overlap by
+half), so that there is something beyond attention's sight to remember. `--chained SHARE` chains only the last SHARE of
+the steps.
 """
 
-import argparse
-import fcntl
+import contextlib
 import json
 import math
 import os
@@ -23,6 +28,8 @@ import shutil
 import signal
 import sys
 import time
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,40 +39,147 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from models import (EOT, StageError, Wandb, arm_folder, command, compiled, default_root, has_compiler, load_model,
-                    load_split, load_tokenizer, lower_precision, manifest_of, pick_device, read_json, read_manifest,
-                    run_stage, save_model, sha256, write_atomic, write_json)
+from stages import (ARMS, EOT, StageError, Wandb, arm_flag, arm_folder, command, compiled, default_root, device_name,
+                    follow_umask, fsync, has_compiler, init_name, load_model, load_split, load_tokenizer, lock,
+                    lower_precision, one_line, parser_of, pick_device, read_json, read_manifest, run_stage, save_model,
+                    seed_number, sha256, write_atomic, write_json, write_manifest)
 
-STEPS = 10_000
-BATCH = 8                       # rows of 128 tokens a step
-LR, MIN_LR = 5e-4, 5e-5         # cosine from one to the other
-WARMUP = 500                    # steps of linear warm-up before
-BETAS, EPS = (0.9, 0.95), 1e-8
-WEIGHT_DECAY = 0.1              # of matrices; vectors have none
-CLIP = 1.0                      # gradient norm, of the backbone and of the LTM apart: neither can swamp the other
-LOG_EVERY = 50                  # steps; a logged value is their mean
-CHECKPOINT_STEPS = 5_000
-KEEP = 2                        # checkpoints
-QUICK = dict(STEPS=200, BATCH=2, WARMUP=20, LOG_EVERY=10, CHECKPOINT_STEPS=100)
+
+@dataclass(frozen=True)
+class Settings:
+    """The hyperparameters of a training; edit them here."""
+
+    steps: int = 10_000
+    batch: int = 8                  # rows of 128 tokens a step
+    lane: int = 8                   # rows of a lane, where they are chained
+    lr: float = 5e-4                # a cosine from this ..
+    min_lr: float = 5e-5            # .. to this
+    warmup: int = 500               # steps of linear warm-up before
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1       # of matrices; vectors have none
+    clip: float = 1.0               # gradient norm, of backbone and memory apart: neither can swamp the other
+    log_every: int = 50             # steps; a logged value is their mean
+    checkpoint_steps: int = 5_000
+    keep: int = 2                   # checkpoints
+
+
+FULL = Settings()
+QUICK = Settings(steps=200, batch=2, lane=2, warmup=20, log_every=10, checkpoint_steps=100)
 
 STATISTICS = ("loss", "routed_token_ratio", "avg_surprisal_routed", "ltm_hit_rate", "grad_norm", "grad_norm_ltm")
 
 
+# ------------------------------------------------------------------------------------ which rows a step sees
+
+class Plan(NamedTuple):
+    """What each step of a training sees, the same for all arms."""
+
+    rows: torch.Tensor              # (steps, batch) int64 row numbers
+    opens: torch.Tensor             # (steps, lanes, rows of a lane) bool; means nothing where a step is isolated
+    chained_from: int               # the first chained step
+
+
+def isolated_order(count, need, seed):
+    """`need` row numbers out of `count`: a new permutation each epoch."""
+    epochs = [np.random.default_rng((seed, epoch)).permutation(count) for epoch in range(-(-need // count))]
+    return np.concatenate(epochs)[:need]
+
+
+def runs_of(starts, count, parity, lane):
+    """The rows of each document that follow one another without overlap, at most `lane` of them a run.
+
+    Example: documents of rows 0..19 and 20..24, parity 0, lane 8: [0 2 .. 14] [16 18] [20 22 24].
+
+    Args:
+        starts: the first row of each document. count: rows in all. parity: 0 or 1, which rows are taken.
+    """
+    found = []
+    for first, end in zip(starts, [*starts[1:], count]):
+        rows = np.arange(first + parity, end, 2)
+        found += [rows[at:at + lane] for at in range(0, len(rows), lane)]
+    return found
+
+
+def chained_order(starts, count, need, lane, seed):
+    """`need` row numbers in lanes, and which of them open a run: two int64 and bool arrays (need,).
+
+    Runs are shuffled and laid one after the other; epochs take even and odd rows in turn. A lane opens with its first
+    row, wherever that stands: a state never outlives a step.
+    """
+    rows, opens, epoch, have = [], [], 0, 0
+    while have < need:
+        runs = runs_of(starts, count, epoch % 2, lane)
+        draw = np.random.default_rng((seed, epoch, lane))
+        for number in draw.permutation(len(runs)):
+            rows.append(runs[number])
+            opens.append(np.arange(len(runs[number])) == 0)
+            have += len(runs[number])
+        epoch += 1
+    rows, opens = np.concatenate(rows)[:need], np.concatenate(opens)[:need]
+    opens[::lane] = True
+    return rows, opens
+
+
+def plan_rows(rows, steps, settings, seed, share=0.0):
+    """The Plan of a training on `rows` (N, 128): isolated rows first, the last `share` of the steps chained."""
+    batch, lane = settings.batch, settings.lane
+    chained_from = steps - round(share * steps)
+    starts = np.flatnonzero(rows[:, 0] == EOT)
+    alone = isolated_order(len(rows), chained_from * batch, seed)
+    opens = np.ones(steps * batch, bool)
+    order = alone
+    if chained_from < steps:
+        need = (steps - chained_from) * batch
+        chained, opens[chained_from * batch:] = chained_order(starts, len(rows), need, lane, seed)
+        order = np.concatenate((alone, chained))
+    order = torch.from_numpy(order.reshape(steps, batch))
+    return Plan(order, torch.from_numpy(opens).view(steps, batch // lane, lane), chained_from)
+
+
+def replayed(plan, share, seed):
+    """A Plan in which a share of what comes is drawn again from what came before (experience replay), at equal steps.
+
+    What is drawn is a row where steps are isolated, a whole lane where they are chained.
+    """
+    rows, opens = plan.rows.clone(), plan.opens.clone()
+    steps, lanes, lane = opens.shape
+    draw = np.random.default_rng((seed, 7))
+    for step in range(1, steps):
+        chained = step >= plan.chained_from
+        size = lane if chained else 1
+        earliest = plan.chained_from if chained else 0
+        for place in range(0, rows.size(1), size):
+            if step > earliest and draw.random() < share:
+                source = draw.integers(earliest, step)
+                rows[step, place:place + size] = rows[source, place:place + size]
+                opens[step, place // lane] = opens[source, place // lane]
+    return Plan(rows, opens, plan.chained_from)
+
+
+def targets_of(tokens, opens=None):
+    """The next token of each of tokens (N, C), EOT where there is none; in a lane a row's last one is that with which
+    the next row of its run begins."""
+    targets = F.pad(tokens[:, 1:], (0, 1), value=EOT)
+    if opens is None:
+        return targets
+    first = tokens[:, 0].view_as(opens)                                 # (L, R)
+    goes_on = F.pad(~opens[:, 1:], (0, 1))
+    following = F.pad(first[:, 1:], (0, 1), value=EOT)
+    last = torch.where(goes_on, following, EOT).view(-1, 1)
+    return torch.cat((targets[:, :-1], last), dim=1)
+
+
 # ------------------------------------------------------------------------------------ the training step
 
-def learning_rates(steps):
-    """Linear warm-up, then a cosine to MIN_LR: float32 (steps,)."""
+def learning_rates(steps, settings):
+    """Linear warm-up, then a cosine to min_lr: float32 (steps,)."""
     step = torch.arange(steps, dtype=torch.float64)
-    progress = ((step - WARMUP) / max(1, steps - WARMUP)).clamp(0, 1)
-    cosine = MIN_LR + (LR - MIN_LR) * 0.5 * (1 + (math.pi * progress).cos())
-    return torch.where(step < WARMUP, LR * (step + 1) / WARMUP, cosine).float()
-
-
-def row_order(rows, steps, batch, seed):
-    """Which rows each step sees: (steps, batch) int64; a new permutation each epoch, the same for both arms."""
-    need = steps * batch
-    epochs = [np.random.default_rng((seed, epoch)).permutation(rows) for epoch in range(-(-need // rows))]
-    return torch.from_numpy(np.concatenate(epochs)[:need].reshape(steps, batch))
+    progress = ((step - settings.warmup) / max(1, steps - settings.warmup)).clamp(0, 1)
+    half = 0.5 * (1 + (math.pi * progress).cos())
+    cosine = settings.min_lr + (settings.lr - settings.min_lr) * half
+    return torch.where(step < settings.warmup, settings.lr * (step + 1) / settings.warmup, cosine).float()
 
 
 def norms_of(tensors):
@@ -73,21 +187,22 @@ def norms_of(tensors):
     found = {}
     for dtype in dict.fromkeys(x.dtype for x in tensors):
         places = [i for i, x in enumerate(tensors) if x.dtype == dtype]
-        found.update(zip(places, torch._foreach_norm([tensors[i] for i in places], 2, torch.float32)))
+        norms = torch._foreach_norm([tensors[i] for i in places], 2, torch.float32)
+        found.update(zip(places, norms))
     return torch.stack([found[i] for i in range(len(tensors))])
 
 
-def adamw(weight, master, gradient, first, second, decay, rate, step, norm, halted):
+def adamw(weight, master, gradient, first, second, decay, rate, step, norm, halted, settings):
     """One AdamW step (Loshchilov & Hutter 2019) on a float32 master; `weight`, or None, is its copy to compute with.
 
-    `norm`: of all gradients that are clipped together; above CLIP they are scaled down to it. `halted` (a bool tensor)
-    keeps the weights. Compiled, all this is one pass over memory; elsewhere it runs as it stands.
+    `norm`: of all gradients that are clipped together; above settings.clip they are scaled down to it. `halted` (a
+    bool tensor) keeps the weights. Compiled, all this is one pass over memory; elsewhere it runs as it stands.
     """
-    b1, b2 = BETAS
-    gradient = gradient.float() * (CLIP / norm).clamp(max=1)
+    b1, b2 = settings.beta1, settings.beta2
+    gradient = gradient.float() * (settings.clip / norm).clamp(max=1)
     first.lerp_(gradient, 1 - b1)
     second.lerp_(gradient * gradient, 1 - b2)
-    update = first / (second / (1 - b2 ** step)).sqrt_().add_(EPS)
+    update = first / (second / (1 - b2 ** step)).sqrt_().add_(settings.eps)
     update = update.mul_(rate / (1 - b1 ** step)).add_(master * (rate * decay))
     master.sub_(torch.where(halted, 0.0, update))
     if weight is not None:
@@ -97,18 +212,26 @@ def adamw(weight, master, gradient, first, second, decay, rate, step, norm, halt
 class Group:
     """Parameters that are clipped together, and AdamW's state of them (float32, also where they compute in bf16)."""
 
-    def __init__(self, named):
-        self.names, self.parameters = list(named), list(named.values())
+    def __init__(self, named, settings, memory=None):
+        """named: {name: parameter}; memory: the module whose `undecayed` and `rates` say what is different for whom."""
+        self.names = list(named)
+        self.parameters = list(named.values())
         self.weights = [p.detach() for p in self.parameters]
         self.masters = [w if w.dtype == torch.float32 else w.float() for w in self.weights]
         self.first = [torch.zeros_like(p) for p in self.masters]
         self.second = [torch.zeros_like(p) for p in self.masters]
-        self.decay = [WEIGHT_DECAY if p.dim() > 1 else 0.0 for p in self.masters]
+        short = [name.partition(".")[2] for name in self.names]
+        undecayed = memory.undecayed if memory else ()
+        rates = memory.rates if memory else {}
+        self.rates = [rates.get(name, 1.0) for name in short]
+        self.decay = [settings.weight_decay if p.dim() > 1 and name not in undecayed else 0.0
+                      for p, name in zip(self.masters, short)]
 
     def state(self):
         """{"exp_avg.NAME": .., "exp_avg_sq.NAME": ..}, the tensors themselves."""
-        pairs = (("exp_avg", self.first), ("exp_avg_sq", self.second))
-        return {f"{kind}.{name}": x for kind, tensors in pairs for name, x in zip(self.names, tensors)}
+        first = {f"exp_avg.{name}": x for name, x in zip(self.names, self.first)}
+        second = {f"exp_avg_sq.{name}": x for name, x in zip(self.names, self.second)}
+        return first | second
 
 
 class Training:
@@ -116,41 +239,63 @@ class Training:
 
     Args:
         model: a RevenaHybridTiny on `device`, float32; `lower_precision` is applied here.
-        rows: (N, 128) uint16 array. order: (steps, batch) row numbers.
+        rows: (N, 128) uint16 array. plan: which of them each step sees.
     """
 
-    def __init__(self, model, rows, order):
+    def __init__(self, model, rows, plan, settings):
+        self.settings, self.plan = settings, plan
         self.device = next(model.parameters()).device
-        named = {name: p.detach().clone() for name, p in model.named_parameters()}       # the float32 originals
+        originals = {name: p.detach().clone() for name, p in model.named_parameters()}  # float32
         self.model = lower_precision(model).train()
-        on = model.config.ltm_enabled
-        groups = [Group({n: p for n, p in model.named_parameters() if n.startswith(prefix)})
-                  for prefix in ("backbone.", "memory.")[:1 + on]]
-        for group in groups:
-            for name, master in zip(group.names, group.masters):
-                master.copy_(named[name])
-        self.groups = groups
+        self.watched = tuple(model.active.watched)
+        self.groups = [self.group("backbone.", originals)]
+        if model.config.memory_enabled:
+            self.groups.append(self.group("memory.", originals, model.memory))
+        steps = len(plan.rows)
         self.rows = torch.from_numpy(rows.astype(np.int32)).to(self.device)
-        self.order = order.to(self.device)
-        self.rates = learning_rates(len(order)).to(self.device)
-        self.statistics = torch.zeros(len(order), len(STATISTICS), device=self.device)
-        self.done = 0                                                                    # on the host
-        self.at = torch.zeros(1, dtype=torch.long, device=self.device)                   # the same, on the device
+        self.order = plan.rows.to(self.device)
+        self.opens = plan.opens.to(self.device)
+        self.rates = learning_rates(steps, settings).to(self.device)
+        self.statistics = torch.zeros(steps, len(STATISTICS) + len(self.watched), device=self.device)
+        self.done = 0                                                   # on the host
+        self.at = torch.zeros(1, dtype=torch.long, device=self.device)  # the same, on the device
         self.halted = torch.zeros((), dtype=torch.bool, device=self.device)
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if dist.is_initialized() else 0
-        self.objective, self.update, self.graph = self._objective, adamw, None
+        self.objective, self.update = self._objective, adamw
+        self.graphs = {}                                                # {chained: CUDA graph}
 
-    def _objective(self, tokens, embedded, targets_in_batch):
+    def group(self, prefix, originals, memory=None):
+        """The Group of all parameters whose name begins with `prefix`, its masters as they were in float32."""
+        named = {name: p for name, p in self.model.named_parameters() if name.startswith(prefix)}
+        group = Group(named, self.settings, memory)
+        for name, master in zip(group.names, group.masters):
+            master.copy_(originals[name])
+        return group
+
+    @property
+    def chained(self):
+        """Whether the next step is a chained one."""
+        return self.done >= self.plan.chained_from
+
+    @property
+    def graph(self):
+        """The CUDA graph of the next step; None: it is launched kernel by kernel."""
+        return self.graphs.get(self.chained)
+
+    def _objective(self, tokens, embedded, targets, opens, targets_in_batch):
         """-objective summed over this process's rows / targets in the whole batch; that and the statistics' sums."""
-        targets = F.pad(tokens[:, 1:], (0, 1), value=EOT)
-        scores = self.model.score(tokens, targets, embedded=embedded)
+        scores = self.model.score(tokens, targets, opens, embedded)
         real = targets != EOT
-        total = lambda x: torch.where(real, x, 0.0).sum()
+
+        def total(x):
+            return torch.where(real, x, 0.0).sum()
+
         bits = torch.where(scores.stored, -scores.log_p_stm / math.log(2), 0.0)
         loss = -total(scores.objective) / targets_in_batch
-        sums = torch.stack((loss, -total(scores.log_p), scores.stored.sum(), bits.sum(), (scores.hit & real).sum()))
-        return loss, sums.detach()
+        watched = [scores.watched[name] / self.world for name in self.watched]
+        sums = (loss, -total(scores.log_p), scores.stored.sum(), bits.sum(), (scores.hit & real).sum(), *watched)
+        return loss, torch.stack([x.detach().float() for x in sums])
 
     def lay(self, x):
         """A parameter's elements as rows of the model's width, where they fill them: AdamW does not mind, and is
@@ -158,14 +303,20 @@ class Training:
         width = self.model.config.n_embd
         return x.view(-1, width) if x.numel() % width == 0 else x
 
-    def step(self):
-        """One optimizer step, without a word to the host."""
-        batch = self.rows[self.order.index_select(0, self.at)[0]].long()
-        targets_in_batch = (batch[:, 1:] != EOT).sum().clamp(min=1)
-        tokens = batch.tensor_split(self.world)[self.rank]
+    def batch(self):
+        """(tokens, targets, opens) of the next step's rows; opens is None where they are isolated."""
+        tokens = self.rows[self.order.index_select(0, self.at)[0]].long()
+        opens = self.opens.index_select(0, self.at)[0] if self.chained else None
+        return tokens, targets_of(tokens, opens), opens
+
+    def gradients(self, tokens, targets, opens, targets_in_batch):
+        """(gradients of all parameters, sums) of this process's share of the batch."""
+        shared = range(self.world)[self.rank]
+        tokens, targets = (x.tensor_split(self.world)[shared] for x in (tokens, targets))
+        opens = None if opens is None else opens.tensor_split(self.world)[shared]
         embed = self.model.backbone.embed.weight
         embedded = F.embedding(tokens, embed.detach()).requires_grad_()
-        loss, sums = self.objective(tokens, embedded, targets_in_batch)
+        loss, sums = self.objective(tokens, embedded, targets, opens, targets_in_batch)
         parameters = [p for group in self.groups for p in group.parameters]
         *gradients, looked_up = torch.autograd.grad(loss, [*parameters, embedded])
 
@@ -175,84 +326,112 @@ class Training:
         same = (flat[:, None] == flat).to(looked_up.dtype)
         whole = gradients[[p is embed for p in parameters].index(True)]
         whole[flat] += (same @ looked_up).to(whole.dtype)
+        return gradients, sums
+
+    def step(self):
+        """One optimizer step, without a word to the host."""
+        tokens, targets, opens = self.batch()
+        targets_in_batch = (targets != EOT).sum().clamp(min=1)
+        gradients, sums = self.gradients(tokens, targets, opens, targets_in_batch)
         if self.world > 1:
             for tensor in (*gradients, sums):
                 dist.all_reduce(tensor)
 
-        rate, step = self.rates.index_select(0, self.at)[0], (self.at[0] + 1).float()
-        norms = [part.norm() for part in norms_of(gradients).split([len(group.parameters) for group in self.groups])]
-        loss, nats, stored, bits, hits = sums                            # of all processes
+        sizes = [len(group.parameters) for group in self.groups]
+        norms = [part.norm() for part in norms_of(gradients).split(sizes)]
+        loss, nats, stored, bits, hits, *watched = sums                 # of all processes
+        memory_norm = norms[1] if len(norms) > 1 else norms[0] * 0
         row = torch.stack((nats / targets_in_batch, stored / targets_in_batch, bits / stored.clamp(min=1),
-                           hits / targets_in_batch, norms[0], norms[1] if len(norms) > 1 else norms[0] * 0, loss))
+                           hits / targets_in_batch, norms[0], memory_norm, *watched, loss))
         # NaN, Inf: nothing moves from here on, and the statistics tell the host
         self.halted |= ~torch.isfinite(row).all()
         row = row[:-1].masked_fill_(self.halted, math.nan)
+        self.apply(gradients, norms)
+        self.statistics.index_copy_(0, self.at, row[None])
+        self.at += 1
+
+    def apply(self, gradients, norms):
+        """AdamW on every parameter, given the norms of each group's gradients."""
+        rate = self.rates.index_select(0, self.at)[0]
+        step = (self.at[0] + 1).float()
         rest = iter(gradients)
         for group, norm in zip(self.groups, norms):
             share = [next(rest) for _ in group.parameters]
             laid = ([self.lay(x) for x in tensors] for tensors in (group.masters, share, group.first, group.second))
             copies = [None if w is p else self.lay(w) for w, p in zip(group.weights, group.masters)]
-            for *tensors, decay in zip(copies, *laid, group.decay):
-                self.update(*tensors, decay, rate, step, norm, self.halted)
-        self.statistics.index_copy_(0, self.at, row[None])
-        self.at += 1
+            for *tensors, decay, factor in zip(copies, *laid, group.decay, group.rates):
+                own = rate if factor == 1 else rate * factor
+                self.update(*tensors, decay, own, step, norm, self.halted, self.settings)
 
     def run(self, steps):
-        """Take `steps` steps; returns at once where a CUDA graph is replayed."""
+        """Take `steps` steps, all isolated or all chained; returns at once where a CUDA graph is replayed."""
+        graph = self.graph
         for _ in range(steps):
-            if self.graph is None:
+            if graph is None:
                 self.step()
             else:
-                self.graph.replay()
+                graph.replay()
         self.done += steps
+
+    def ahead(self):
+        """How many steps there are to the next log line, checkpoint, change of regime or end."""
+        stops = [every - self.done % every for every in (self.settings.log_every, self.settings.checkpoint_steps)]
+        if not self.chained:
+            stops.append(self.plan.chained_from - self.done)
+        return min(*stops, len(self.plan.rows) - self.done)
 
     def accelerate(self):
         """Compile the step and capture it as a CUDA graph where that can be had; returns one line that says so.
 
-        Takes three steps (the warm-up that capture asks for): they are steps like any other.
+        Takes up to three steps (the warm-up that capture asks for): they are steps like any other.
         """
         if self.device.type != "cuda":
             return f"plain PyTorch step on {self.device.type} (no CUDA)"
         if self.world > 1:
             return "plain PyTorch step, shared by several processes"
-        how = "compiled and captured as one CUDA graph"
+        how = "captured as one CUDA graph, not compiled (that takes Triton, a C compiler and Python's headers)"
         if has_compiler(self.device):
+            how = "compiled and captured as one CUDA graph"
             self.objective = compiled(self._objective, dynamic=False)
             self.update = compiled(adamw)
-        else:
-            how = "captured as one CUDA graph, not compiled (that takes Triton, a C compiler and Python's headers)"
+        chained, end = self.chained, len(self.plan.rows)
+        stop = end if chained else self.plan.chained_from
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(min(3, len(self.order) - self.done)):
-                self.run(1)
+            for _ in range(min(3, stop - self.done)):
+                self.step()
+                self.done += 1
         torch.cuda.synchronize()
-        if self.done < len(self.order):
+        if self.done < stop:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=stream):
-                self.step()                                              # recorded, not run
-            self.graph = graph
+                self.step()                                             # recorded, not run
+            self.graphs[chained] = graph
         return how
 
     def state(self):
         """Everything a resumed run needs beside the weights: optimizer, statistics so far. On the CPU."""
-        tensors = {k: v for group in self.groups for k, v in group.state().items()}
+        tensors = {name: x for group in self.groups for name, x in group.state().items()}
         tensors["statistics"] = self.statistics[:self.done]
         tensors["rng"] = torch.get_rng_state()
         return {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
 
     def weights(self):
-        """All the model's float32 tensors by name: masters, the LTM's weights also where it is off, buffers."""
-        masters = {n: p for group in self.groups for n, p in zip(group.names, group.masters)}
-        return {n: masters.get(n, x).detach().float().cpu() if x.is_floating_point() else x.cpu()
-                for n, x in self.model.state_dict().items()}
+        """All the model's float32 tensors by name: masters, a memory's weights also where it is off, buffers."""
+        masters = {name: p for group in self.groups for name, p in zip(group.names, group.masters)}
+        tensors = {}
+        for name, x in self.model.state_dict().items():
+            x = masters.get(name, x).detach()
+            tensors[name] = x.float().cpu() if x.is_floating_point() else x.cpu()
+        return tensors
 
     def restore(self, weights, state):
         """Go on from what `weights()` and `state()` gave."""
         for group in self.groups:
-            for name, w, p in zip(group.names, group.weights, group.masters):
-                p.copy_(weights[name])
-                w.copy_(p)
+            for name, weight, master in zip(group.names, group.weights, group.masters):
+                master.copy_(weights[name])
+                weight.copy_(master)
             for name, x in group.state().items():
                 x.copy_(state[name])
         self.done = len(state["statistics"])
@@ -263,43 +442,50 @@ class Training:
 
 # ------------------------------------------------------------------------------------ checkpoints
 
-def fsync(path):
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+def save_tensors(tensors, path, **metadata):
+    """Write a safetensors file that is on the disk when this returns, readable by whom the umask lets."""
+    save_file(tensors, path, metadata=metadata or None)
+    follow_umask(path)
+    fsync(path)
 
 
 class Run:
-    """The folder of a run: what it was started with, its checkpoints, its newest weights, its history.
+    """The folder of a run: what it was started with, its checkpoints, its newest weights.
 
     A checkpoint is written aside, its manifest (hashes) last, and renamed; older ones go only after that. The
     folder's own model.safetensors is replaced in one rename, and manifest.json names the new hash before that beside
     the old one, so that whoever reads the folder at any time finds a whole model that its manifest knows.
     """
 
-    def __init__(self, folder, settings):
-        self.folder, self.settings = folder, settings
+    def __init__(self, folder, facts, keep):
+        """facts: {name: value} of all that the outcome follows from; only a run of the same facts is gone on with."""
+        self.folder, self.facts, self.keep = folder, facts, keep
         self.checkpoints = folder / "checkpoints"
 
     def lock(self):
         """Hold the folder until this process ends; raises StageError where another one does."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.held = open(self.folder / ".lock", "w")
-        try:
-            fcntl.flock(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise StageError(f"another training run is writing {self.folder}; wait for it or stop it") from None
+        lock(self.held, f"another training run is writing {self.folder}; wait for it or stop it")
         for path in self.folder.glob(".*.tmp"):          # left by a run that was killed
             path.unlink()
 
     def clear(self):
         """Remove an earlier run."""
         for path in self.folder.iterdir():
-            if path.name != ".lock":
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            if path.name == ".lock":
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
     def saved(self):
         """Checkpoint folders, newest first."""
-        return sorted(self.checkpoints.glob("step-*"), key=lambda path: (len(path.name), path.name), reverse=True)
+        def age(path):
+            return len(path.name), path.name
+
+        return sorted(self.checkpoints.glob("step-*"), key=age, reverse=True)
 
     def last(self):
         """The newest checkpoint, in words."""
@@ -311,22 +497,26 @@ class Run:
             found = read_json(self.folder / "manifest.json", "train.py")
         except StageError:
             return {}
-        return found if all(isinstance(found.get(name), dict) for name in ("weights", "settings")) else {}
+        whole = all(isinstance(found.get(name), dict) for name in ("weights", "settings"))
+        return found if whole else {}
 
     def differing(self, theirs):
-        """The settings that differ from `theirs`, as text with both values; hashes shortened."""
-        short = lambda value: value[:12] if isinstance(value, str) else value
-        return ", ".join(f"{name} was {short(theirs.get(name))}, is {short(value)}"
-                         for name, value in self.settings.items() if theirs.get(name) != value)
+        """The facts that differ from `theirs`, as text with both values; hashes shortened."""
+        def short(value):
+            return value[:12] if isinstance(value, str) else value
+
+        changed = [(name, theirs.get(name), value) for name, value in self.facts.items() if theirs.get(name) != value]
+        return ", ".join(f"{name} was {short(was)}, is {short(now)}" for name, was, now in changed)
 
     def refuse_another(self):
         """Raise StageError where the folder holds a run already."""
-        if self.saved() or (self.folder / "manifest.json").exists():
-            theirs = self.manifest()
-            differing = self.differing(theirs.get("settings", {}))
-            raise StageError(f"{self.folder} holds a run already, at step {theirs.get('step')}" +
-                             (f", with other settings ({differing}); " if differing else "; go on with --resume, or ") +
-                             "start over with --fresh")
+        if not (self.saved() or (self.folder / "manifest.json").exists()):
+            return
+        theirs = self.manifest()
+        how = "; go on with --resume, or start over with --fresh"
+        if differing := self.differing(theirs.get("settings", {})):
+            how = f", with other settings ({differing}); start over with --fresh"
+        raise StageError(f"{self.folder} holds a run already, at step {theirs.get('step')}{how}")
 
     def newest(self):
         """(folder, weights, state) of the newest whole checkpoint, damaged ones named and passed over; None: no run.
@@ -336,7 +526,8 @@ class Run:
         for folder in self.saved():
             try:
                 theirs = read_manifest(folder).get("settings", {})
-                weights, state = load_file(folder / "model.safetensors"), load_file(folder / "optimizer.safetensors")
+                weights = load_file(folder / "model.safetensors")
+                state = load_file(folder / "optimizer.safetensors")
                 if not all(x.isfinite().all() for x in weights.values()):
                     raise StageError(f"{folder} holds weights that are NaN or infinite")
             except (StageError, OSError, SafetensorError) as error:
@@ -356,9 +547,10 @@ class Run:
         self.describe(0, {sha256(self.folder / "model.safetensors"): 0})
 
     def describe(self, step, hashes):
-        config = self.manifest().get("config") or sha256(self.folder / "config.json")    # as it was at the start
-        write_json(self.folder / "manifest.json", {"step": step, "weights": hashes, "config": config,
-                                                   "settings": self.settings})
+        """Write manifest.json: the step, which weights may be found here, the config as it was at the start."""
+        config = self.manifest().get("config") or sha256(self.folder / "config.json")
+        write_json(self.folder / "manifest.json",
+                   {"step": step, "weights": hashes, "config": config, "settings": self.facts})
 
     def save(self, training):
         """Write a checkpoint of `training` and make its weights the folder's own."""
@@ -367,11 +559,9 @@ class Run:
         try:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
-            save_file(training.weights(), aside / "model.safetensors", metadata={"format": "pt"})
-            save_file(training.state(), aside / "optimizer.safetensors")
-            fsync(aside / "model.safetensors")
-            fsync(aside / "optimizer.safetensors")
-            manifest_of(aside, step=training.done, settings=self.settings)
+            save_tensors(training.weights(), aside / "model.safetensors", format="pt")
+            save_tensors(training.state(), aside / "optimizer.safetensors")
+            write_manifest(aside, step=training.done, settings=self.facts)
             if final.exists():
                 shutil.rmtree(final)                     # a damaged one that was passed over
             os.replace(aside, final)
@@ -380,24 +570,26 @@ class Run:
             shutil.rmtree(aside, ignore_errors=True)
             raise StageError(f"the checkpoint of step {training.done} could not be written ({error}); {self.last()}; "
                              f"mend that (free some space?), then run the same command with --resume") from None
-        for old in self.saved()[KEEP:]:
+        for old in self.saved()[self.keep:]:
             shutil.rmtree(old)
 
     def publish(self, checkpoint):
         """Make a checkpoint's weights the folder's own."""
         model, fresh = self.folder / "model.safetensors", self.folder / ".model.safetensors.tmp"
         theirs = read_json(checkpoint / "manifest.json", "train.py")
-        known, now = self.manifest().get("weights", {}), sha256(model) if model.exists() else None
+        known = self.manifest().get("weights", {})
+        now = sha256(model) if model.exists() else None
         new = {theirs["files"]["model.safetensors"]: theirs["step"]}
         if now in new and now in known:
             return
+        old = {now: known[now]} if now in known else {}
         try:
             fresh.unlink(missing_ok=True)
             try:
                 os.link(checkpoint / "model.safetensors", fresh)
             except OSError:                              # a file system without hard links
                 shutil.copyfile(checkpoint / "model.safetensors", fresh)
-            self.describe(theirs["step"], {**({now: known[now]} if now in known else {}), **new})
+            self.describe(theirs["step"], old | new)
             os.replace(fresh, model)
         finally:
             fresh.unlink(missing_ok=True)
@@ -406,26 +598,41 @@ class Run:
 # ------------------------------------------------------------------------------------ what a run says
 
 class History:
-    """history.jsonl: a line every LOG_EVERY steps, the mean of its steps. Read back a whole interval late, so that the
-    device never waits for the host."""
+    """history.jsonl: a line every `log_every` steps, the mean of its steps. Read back a whole interval late, so that
+    the device never waits for the host."""
 
-    def __init__(self, run, training, enabled, wandb):
-        self.run, self.training, self.enabled, self.wandb = run, training, enabled, wandb
-        self.rates = learning_rates(len(training.order))  # here on the host: reading the device's would wait for it
+    def __init__(self, path, training, report):
+        """report(entry) is called with each new line."""
+        self.path, self.training, self.report = path, training, report
+        self.every = training.settings.log_every
+        self.rates = learning_rates(len(training.order), training.settings)     # the device's would have to be awaited
         self.pending = []                                # (end step, statistics on the host, when the device was there)
         self.restart()
-        path, timing = run.folder / "history.jsonl", {}
-        for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        self.noted = training.done - training.done % self.every
+        lines = self.remade()
+        with self.at_most_a_warning():
+            write_atomic(path, "".join(json.dumps(line) + "\n" for line in lines))
+
+    def remade(self):
+        """The lines of all steps so far, from the statistics; how fast they were, from the file as it was."""
+        timing, statistics = {}, self.training.statistics
+        old_lines = self.path.read_text(errors="replace").splitlines() if self.path.exists() else ()
+        for line in old_lines:
             try:
                 old = json.loads(line)
                 timing[old["step"]] = {name: old[name] for name in ("tok/sec", "ETA")}
             except (ValueError, KeyError, TypeError):
                 continue                                 # cut off by a crash: made again below
-        self.noted = training.done - training.done % LOG_EVERY
-        lines = [{**self.entry(end, training.statistics[end - LOG_EVERY:end].cpu(), None), **timing.get(end, {})}
-                 for end in range(LOG_EVERY, self.noted + 1, LOG_EVERY)]
-        write_atomic(path, "".join(json.dumps(line) + "\n" for line in lines))
-        self.file = open(path, "a")
+        ends = range(self.every, self.noted + 1, self.every)
+        return [self.entry(end, statistics[end - self.every:end].cpu(), None) | timing.get(end, {}) for end in ends]
+
+    @contextlib.contextmanager
+    def at_most_a_warning(self):
+        """A log that cannot be written is no reason to lose a training."""
+        try:
+            yield
+        except OSError as error:
+            tqdm.write(f"warning: {self.path} cannot be written ({one_line(error)}); going on", file=sys.stderr)
 
     def restart(self):
         """Time the next interval from here: what came before (compiling, a checkpoint) is not training."""
@@ -441,29 +648,31 @@ class History:
 
     def entry(self, end, rows, pace):
         """The line of the interval that ends with step `end`; rows: its statistics; pace: seconds a step, or None."""
-        means = dict(zip(STATISTICS, rows.double().mean(0).tolist()))
+        training = self.training
+        means = dict(zip((*STATISTICS, *training.watched), rows.double().mean(0).tolist()))
         # routed surprisal is a mean over routed tokens, not over steps: weigh each step by the share that it routed
         routed = rows[:, 1].double()
-        means["avg_surprisal_routed"] = float((rows[:, 2].double() * routed).sum() / routed.sum().clamp(min=1e-12))
-        steps, batch = self.training.order.shape
-        rate, left = (batch * self.training.rows.size(1) / pace, (steps - end) * pace) if pace else (None, None)
-        return {"step": end, "LTM_enabled": self.enabled, **means, "lr": float(self.rates[end - 1]),
-                "tok/sec": rate, "ETA": left}
+        surprisal = (rows[:, 2].double() * routed).sum() / routed.sum().clamp(min=1e-12)
+        means["avg_surprisal_routed"] = float(surprisal)
+        steps, batch = training.order.shape
+        rate = batch * training.rows.size(1) / pace if pace else None
+        left = (steps - end) * pace if pace else None
+        return {"step": end, "LTM_enabled": training.model.config.memory_enabled, **means,
+                "lr": float(self.rates[end - 1]), "tok/sec": rate, "ETA": left}
 
     def note(self):
         """Fetch the intervals that have been asked for by now, without waiting."""
-        for end in range(self.noted + LOG_EVERY, self.training.done + 1, LOG_EVERY):
-            rows = self.training.statistics[end - LOG_EVERY:end]
+        for end in range(self.noted + self.every, self.training.done + 1, self.every):
+            rows = self.training.statistics[end - self.every:end]
             host = torch.empty(rows.shape, pin_memory=rows.is_cuda).copy_(rows, non_blocking=True)
             self.pending.append((end, host, self.now()))
             self.noted = end
 
     def settle(self, keep=0):
-        """Write the lines of all pending intervals but the last `keep`; returns the last entry, or None.
+        """Write the lines of all pending intervals but the last `keep`.
 
         With none left pending, every step so far is known to be finite: a checkpoint may be written.
         """
-        entry = None
         while len(self.pending) > keep:
             end, rows, mark = self.pending.pop(0)
             if isinstance(mark, float):
@@ -475,20 +684,18 @@ class History:
             # the first interval after a start lacks the steps from before it
             entry = self.entry(end, rows, seconds / (end - self.since) if end > self.since else None)
             self.mark, self.since = mark, end
-            self.file.write(json.dumps(entry) + "\n")
-            self.file.flush()
-            self.wandb.log(entry)
+            with self.at_most_a_warning(), open(self.path, "a") as file:
+                file.write(json.dumps(entry) + "\n")
+            self.report(entry)
         if not keep:
             self.refuse_nan(0, self.training.statistics[:self.training.done].cpu())
-        return entry
 
     def refuse_nan(self, start, rows):
         """Raise StageError where a loss or gradient after step `start` is not finite: the device stopped there."""
         bad = (~torch.isfinite(rows).all(1)).nonzero()
         if len(bad):
             raise StageError(f"the loss or its gradient is not finite at step {start + int(bad[0]) + 1}, and no weight "
-                             f"was updated from there on; {self.run.last()}; lower LR in train.py and start over with "
-                             f"--fresh")
+                             f"was updated from there on")
 
 
 CARD = """---
@@ -498,14 +705,15 @@ license: mit
 ---
 # RevenaHybridTiny: {arm}
 
-A GPT of {parameters:,} parameters with a sliding attention window of 128 tokens (STM) and a surprisal-routed memory of
-256 items outside the network (LTM), {state}. The weights of step {step:,} of {steps:,}.
+A GPT of {parameters:,} parameters with a sliding attention window of 128 tokens (STM), and: {label}.
+The weights of step {step:,} of {steps:,}.
 
 | | |
 |---|---|
 | data | {source}: {documents:,} documents, {tokens:,} tokens |
 | training loss (nats a token) | {loss:.4f} |
 | seed, batch, learning rate | {seed}, {batch} rows of 128 tokens, {lr} |
+| share of the steps with chained rows | {chained} |
 | torch, device | {torch}, {device} |
 
 ```python
@@ -513,184 +721,349 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained("{folder}", trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained("{folder}", trust_remote_code=True)
 text = tokenizer("The memory of", return_tensors="pt")
-memory = model.new_memory()     # or model.load_memory("memory.safetensors"), which memory.save(..) wrote
-print(tokenizer.decode(model.generate(**text, max_new_tokens=50, past_key_values=memory)[0]))
+cache = model.new_cache()       # or model.load_cache("memory.safetensors"), which cache.save(..) wrote
+print(tokenizer.decode(model.generate(**text, max_new_tokens=50, past_key_values=cache)[0]))
 ```
 
-After more training, call `model.eval()` before it predicts: how it weighs what it retrieves differs from training.
+After more training, call `model.eval()` before it predicts: how an LTM weighs what it retrieves differs from training.
 
 Limits: a small model trained on little text to answer one question (does a memory help?); it knows next to nothing,
 repeats itself, and says whatever its data said.
 """
 
 
-def distributed():
-    """Join torchrun's process group where there is one; the device of this process."""
-    device = pick_device()
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        if device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
-    return device
+class Console:
+    """What the first process of a run says and writes: progress bar, history, wandb, checkpoints, the card."""
+
+    def __init__(self, run, training, job):
+        self.run, self.training, self.job = run, training, job
+        self.entry, self.checkpointed = None, None
+        self.wandb = Wandb(run.folder, job.seed, job.arm, run.facts, self.warn)
+        self.history = History(run.folder / "history.jsonl", training, self.report)
+        self.bar = tqdm(total=job.steps, initial=training.done, unit="step", disable=None, smoothing=0.05)
+        settings, rows = training.settings, training.rows
+        self.say(f"{job.arm}, seed {job.seed}: {job.steps:,} steps of {settings.batch} x {rows.size(1)} tokens, "
+                 f"{len(rows):,} rows, from step {training.done:,}"
+                 + (f", the last {job.chained:.0%} of the steps chained" if job.chained else ""))
+
+    def warn(self, what):
+        tqdm.write(f"{what}; history.jsonl holds the same numbers", file=sys.stderr)
+
+    def say(self, what):
+        tqdm.write(what)
+        sys.stdout.flush()
+
+    def started(self, how, seconds):
+        """The step has been made ready."""
+        self.say(f"{how}, ready after {seconds:.0f} s")
+        self.history.restart()
+
+    def report(self, entry):
+        """A line of the history has been written."""
+        self.entry = entry
+        self.wandb.log(entry)
+        shown = {"LTM_enabled": entry["LTM_enabled"], "loss": f"{entry['loss']:.3f}",
+                 "routed_token_ratio": f"{entry['routed_token_ratio']:.2f}",
+                 "avg_surprisal_routed": f"{entry['avg_surprisal_routed']:.1f}",
+                 "ltm_hit_rate": f"{entry['ltm_hit_rate']:.2f}", "tok/sec": f"{entry['tok/sec'] or 0:,.0f}"}
+        self.bar.set_postfix(shown)
+        if self.bar.disable and entry["step"] % max(self.history.every, self.job.steps // 10) == 0:
+            print(f"step {entry['step']:,}: loss {entry['loss']:.4f}, {entry['tok/sec'] or 0:,.0f} tok/sec, "
+                  f"ETA {entry['ETA'] or 0:.0f} s", flush=True)
+
+    def advanced(self):
+        """Steps have been taken: log lines, and a checkpoint where one is due."""
+        training, settings = self.training, self.training.settings
+        self.bar.update(training.done - self.bar.n)
+        if training.done % settings.log_every == 0:
+            self.history.note()
+            self.settle(keep=1 if training.graph else 0)
+        if training.done % settings.checkpoint_steps == 0 and training.done < self.job.steps:
+            self.settle()
+            self.save()
+            self.history.restart()
+
+    def settle(self, keep=0):
+        try:
+            self.history.settle(keep)
+        except StageError as error:
+            raise StageError(f"{error}; {self.run.last()}; lower lr in train.py and start over with --fresh") from None
+
+    def save(self):
+        if self.training.done != self.checkpointed:
+            self.run.save(self.training)
+            self.checkpointed = self.training.done
+
+    def end(self):
+        """All that is to be taken has been taken. The weights come first: nothing else is worth losing them."""
+        self.bar.close()
+        self.history.note()
+        self.settle()
+        self.save()
+        training = self.training
+        last = training.statistics[max(0, training.done - training.settings.log_every):training.done, 0]
+        loss = float(last.mean())
+        try:
+            write_atomic(self.run.folder / "README.md", self.job.card(training, self.run.folder, loss))
+        except Exception as error:
+            tqdm.write(f"warning: no model card was written ({one_line(error)})", file=sys.stderr)
+        self.wandb.finish()
+        if training.done < self.job.steps:
+            print(f"stopped at step {training.done:,} and saved; go on with --resume", file=sys.stderr)
+            return
+        if training.device.type == "cuda":
+            print(f"peak GPU memory {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB")
+        print(f"loss {loss:.4f}; wrote {self.run.folder}/ in {time.time() - self.job.began:.0f} s; "
+              f"next: {self.job.following}")
+
+
+class Mute:
+    """The Console of every other process: it says and writes nothing."""
+
+    def started(self, how, seconds):
+        pass
+
+    def advanced(self):
+        pass
+
+    def end(self):
+        pass
+
+
+# ------------------------------------------------------------------------------------ a training from end to end
+
+class Processes:
+    """The processes that share a training: one, or those that torchrun started."""
+
+    def __init__(self):
+        self.device = pick_device()
+        world = self.number("WORLD_SIZE", 1)
+        self.world = world
+        if world > 1:
+            self.join()
+        self.first = world == 1 or dist.get_rank() == 0
+
+    @staticmethod
+    def number(name, default=None):
+        """A whole number from the environment, as torchrun sets it."""
+        text = os.environ.get(name, "")
+        if not text and default is not None:
+            return default
+        if not text.isdecimal():
+            raise StageError(f"the environment says {name}={text!r} where a whole number is needed; start several "
+                             f"processes with: torchrun --nproc_per_node=2 train.py, or unset WORLD_SIZE")
+        return int(text)
+
+    def join(self):
+        """Join torchrun's process group. Until all have come there is nothing to save: a signal ends the wait."""
+        local = self.number("LOCAL_RANK")
+        for name in ("RANK", "MASTER_PORT"):
+            self.number(name)
+        if not os.environ.get("MASTER_ADDR"):
+            raise StageError("the environment says WORLD_SIZE but not MASTER_ADDR; start several processes with: "
+                             "torchrun --nproc_per_node=2 train.py, or unset WORLD_SIZE")
+        if self.device == "cuda":
+            if local >= torch.cuda.device_count():
+                raise StageError(f"process {local} finds {torch.cuda.device_count()} GPUs here; start as many as there "
+                                 f"are with torchrun --nproc_per_node")
+            torch.cuda.set_device(local)
+        with default_signals():
+            try:
+                dist.init_process_group("nccl" if self.device == "cuda" else "gloo")
+            except (RuntimeError, ValueError) as error:
+                raise StageError(f"the {self.world} processes did not find one another ({one_line(error)}); start "
+                                 f"them with: torchrun --nproc_per_node={self.world} train.py") from None
+
+    def agree(self, flag):
+        """Whether any process says so: all stop together, or the others would wait forever."""
+        if self.world == 1:
+            return flag
+        shared = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(shared)
+        return shared.item() > 0
+
+    def wait(self):
+        if self.world > 1:
+            dist.barrier()
+
+    def leave(self):
+        if self.world > 1:
+            dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def default_signals():
+    """SIGTERM and SIGINT end the process at once, also while it waits outside of Python."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def caught_signals():
+    """A list to which SIGTERM and SIGINT are added from now on, where they can be caught (in the main thread)."""
+    caught = []
+
+    def catch(number, _):
+        caught.append(number)
+
+    with contextlib.suppress(ValueError):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, catch)
+    return caught
+
+
+class Job:
+    """What is asked for: the arm, the seed, where it lies, what it reads, and what is said of it.
+
+    Raises StageError where an input is missing, damaged or of another version.
+    """
+
+    def __init__(self, args, settings):
+        self.began = time.time()
+        self.root = default_root(args.root, args.quick)
+        self.arm, self.seed, self.chained = args.arm, args.seed, args.chained
+        self.about, self.steps = ARMS[args.arm], args.steps or settings.steps
+        self.settings = settings
+        self.following = command("eval.py", self.root, args.quick)
+        if self.arm == "baseline":
+            regime = f" --chained {args.chained:g}" if args.chained else ""
+            self.following = command(f"train.py --with-ltm{regime}", self.root, args.quick, args.seed or None)
+        init = arm_folder(self.root, self.seed, init_name(self.arm))
+        script = "add_memory.py"
+        if init.name != "init":
+            script += f" {arm_flag(self.arm)}"
+        made_by = command(script, self.root, args.quick, args.seed)
+        self.tokenizer = load_tokenizer(self.root, args.quick)
+        self.rows, self.meta = load_split(self.root, "train", args.quick)
+        start = read_manifest(init, made_by)["files"]
+        self.model = load_model(init, made_by=made_by)
+        self.model.config.memory_enabled = self.about.memory is not None
+        self.facts = self.all_facts(start)
+
+    def all_facts(self, start):
+        """{name: value} of all that the outcome follows from."""
+        s, about = self.settings, self.about
+        return dict(arm=self.arm, memory=about.memory, memory_settings=about.settings, backbone=about.backbone,
+                    replay=about.replay, seed=self.seed, steps=self.steps, chained=self.chained, batch=s.batch,
+                    lane=s.lane, lr=s.lr, min_lr=s.min_lr, warmup=s.warmup, betas=[s.beta1, s.beta2], eps=s.eps,
+                    weight_decay=s.weight_decay, clip=s.clip, data=self.meta["splits"]["train"]["sha256"],
+                    init=start["model.safetensors"], init_config=start["config.json"])
+
+    def plan(self):
+        """The Plan of this training's rows."""
+        plan = plan_rows(self.rows, self.steps, self.settings, self.seed, self.chained)
+        return replayed(plan, self.about.replay, self.seed) if self.about.replay else plan
+
+    def card(self, training, folder, loss):
+        """README.md of the checkpoint."""
+        parameters = sum(p.numel() for p in self.model.parameters())
+        data = self.meta["splits"]["train"]
+        return CARD.format(arm=self.arm, label=self.about.label, step=training.done, steps=self.steps, loss=loss,
+                           parameters=parameters, source=self.meta["source"], seed=self.seed, lr=self.settings.lr,
+                           batch=self.settings.batch, chained=self.chained, documents=data["documents"],
+                           tokens=data["tokens"], torch=torch.__version__, folder=folder,
+                           device=device_name(training.device.type))
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def whole(text):
-        if not 0 <= (number := int(text)) < 2 ** 32:
-            raise ValueError
-        return number
-
-    whole.__name__ = "whole number"
-    arm = parser.add_mutually_exclusive_group()
-    arm.add_argument("--baseline", action="store_true", help="short-term memory only (the default)")
-    arm.add_argument("--with-ltm", action="store_true", help="short- and long-term memory")
+    parser = parser_of(__doc__)
+    arms = parser.add_mutually_exclusive_group()
+    for arm, about in ARMS.items():
+        default = " (the default)" if arm == "baseline" else ""
+        arms.add_argument(arm_flag(arm), dest="arm", action="store_const", const=arm, help=about.label + default)
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="go on from the newest checkpoint, if there is one")
     again.add_argument("--fresh", action="store_true", help="remove an earlier run of this arm and start over")
-    parser.add_argument("--steps", type=whole, metavar="N", help=f"optimizer steps (default {STEPS:,})")
-    parser.add_argument("--seed", type=whole, default=0, metavar="S", help="of weights and data order (default 0)")
-    parser.add_argument("--root", metavar="DIR", help="folder of data/ and trained/ (default: this one)")
-    parser.add_argument("--quick", action="store_true", help="the small setting, under quick/")
+    parser.add_argument("--chained", type=float, nargs="?", const=1.0, default=0.0, metavar="SHARE",
+                        help="chain the rows of the last SHARE of the steps (all, where no share is given)")
+    parser.add_argument("--steps", type=int, metavar="N", help=f"optimizer steps (default {FULL.steps:,})")
+    parser.add_argument("--seed", type=seed_number, default=0, metavar="S", help="of weights and data (default 0)")
     args = parser.parse_args(argv)
+    args.arm = args.arm or "baseline"
     if args.steps is not None and not 1 <= args.steps <= 10_000_000:
         parser.error("--steps must be from 1 to 10,000,000")
+    if not 0 <= args.chained <= 1:
+        parser.error("--chained takes a share from 0 to 1")
     return args
 
 
 def main(argv=None):
     args = parse(argv)
-    if args.quick:
-        globals().update(QUICK)
-    code = train(args)
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    return code
+    processes = Processes()
+    try:
+        return train(args, QUICK if args.quick else FULL, processes)
+    finally:
+        processes.leave()
 
 
-def train(args):
-    """Train the arm, or what is left of it; returns the exit code."""
-    began = time.time()
-    root, arm = default_root(args.root, args.quick), "with_ltm" if args.with_ltm else "baseline"
-    following = (command("train.py --with-ltm", root, args.quick, args.seed or None) if arm == "baseline" else
-                 command("eval.py", root, args.quick))
-    steps, device = args.steps or STEPS, distributed()
-    first = not dist.is_initialized() or dist.get_rank() == 0
-    stop = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda caught, _: stop.append(caught))
-
-    tokenizer = load_tokenizer(root, args.quick)
-    rows, meta = load_split(root, "train", args.quick)
-    init = arm_folder(root, args.seed, "init")
-    made_by = command("add_memory.py", root, args.quick, args.seed)
-    start = read_manifest(init, made_by)["files"]
-    model = load_model(init, made_by=made_by)
-    model.config.ltm_enabled = args.with_ltm
-    torch.manual_seed(args.seed)                         # nothing draws from it; what would, would draw the same
-    settings = dict(arm=arm, seed=args.seed, steps=steps, batch=BATCH, lr=LR, min_lr=MIN_LR, warmup=WARMUP,
-                    betas=list(BETAS), eps=EPS, weight_decay=WEIGHT_DECAY, clip=CLIP,
-                    data=meta["splits"]["train"]["sha256"], init=start["model.safetensors"],
-                    init_config=start["config.json"])
-
-    run = Run(arm_folder(root, args.seed, arm), settings)
-    if first:
+def open_run(job, args, processes):
+    """(run, its newest checkpoint or None), the folder locked and laid out by the first process."""
+    run = Run(arm_folder(job.root, job.seed, job.arm), job.facts, job.settings.keep)
+    if processes.first:
         run.lock()
         if args.fresh:
             run.clear()
         elif not args.resume:
             run.refuse_another()
-    if dist.is_initialized():
-        dist.barrier()
+    processes.wait()
     resumed = run.newest()
-    if first and not resumed:
+    if processes.first and not resumed:
         run.clear()
-        run.begin(model, tokenizer)
-    training = Training(model.to(device), rows, row_order(len(rows), steps, BATCH, args.seed))
-    if resumed:
-        try:
-            training.restore(*resumed[1:])
-        except torch.OutOfMemoryError:                   # a RuntimeError too, but no reason to start over
-            raise
-        except (KeyError, RuntimeError, TypeError) as error:
-            raise StageError(f"{resumed[0]} does not fit this train.py ({error}); start over with --fresh, not "
-                             f"--resume") from None
-        if first:
-            run.publish(resumed[0])                      # a kill may have come between the checkpoint and this
-    if training.done == steps:
-        if first:
-            print(f"{run.folder}: all {steps:,} steps are done already; next: {following}")
-        return
+        run.begin(job.model, job.tokenizer)
+    return run, resumed
 
-    warn = lambda what: tqdm.write(f"{what}; history.jsonl holds the same numbers", file=sys.stderr)
-    wandb = Wandb(run.folder, args.seed, arm, settings, __file__, warn) if first else None
-    history = History(run, training, args.with_ltm, wandb) if first else None
-    if first:
-        print(f"{arm}, seed {args.seed}: {steps:,} steps of {BATCH} x {rows.shape[1]} tokens, "
-              f"{len(rows):,} rows, from step {training.done:,}", flush=True)
 
-    bar = tqdm(total=steps, initial=training.done, unit="step", disable=None if first else True, smoothing=0.05)
-    said, warm = time.time(), training.done
-    how = training.accelerate()
+def resume(run, training, checkpoint, first):
+    """Let `training` go on from a checkpoint (folder, weights, state); raises StageError where it does not fit."""
+    folder, weights, state = checkpoint
+    try:
+        training.restore(weights, state)
+    except torch.OutOfMemoryError:                       # a RuntimeError too, but no reason to start over
+        raise
+    except (KeyError, RuntimeError, TypeError) as error:
+        raise StageError(f"{folder} does not fit this train.py ({one_line(error)}); start over with --fresh, not "
+                         f"--resume") from None
     if first:
-        tqdm.write(f"{how}, ready after {time.time() - said:.0f} s")
-        history.restart()
-    last_entry, checkpointed = None, training.done if resumed else -1
-    while training.done < steps:
-        stopping = bool(stop)
-        if training.world > 1:                           # all stop together, or the others would wait forever
-            flag = torch.tensor(float(stopping), device=device)
-            dist.all_reduce(flag)
-            stopping = flag.item() > 0
-        if stopping:
-            break
-        # up to the next log line or checkpoint; one step at a time where a step takes long enough to be interrupted in
-        ahead = (every - training.done % every for every in (LOG_EVERY, CHECKPOINT_STEPS))
-        count = min(*ahead, steps - training.done) if training.graph else 1
-        training.run(count)
-        if first:
-            bar.update(training.done - warm)
-            warm = training.done
-            if training.done % LOG_EVERY == 0:
-                history.note()
-                last_entry = history.settle(keep=1 if training.graph else 0) or last_entry
-                if last_entry:
-                    bar.set_postfix(LTM_enabled=args.with_ltm, loss=f"{last_entry['loss']:.3f}",
-                                    routed_token_ratio=f"{last_entry['routed_token_ratio']:.2f}",
-                                    avg_surprisal_routed=f"{last_entry['avg_surprisal_routed']:.1f}",
-                                    ltm_hit_rate=f"{last_entry['ltm_hit_rate']:.2f}",
-                                    **{"tok/sec": f"{last_entry['tok/sec'] or 0:,.0f}"})
-                    if bar.disable and last_entry["step"] % max(LOG_EVERY, steps // 10) == 0:
-                        print(f"step {last_entry['step']:,}: loss {last_entry['loss']:.4f}, "
-                              f"{last_entry['tok/sec'] or 0:,.0f} tok/sec, ETA {last_entry['ETA'] or 0:.0f} s",
-                              flush=True)
-            if training.done % CHECKPOINT_STEPS == 0 and training.done < steps:
-                last_entry = history.settle() or last_entry
-                run.save(training)
-                checkpointed = training.done
-                history.restart()
-    bar.close()
-    if not first:
-        return
-    history.note()
-    history.settle()
-    loss = float(training.statistics[max(0, training.done - LOG_EVERY):training.done, 0].mean())
-    write_atomic(run.folder / "README.md", CARD.format(
-        arm=arm, state="switched on" if args.with_ltm else "switched off", step=training.done, steps=steps, loss=loss,
-        parameters=sum(p.numel() for p in model.parameters()), source=meta["source"], seed=args.seed, batch=BATCH,
-        lr=LR, documents=meta["splits"]["train"]["documents"], tokens=meta["splits"]["train"]["tokens"],
-        torch=torch.__version__, folder=run.folder,
-        device=torch.cuda.get_device_name() if device == "cuda" else device))
-    if training.done != checkpointed:
-        run.save(training)
-    wandb.finish()
-    if training.done < steps:
-        print(f"stopped at step {training.done:,} and saved; go on with --resume", file=sys.stderr)
-        return 128 + (stop or [signal.SIGTERM])[0]       # another process of torchrun's may be the one that was told
-    if device == "cuda":
-        print(f"peak GPU memory {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB")
-    print(f"loss {loss:.4f}; wrote {run.folder}/ in {time.time() - began:.0f} s; next: {following}")
+        run.publish(folder)                              # a kill may have come between the checkpoint and this
+
+
+def train(args, settings, processes):
+    """Train the arm, or what is left of it; returns the exit code."""
+    caught = caught_signals()
+    job = Job(args, settings)
+    torch.manual_seed(job.seed)                          # nothing draws from it; what would, would draw the same
+    run, checkpoint = open_run(job, args, processes)
+    training = Training(job.model.to(processes.device), job.rows, job.plan(), settings)
+    if checkpoint:
+        resume(run, training, checkpoint, processes.first)
+    if training.done == job.steps:
+        if processes.first:
+            print(f"{run.folder}: all {job.steps:,} steps are done already; next: {job.following}")
+        return 0
+    console = Console(run, training, job) if processes.first else Mute()
+    if checkpoint and processes.first:
+        console.checkpointed = training.done
+    take_steps(training, console, lambda: processes.agree(bool(caught)))
+    console.end()
+    if training.done < job.steps:
+        return 128 + (caught or [signal.SIGTERM])[0]     # another process of torchrun's may be the one that was told
+    return 0
+
+
+def take_steps(training, console, stopping):
+    """All the steps that are left, unless stopping() says otherwise."""
+    steps, ready = len(training.plan.rows), None
+    while training.done < steps and not stopping():
+        if ready != training.chained:                    # each regime has a step of its own
+            ready, began = training.chained, time.time()
+            console.started(training.accelerate(), time.time() - began)
+            continue
+        # one step at a time where a step takes long enough to be interrupted in
+        training.run(training.ahead() if training.graph else 1)
+        console.advanced()
 
 
 if __name__ == "__main__":
