@@ -84,7 +84,7 @@ class Plan(NamedTuple):
 def isolated_order(count, need, seed):
     """`need` row numbers out of `count`: a new permutation each epoch."""
     epochs = [np.random.default_rng((seed, epoch)).permutation(count) for epoch in range(-(-need // count))]
-    return np.concatenate(epochs)[:need]
+    return np.concatenate([np.empty(0, np.int64), *epochs])[:need]
 
 
 def runs_of(starts, count, parity, lane):
@@ -127,13 +127,12 @@ def plan_rows(rows, steps, settings, seed, share=0.0):
     batch, lane = settings.batch, settings.lane
     chained_from = steps - round(share * steps)
     starts = np.flatnonzero(rows[:, 0] == EOT)
-    alone = isolated_order(len(rows), chained_from * batch, seed)
+    order = isolated_order(len(rows), chained_from * batch, seed)
     opens = np.ones(steps * batch, bool)
-    order = alone
     if chained_from < steps:
         need = (steps - chained_from) * batch
         chained, opens[chained_from * batch:] = chained_order(starts, len(rows), need, lane, seed)
-        order = np.concatenate((alone, chained))
+        order = np.concatenate((order, chained))
     order = torch.from_numpy(order.reshape(steps, batch))
     return Plan(order, torch.from_numpy(opens).view(steps, batch // lane, lane), chained_from)
 
