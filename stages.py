@@ -123,6 +123,8 @@ def run_stage(main):
     except OSError as error:
         place = f" ({error.filename})" if error.filename else ""
         reason = f"{error.strerror or error}{place}; mend that, then run {name} again"
+    except MemoryError:
+        reason = f"this machine is out of memory; close what else uses it, then run {name} again"
     except Exception as error:
         if type(error).__name__ != "OutOfMemoryError":      # torch's, which need not have been imported
             raise
