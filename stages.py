@@ -44,13 +44,15 @@ class Arm(NamedTuple):
     label: str                  # as it stands in tables and pictures
     settings: dict = {}         # of the memory, where they are not its own (config.memory_settings)
     backbone: dict = {}         # of the config, where the backbone itself is changed: a control
+    chained: dict = {}          # of the config, where some of its steps are chained
     replay: float = 0.0         # share of each step's rows that is drawn again from rows seen before: a control
     control: bool = False       # no design of its own: left out of the comparison unless it is asked for
 
 
 ARMS = {
     "baseline": Arm(None, "no memory"),
-    "with_ltm": Arm("ltm", "LTM: surprising tokens"),
+    # a lane shows the LTM as full as a document does: what corrects for windows is not needed
+    "with_ltm": Arm("ltm", "LTM: surprising tokens", chained=dict(ltm_exact_trust=0.0, ltm_crowding=0.0)),
     "with_store": Arm("store", "store: keys and values"),
     "with_bank": Arm("bank", "bank: learned vectors"),
     "with_mag": Arm("mag", "MAG: fast weights"),

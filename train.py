@@ -940,13 +940,15 @@ class Job:
         start = read_manifest(init, made_by)["files"]
         self.model = load_model(init, made_by=made_by)
         self.model.config.memory_enabled = self.about.memory is not None
+        if self.chained:
+            self.model.config.update(self.about.chained)
         self.facts = self.all_facts(start)
 
     def all_facts(self, start):
         """{name: value} of all that the outcome follows from."""
         s, about = self.settings, self.about
         return dict(arm=self.arm, memory=about.memory, memory_settings=about.settings, backbone=about.backbone,
-                    replay=about.replay, seed=self.seed, steps=self.steps, chained=self.chained, batch=s.batch,
+                    config=about.chained if self.chained else {}, replay=about.replay, seed=self.seed, steps=self.steps, chained=self.chained, batch=s.batch,
                     lane=s.lane, lr=s.lr, min_lr=s.min_lr, warmup=s.warmup, betas=[s.beta1, s.beta2], eps=s.eps,
                     weight_decay=s.weight_decay, clip=s.clip, data=self.meta["splits"]["train"]["sha256"],
                     init=start["model.safetensors"], init_config=start["config.json"])
