@@ -37,7 +37,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from stages import (ARMS, EOT, StageError, Wandb, arm_flag, arm_folder, command, compiled, default_root, device_name,
                     follow_umask, fsync, has_compiler, init_name, load_model, load_split, load_tokenizer, lock,
@@ -458,7 +458,8 @@ class Run:
 
     def __init__(self, folder, facts, keep):
         """facts: {name: value} of all that the outcome follows from; only a run of the same facts is gone on with."""
-        self.folder, self.facts, self.keep = folder, facts, keep
+        self.folder, self.keep = folder, keep
+        self.facts = json.loads(json.dumps(facts))       # as they come back from a file: a tuple as a list
         self.checkpoints = folder / "checkpoints"
 
     def lock(self):
@@ -530,7 +531,7 @@ class Run:
                 if not all(x.isfinite().all() for x in weights.values()):
                     raise StageError(f"{folder} holds weights that are NaN or infinite")
             except (StageError, OSError, SafetensorError) as error:
-                tqdm.write(f"{folder} is passed over: {str(error).partition(';')[0]}", file=sys.stderr)
+                say(f"{folder} is passed over: {str(error).partition(';')[0]}", sys.stderr)
                 continue
             if differing := self.differing(theirs):
                 raise StageError(f"{folder} is of a run with other settings ({differing}); set them back, or start "
@@ -570,7 +571,7 @@ class Run:
             raise StageError(f"the checkpoint of step {training.done} could not be written ({error}); {self.last()}; "
                              f"mend that (free some space?), then run the same command with --resume") from None
         for old in self.saved()[self.keep:]:
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)
 
     def publish(self, checkpoint):
         """Make a checkpoint's weights the folder's own."""
@@ -596,6 +597,17 @@ class Run:
 
 # ------------------------------------------------------------------------------------ what a run says
 
+def say(what, stream=None):
+    """Print a line above the progress bar. That nobody listens any more (a closed pipe) is no reason to end."""
+    stream = stream or sys.stdout
+    try:
+        tqdm.write(what, file=stream)
+        stream.flush()
+    except OSError:
+        with open(os.devnull, "w") as nowhere:           # for what waits to be written, too
+            os.dup2(nowhere.fileno(), stream.fileno())
+
+
 class History:
     """history.jsonl: a line every `log_every` steps, the mean of its steps. Read back a whole interval late, so that
     the device never waits for the host."""
@@ -605,6 +617,7 @@ class History:
         self.path, self.training, self.report = path, training, report
         self.every = training.settings.log_every
         self.rates = learning_rates(len(training.order), training.settings)     # the device's would have to be awaited
+        self.warned = False
         self.pending = []                                # (end step, statistics on the host, when the device was there)
         self.restart()
         self.noted = training.done - training.done % self.every
@@ -614,9 +627,10 @@ class History:
 
     def remade(self):
         """The lines of all steps so far, from the statistics; how fast they were, from the file as it was."""
-        timing, statistics = {}, self.training.statistics
-        old_lines = self.path.read_text(errors="replace").splitlines() if self.path.exists() else ()
-        for line in old_lines:
+        timing, statistics, before = {}, self.training.statistics, ""
+        with self.at_most_a_warning(), contextlib.suppress(FileNotFoundError):
+            before = self.path.read_text(errors="replace")
+        for line in before.splitlines():
             try:
                 old = json.loads(line)
                 timing[old["step"]] = {name: old[name] for name in ("tok/sec", "ETA")}
@@ -631,7 +645,9 @@ class History:
         try:
             yield
         except OSError as error:
-            tqdm.write(f"warning: {self.path} cannot be written ({one_line(error)}); going on", file=sys.stderr)
+            if not self.warned:
+                say(f"warning: {self.path} is not kept ({one_line(error)}); going on", sys.stderr)
+            self.warned = True
 
     def restart(self):
         """Time the next interval from here: what came before (compiling, a checkpoint) is not training."""
@@ -741,20 +757,16 @@ class Console:
         self.history = History(run.folder / "history.jsonl", training, self.report)
         self.bar = tqdm(total=job.steps, initial=training.done, unit="step", disable=None, smoothing=0.05)
         settings, rows = training.settings, training.rows
-        self.say(f"{job.arm}, seed {job.seed}: {job.steps:,} steps of {settings.batch} x {rows.size(1)} tokens, "
-                 f"{len(rows):,} rows, from step {training.done:,}"
-                 + (f", the last {job.chained:.0%} of the steps chained" if job.chained else ""))
+        say(f"{job.arm}, seed {job.seed}: {job.steps:,} steps of {settings.batch} x {rows.size(1)} tokens, "
+            f"{len(rows):,} rows, from step {training.done:,}"
+            + (f", the last {job.chained:.0%} of the steps chained" if job.chained else ""))
 
     def warn(self, what):
-        tqdm.write(f"{what}; history.jsonl holds the same numbers", file=sys.stderr)
-
-    def say(self, what):
-        tqdm.write(what)
-        sys.stdout.flush()
+        say(f"{what}; history.jsonl holds the same numbers", sys.stderr)
 
     def started(self, how, seconds):
         """The step has been made ready."""
-        self.say(f"{how}, ready after {seconds:.0f} s")
+        say(f"{how}, ready after {seconds:.0f} s")
         self.history.restart()
 
     def report(self, entry):
@@ -767,8 +779,8 @@ class Console:
                  "ltm_hit_rate": f"{entry['ltm_hit_rate']:.2f}", "tok/sec": f"{entry['tok/sec'] or 0:,.0f}"}
         self.bar.set_postfix(shown)
         if self.bar.disable and entry["step"] % max(self.history.every, self.job.steps // 10) == 0:
-            print(f"step {entry['step']:,}: loss {entry['loss']:.4f}, {entry['tok/sec'] or 0:,.0f} tok/sec, "
-                  f"ETA {entry['ETA'] or 0:.0f} s", flush=True)
+            say(f"step {entry['step']:,}: loss {entry['loss']:.4f}, {entry['tok/sec'] or 0:,.0f} tok/sec, "
+                f"ETA {entry['ETA'] or 0:.0f} s")
 
     def advanced(self):
         """Steps have been taken: log lines, and a checkpoint where one is due."""
@@ -795,25 +807,25 @@ class Console:
 
     def end(self):
         """All that is to be taken has been taken. The weights come first: nothing else is worth losing them."""
-        self.bar.close()
         self.history.note()
         self.settle()
         self.save()
+        self.bar.close()
         training = self.training
         last = training.statistics[max(0, training.done - training.settings.log_every):training.done, 0]
         loss = float(last.mean())
         try:
             write_atomic(self.run.folder / "README.md", self.job.card(training, self.run.folder, loss))
         except Exception as error:
-            tqdm.write(f"warning: no model card was written ({one_line(error)})", file=sys.stderr)
+            say(f"warning: no model card was written ({one_line(error)})", sys.stderr)
         self.wandb.finish()
         if training.done < self.job.steps:
-            print(f"stopped at step {training.done:,} and saved; go on with --resume", file=sys.stderr)
+            say(f"stopped at step {training.done:,} and saved; go on with --resume", sys.stderr)
             return
         if training.device.type == "cuda":
-            print(f"peak GPU memory {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB")
-        print(f"loss {loss:.4f}; wrote {self.run.folder}/ in {time.time() - self.job.began:.0f} s; "
-              f"next: {self.job.following}")
+            say(f"peak GPU memory {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB")
+        say(f"loss {loss:.4f}; wrote {self.run.folder}/ in {time.time() - self.job.began:.0f} s; "
+            f"next: {self.job.following}")
 
 
 class Mute:
