@@ -29,6 +29,8 @@ what went in, what was skipped and why, and holds the hash of each .bin.
   python prepare_data.py
   python prepare_data.py --text corpus.jsonl.xz
   python prepare_data.py --quick
+  python prepare_data.py --planted    data/planted.bin beside the others: text
+                                      that asks for facts planted in it
 """
 
 import ast
@@ -43,6 +45,7 @@ import logging
 import lzma
 import os
 import platform
+import re
 import sysconfig
 import tempfile
 import time
@@ -58,7 +61,7 @@ from tqdm.auto import tqdm
 from stages import (
     EOT, TOKENIZER_SHA256, StageError, characters_per_token, command,
     default_root, documents, load_split, load_tokenizer, lock, one_line,
-    parser_of, run_stage, seal, sha256, write_json,
+    parser_of, run_stage, seal, sha256, write_atomic, write_json,
 )
 
 
@@ -80,9 +83,14 @@ class Settings:
     asked_tokens: int = 1_089
     asked_documents: int = 5
 
+    # --planted: as many as fill a quarter of 10,000 steps, each a lane of rows
+    planted_documents: int = 2_500
+    planted_tokens: int = 1_024
+
 
 FULL = Settings()
-QUICK = Settings(documents=300, asked_tokens=321)   # a distance of 256 tokens
+QUICK = Settings(documents=300, asked_tokens=321,   # a distance of 256 tokens
+                 planted_documents=50, planted_tokens=256)
 
 DATASET = "Skylion007/openwebtext"
 REVISIONS = (
@@ -263,9 +271,12 @@ def pack(lines, characters):
         if line is None:
             yield "not UTF-8"
             continue
-        for part in parts_of(line, characters):
-            held.append(part)
-            size += len(part)
+        start = 0
+        while start < len(line):
+            end = end_of_part(line, start, characters, characters - size)
+            held.append(line[start:end])
+            size += end - start
+            start = end
             if size >= characters:
                 yield {"text": "".join(held)}
                 held = []
@@ -274,18 +285,16 @@ def pack(lines, characters):
         yield {"text": "".join(held)}
 
 
-def parts_of(line, characters):
-    """A line in parts of at most `characters`, cut at spaces.
+def end_of_part(line, start, characters, room):
+    """Where to cut a line: at its end; where more than a document is left, at a space.
 
     A text without line ends is one line, and is not to be one document.
     """
-    start = 0
-    while len(line) - start > characters:
-        space = line.rfind(" ", start, start + characters)
-        end = space + 1 if space > start else start + characters
-        yield line[start:end]
-        start = end
-    yield line[start:]
+    if len(line) - start <= characters:
+        return len(line)
+    full = start + room
+    space = line.find(" ", full - 1, full + 100)
+    return full if space < 0 else space + 1
 
 
 READERS = {
@@ -785,6 +794,98 @@ def prepare(root, text, quick, name=None):
     return meta
 
 
+# ------------------------------------------------------------ text that asks to be remembered
+
+# How a planted fact is written, {0} and {1} two words: in none of the ways in
+# which eval.py asks. And how the end of a chain of facts is asked for.
+FACT_FORMATS = (" [{0}|{1}]", " {0} = {1};", " Note that {0} goes with {1},")
+CHAIN_FORMATS = (" {0} => {1};", " Follow {0} and find {1},")
+MOST_HOPS = 4                   # facts of a chain; the last documents have the longest
+
+
+def planted_words(tokenizer):
+    """Tokens of one capitalised word of four letters or more and the space before it: (n,) int64.
+
+    eval.py asks about words in lower case, so none of these.
+    """
+    chosen = []
+    for word, index in tokenizer.get_vocab().items():
+        letters = word[1:]
+        if word[0] == "Ġ" and len(letters) > 3 and letters.isascii() and letters.isalpha() and letters.istitle():
+            chosen.append(index)
+    return np.array(sorted(chosen))
+
+
+def written(tokenizer, form, first, second):
+    """The tokens of a fact, or of a question with its answer."""
+    ids = []
+    for part in re.split(r"(\{[01]\})", form):
+        if part == "{0}":
+            ids.append(first)
+        elif part == "{1}":
+            ids.append(second)
+        else:
+            ids += tokenizer.encode(part.rstrip(" "))       # the space before a word is in its token
+    return ids
+
+
+def scattered(real, pieces, draw):
+    """Tokens of text with pieces between them, in their order, at places that are drawn."""
+    cuts = np.sort(draw.integers(0, len(real) + 1, len(pieces)))
+    parts = np.split(real, cuts)
+    line = [parts[0]]
+    for piece, part in zip(pieces, parts[1:]):
+        line += [piece, part]
+    return np.concatenate(line)
+
+
+def planted_document(texts, words, tokenizer, hops, length, draw):
+    """A document of `length` tokens: facts in its first half, what they say asked for in its second.
+
+    With one hop the question repeats a fact up to its second word; with more, a chain of facts (a = b; b = c;) is
+    asked for its end (a => c;), as in hash-hop (Magic 2024).
+    """
+    count = max(2, length // 128 // hops)
+    chains = draw.choice(words, (count, hops + 1), replace=False)
+    form = FACT_FORMATS[draw.integers(len(FACT_FORMATS))]
+    question = form if hops == 1 else CHAIN_FORMATS[draw.integers(len(CHAIN_FORMATS))]
+    facts = [written(tokenizer, form, *pair) for chain in chains for pair in zip(chain, chain[1:])]
+    asked = [written(tokenizer, question, chain[0], chain[-1]) for chain in chains]
+    facts = [facts[place] for place in draw.permutation(len(facts))]
+    asked = [asked[place] for place in draw.permutation(len(asked))]
+    room = length - 1 - sum(map(len, facts)) - sum(map(len, asked))
+    real = np.concatenate([texts[place][1:] for place in draw.integers(len(texts), size=8)])
+    while len(real) < room:
+        real = np.concatenate((real, real))
+    early = scattered(real[:room // 2], facts, draw)
+    late = scattered(real[room // 2:room], asked, draw)
+    return np.concatenate(([EOT], early, late))
+
+
+def plant(root, quick, settings):
+    """Write ROOT/data/planted.bin and planted.json: documents in which facts are asked for, for train.py --planted.
+
+    The text around the facts is that of train.bin. The documents come in the order in which they are to be learnt:
+    one hop first, chains of up to MOST_HOPS last (the curriculum of MAG's relative).
+    """
+    rows, meta = load_split(root, "train", quick)
+    texts = [text for text in documents(rows) if len(text) > 1]
+    tokenizer = load_tokenizer(root, quick)
+    words = planted_words(tokenizer)
+    draw = np.random.default_rng((settings.split_seed, 1))
+    made = []
+    for number in tqdm(range(settings.planted_documents), unit=" documents", disable=None):
+        most = 1 + MOST_HOPS * number // settings.planted_documents
+        hops = int(draw.integers(1, most + 1))
+        made.append(planted_document(texts, words, tokenizer, hops, settings.planted_tokens, draw))
+    bins = np.concatenate([windows_of(ids, settings.window, settings.stride) for ids in made])
+    path = root / "data" / "planted.bin"
+    write_atomic(path, bins.tobytes())
+    facts = {"documents": len(made), "sha256": sha256(path), "train_sha256": meta["splits"]["train"]["sha256"]}
+    write_json(root / "data" / "planted.json", facts)
+    return facts
+
+
 # ------------------------------------------------------------ what is said of it
 
 def warn_of_short_documents(root, quick, settings):
@@ -813,8 +914,11 @@ def report(meta, settings):
 
 def main(argv=None):
     parser = parser_of(__doc__)
-    parser.add_argument("--text", type=Path, nargs="+", metavar="FILE",
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--text", type=Path, nargs="+", metavar="FILE",
                         help="local documents instead of OpenWebText")
+    source.add_argument("--planted", action="store_true",
+                        help="from train.bin, documents with facts that are asked for: for train.py --planted")
     parser.add_argument("--name", metavar="TEXT",
                         help="what to call these documents in results (default: their files)")
     flags = parser.parse_args(argv)
@@ -825,6 +929,11 @@ def main(argv=None):
         logging.getLogger(library).setLevel(logging.CRITICAL)
 
     start = time.monotonic()
+    if flags.planted:
+        made = plant(root, flags.quick, settings)
+        print(f"wrote {root}/data/planted.bin: {made['documents']:,} documents of {settings.planted_tokens:,} tokens; "
+              f"next: " + command("train.py --baseline --chained --planted", root, flags.quick))
+        return
     meta = prepare(root, flags.text, flags.quick, flags.name)
     report(meta, settings)
     warn_of_short_documents(root, flags.quick, settings)
