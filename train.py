@@ -124,8 +124,12 @@ def chained_order(starts, count, need, lane, seed):
 
 def plan_rows(rows, steps, settings, seed, share=0.0):
     """The Plan of a training on `rows` (N, 128): isolated rows first, the last `share` of the steps chained."""
-    batch, lane = settings.batch, settings.lane
+    batch = settings.batch
     chained_from = steps - round(share * steps)
+    lane = settings.lane if chained_from < steps else 1
+    if batch % lane:
+        raise StageError(f"a batch of {batch} rows is not made of lanes of {lane}; set batch at the top of train.py to a "
+                         f"multiple of lane, or lane to {batch}")
     starts = np.flatnonzero(rows[:, 0] == EOT)
     order = isolated_order(len(rows), chained_from * batch, seed)
     opens = np.ones(steps * batch, bool)
@@ -154,6 +158,24 @@ def replayed(plan, share, seed):
                 source = draw.integers(earliest, step)
                 rows[step, place:place + size] = rows[source, place:place + size]
                 opens[step, place // lane] = opens[source, place // lane]
+    return Plan(rows, opens, plan.chained_from)
+
+
+def with_planted(plan, first, lanes, share, seed):
+    """A Plan in which a share of the chained lanes are planted ones, in their order: a curriculum.
+
+    first: (documents,) the row with which each planted document begins; `lanes` rows of each, without overlap, fill
+    one lane.
+    """
+    rows, opens = plan.rows.clone(), plan.opens.clone()
+    places = [(step, place) for step in range(plan.chained_from, len(rows)) for place in range(opens.size(1))]
+    draw = np.random.default_rng((seed, 11))
+    chosen = np.sort(draw.choice(len(places), min(round(share * len(places)), len(places)), replace=False))
+    for number, which in enumerate(chosen):
+        step, place = places[which]
+        document = first[number * len(first) // len(chosen)]
+        rows[step, place * lanes:(place + 1) * lanes] = torch.from_numpy(document + 2 * np.arange(lanes))
+        opens[step, place] = torch.arange(lanes) == 0
     return Plan(rows, opens, plan.chained_from)
 
 
@@ -309,10 +331,12 @@ class Training:
         return tokens, targets_of(tokens, opens), opens
 
     def gradients(self, tokens, targets, opens, targets_in_batch):
-        """(gradients of all parameters, sums) of this process's share of the batch."""
-        shared = range(self.world)[self.rank]
-        tokens, targets = (x.tensor_split(self.world)[shared] for x in (tokens, targets))
-        opens = None if opens is None else opens.tensor_split(self.world)[shared]
+        """(gradients of all parameters, sums) of this process's share of the batch: some of its rows, or lanes."""
+        if opens is not None:
+            tokens, targets = (x.unflatten(0, opens.shape) for x in (tokens, targets))
+            opens = opens.tensor_split(self.world)[self.rank]
+        tokens, targets = (x.tensor_split(self.world)[self.rank] for x in (tokens, targets))
+        tokens, targets = (x.reshape(-1, x.size(-1)) for x in (tokens, targets))
         embed = self.model.backbone.embed.weight
         embedded = F.embedding(tokens, embed.detach()).requires_grad_()
         loss, sums = self.objective(tokens, embedded, targets, opens, targets_in_batch)
@@ -789,7 +813,9 @@ class Console:
         if training.done % settings.log_every == 0:
             self.history.note()
             self.settle(keep=1 if training.graph else 0)
-        if training.done % settings.checkpoint_steps == 0 and training.done < self.job.steps:
+        # passed, not met: making the step ready takes steps too
+        passed = training.done // settings.checkpoint_steps > (self.checkpointed or 0) // settings.checkpoint_steps
+        if passed and training.done < self.job.steps:
             self.settle()
             self.save()
             self.history.restart()
@@ -848,11 +874,10 @@ class Processes:
 
     def __init__(self):
         self.device = pick_device()
-        world = self.number("WORLD_SIZE", 1)
-        self.world = world
-        if world > 1:
+        self.world = max(1, self.number("WORLD_SIZE", 1))
+        if self.world > 1:
             self.join()
-        self.first = world == 1 or dist.get_rank() == 0
+        self.first = self.world == 1 or dist.get_rank() == 0
 
     @staticmethod
     def number(name, default=None):
@@ -860,7 +885,7 @@ class Processes:
         text = os.environ.get(name, "")
         if not text and default is not None:
             return default
-        if not text.isdecimal():
+        if not text.isdecimal() or len(text) > 9:
             raise StageError(f"the environment says {name}={text!r} where a whole number is needed; start several "
                              f"processes with: torchrun --nproc_per_node=2 train.py, or unset WORLD_SIZE")
         return int(text)
@@ -868,8 +893,10 @@ class Processes:
     def join(self):
         """Join torchrun's process group. Until all have come there is nothing to save: a signal ends the wait."""
         local = self.number("LOCAL_RANK")
-        for name in ("RANK", "MASTER_PORT"):
-            self.number(name)
+        self.number("MASTER_PORT")
+        if self.number("RANK") >= self.world:
+            raise StageError(f"the environment says RANK={os.environ['RANK']} of WORLD_SIZE={self.world}; start several "
+                             f"processes with: torchrun --nproc_per_node={self.world} train.py, or unset WORLD_SIZE")
         if not os.environ.get("MASTER_ADDR"):
             raise StageError("the environment says WORLD_SIZE but not MASTER_ADDR; start several processes with: "
                              "torchrun --nproc_per_node=2 train.py, or unset WORLD_SIZE")
@@ -905,7 +932,10 @@ class Processes:
 @contextlib.contextmanager
 def default_signals():
     """SIGTERM and SIGINT end the process at once, also while it waits outside of Python."""
-    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {}
+    with contextlib.suppress(ValueError):                # outside the main thread Python allows no handlers
+        for number in (signal.SIGTERM, signal.SIGINT):
+            before[number] = signal.signal(number, signal.SIG_DFL)
     try:
         yield
     finally:
@@ -935,7 +965,8 @@ class Job:
     def __init__(self, args, settings):
         self.began = time.time()
         self.root = default_root(args.root, args.quick)
-        self.arm, self.seed, self.chained = args.arm, args.seed, args.chained
+        self.arm, self.seed = args.arm, args.seed
+        self.chained, self.planted = args.chained, args.planted
         self.about, self.steps = ARMS[args.arm], args.steps or settings.steps
         self.settings = settings
         self.following = command("eval.py", self.root, args.quick)
@@ -949,6 +980,8 @@ class Job:
         made_by = command(script, self.root, args.quick, args.seed)
         self.tokenizer = load_tokenizer(self.root, args.quick)
         self.rows, self.meta = load_split(self.root, "train", args.quick)
+        if self.planted:
+            self.plant(command("prepare_data.py --planted", self.root, args.quick))
         start = read_manifest(init, made_by)["files"]
         self.model = load_model(init, made_by=made_by)
         self.model.config.memory_enabled = self.about.memory is not None
@@ -956,18 +989,38 @@ class Job:
             self.model.config.update(self.about.chained)
         self.facts = self.all_facts(start)
 
+    def plant(self, made_by):
+        """Put the rows of data/planted.bin behind the others; raises StageError where they are of other data."""
+        path, real = self.root / "data" / "planted.bin", len(self.rows)
+        about = read_json(path.with_suffix(".json"), made_by)
+        ours = self.meta["splits"]["train"]["sha256"]
+        if about.get("train_sha256") != ours or not path.is_file() or sha256(path) != about.get("sha256"):
+            raise StageError(f"{path} is missing, damaged or of other data than train.bin; make it with: {made_by}")
+        planted = np.fromfile(path, np.uint16).reshape(-1, self.rows.shape[1])
+        self.rows = np.concatenate((self.rows, planted))
+        self.first_planted = real + np.flatnonzero(planted[:, 0] == EOT)
+        self.real_rows = real
+
     def all_facts(self, start):
         """{name: value} of all that the outcome follows from."""
         s, about = self.settings, self.about
         return dict(arm=self.arm, memory=about.memory, memory_settings=about.settings, backbone=about.backbone,
-                    config=about.chained if self.chained else {}, replay=about.replay, seed=self.seed, steps=self.steps, chained=self.chained, batch=s.batch,
+                    config=about.chained if self.chained else {}, replay=about.replay, seed=self.seed, steps=self.steps,
+                    chained=self.chained, planted=self.planted, batch=s.batch,
                     lane=s.lane, lr=s.lr, min_lr=s.min_lr, warmup=s.warmup, betas=[s.beta1, s.beta2], eps=s.eps,
                     weight_decay=s.weight_decay, clip=s.clip, data=self.meta["splits"]["train"]["sha256"],
                     init=start["model.safetensors"], init_config=start["config.json"])
 
-    def plan(self):
-        """The Plan of this training's rows."""
-        plan = plan_rows(self.rows, self.steps, self.settings, self.seed, self.chained)
+    def plan(self, world):
+        """The Plan of this training's rows; raises StageError where `world` processes cannot share its batches."""
+        real = self.rows[:self.real_rows] if self.planted else self.rows
+        plan = plan_rows(real, self.steps, self.settings, self.seed, self.chained)
+        if self.planted:
+            plan = with_planted(plan, self.first_planted, self.settings.lane, self.planted, self.seed)
+        lanes = plan.opens.size(1)
+        if plan.chained_from < self.steps and lanes < world:
+            raise StageError(f"a step of {lanes} chained lane{'s' * (lanes > 1)} cannot be shared by {world} processes; "
+                             f"start fewer, or raise batch at the top of train.py to {world * self.settings.lane}")
         return replayed(plan, self.about.replay, self.seed) if self.about.replay else plan
 
     def card(self, training, folder, loss):
@@ -992,6 +1045,8 @@ def parse(argv=None):
     again.add_argument("--fresh", action="store_true", help="remove an earlier run of this arm and start over")
     parser.add_argument("--chained", type=float, nargs="?", const=1.0, default=0.0, metavar="SHARE",
                         help="chain the rows of the last SHARE of the steps (all, where no share is given)")
+    parser.add_argument("--planted", type=float, nargs="?", const=0.25, default=0.0, metavar="SHARE",
+                        help="of the chained lanes, a share that asks for facts planted in it (0.25; see prepare_data.py)")
     parser.add_argument("--steps", type=int, metavar="N", help=f"optimizer steps (default {FULL.steps:,})")
     parser.add_argument("--seed", type=seed_number, default=0, metavar="S", help="of weights and data (default 0)")
     args = parser.parse_args(argv)
@@ -1000,6 +1055,8 @@ def parse(argv=None):
         parser.error("--steps must be from 1 to 10,000,000")
     if not 0 <= args.chained <= 1:
         parser.error("--chained takes a share from 0 to 1")
+    if not 0 <= args.planted <= 1 or args.planted and not args.chained:
+        parser.error("--planted takes a share from 0 to 1, of lanes: it goes with --chained")
     return args
 
 
@@ -1047,9 +1104,10 @@ def train(args, settings, processes):
     """Train the arm, or what is left of it; returns the exit code."""
     caught = caught_signals()
     job = Job(args, settings)
+    plan = job.plan(processes.world)
     torch.manual_seed(job.seed)                          # nothing draws from it; what would, would draw the same
     run, checkpoint = open_run(job, args, processes)
-    training = Training(job.model.to(processes.device), job.rows, job.plan(), settings)
+    training = Training(job.model.to(processes.device), job.rows, plan, settings)
     if checkpoint:
         resume(run, training, checkpoint, processes.first)
     if training.done == job.steps:
