@@ -524,21 +524,20 @@ class Wandb:
         self.warn = warn
         self.tasks = queue.Queue()
         self.failed = False
-        code = {path.name: sha256(path) for path in sorted(PROJECT.glob("*.py"))}
-        self.thread = threading.Thread(target=self._work, daemon=True,
-                                       args=(str(folder), f"seed{seed}", job, {**config, "code": code}))
+        self.thread = threading.Thread(target=self._work, daemon=True, args=(str(folder), f"seed{seed}", job, config))
         self.thread.start()
 
     def _work(self, folder, group, job, config):
         if os.environ.get("WANDB_MODE") == "disabled":
             return                                  # without waiting for the import
         try:
+            code = {path.name: sha256(path) for path in sorted(PROJECT.glob("*.py"))}
             import wandb
 
             settings = wandb.Settings(console="off", silent=True, init_timeout=WANDB_SECONDS,
                                       finish_timeout=WANDB_SECONDS)
             run = wandb.init(project=WANDB_PROJECT, group=group, job_type=job, name=f"{job}-{group}", dir=folder,
-                             config=config, mode=wandb_mode(), settings=settings)
+                             config={**config, "code": code}, mode=wandb_mode(), settings=settings)
             while (task := self.tasks.get()) is not None:
                 task(wandb, run)
             run.finish()
