@@ -1,191 +1,52 @@
-"""Answer the question: bits per character and long-range recall of both arms, on the same text and questions.
+"""Answer the question: bits per character and long-range recall of every arm, on the same text and questions.
 
-reads   data/val.bin, data/meta.json, trained/baseline/, trained/with_ltm/ (and trained/seedN/ where there are more)
-writes  results.json
+reads   data/val.bin, data/meta.json, trained/baseline/, trained/with_ltm/, .. (and trained/seedN/ where there are more)
+writes  trained/<arm>/evaluation.safetensors    what was measured of an arm, and of which weights, code and data
+        results.json                            the tables, assembled from these files alone
 
     python eval.py                  what the README reports
     python eval.py --controls       the same, and what the gain depends on: other thresholds, sizes, models (first seed)
     python eval.py --quick          the small models under quick/
 
+An arm is measured once: again only where its weights, the code, the data or the settings below have changed since. So
+arms may be trained and measured on different days and machines: bring an arm's manifest.json and
+evaluation.safetensors here, and its weights may stay where they are.
+
 bpc                 bits of all validation tokens / their characters; whole documents, memory empty at each start
 long_range_recall   8 facts planted in real text, one asked for 160 to 384 tokens later, beyond the 128-token window:
                     how often the right value is the likeliest of the 8 (chance 1/8)
-memory_hit_rate     share of predictions that retrieved at least one item
-tokens_per_sec      scoring those documents, both arms in turn in this process
+memory_hit_rate     share of predictions that the memory had a hand in: each memory's `hit_means` says how
+tokens_per_sec      scoring those documents; the same model with its memory off is timed in turn
 """
 
-import argparse
 import codecs
 import copy
+import dataclasses
 import functools
+import hashlib
 import itertools
+import json
 import math
 import platform
 import statistics
-import subprocess
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import safetensors.numpy
 import torch
 import transformers
+from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from models import (EOT, GPT, Address, Reading, RevenaHybridTiny, Scores, StageError, arm_folder,
-                    characters_per_token, command, compiled, default_root, has_compiler, load_model, load_split,
-                    load_tokenizer, lower_precision, mix, parameters_by_group, pick_device, read_json, read_manifest,
-                    run_stage, sha256, write_json)
-
-ARMS = ("baseline", "with_ltm")
-PACK = 128                      # rows of 128 tokens scored at once; a control takes up to 2.5 GB of GPU memory
-FACTS = 8                       # planted in a sequence; their values are the choices
-TRIALS = 336                    # questions per distance and format
-DISTANCES = (32, 64, 96, 160, 192, 256, 320, 384, 512, 1024)    # tokens from the value to the place to repeat it
-LONG_RANGE = (160, 192, 256, 320, 384)
-LEAD = 64                       # tokens of real text before the facts
-DISTRACTORS = (0, 8, 64, 300)   # facts more between the one asked for and the question; 300 evict it
-DISTRACTED = 256                # tokens from the value to the place to repeat it, where the distractors fit in there
-BOOTSTRAP = 10_000              # resamples of seeds and documents
-REPEATS = 5                     # timed passes over TIMED packs, each arm in turn
-TIMED = 16
-SHOWN, READS, SOURCES = 420, 4, 3       # the picture of a memory: tokens of a document, reads, items of each
-CONTROL_TRIALS = 96             # questions per distance and format for each control
-FITTED = 200                    # documents of train.bin that the caches' few parameters are fitted to
-SEED = 0                        # of questions, bootstrap and controls: the same for every model
-QUICK = dict(PACK=16, TRIALS=8, DISTANCES=(64, 160, 256), LONG_RANGE=(160, 256), DISTRACTORS=(0, 64), TIMED=1, FITTED=6)
-
-
-# ------------------------------------------------------------------------------------ text in packs of rows
-
-class Pack(NamedTuple):
-    """Several sequences laid out as rows of one window; what is left over is rows of EOT."""
-
-    tokens: torch.Tensor        # (PACK, C) int64
-    targets: torch.Tensor       # (PACK, C) int64, EOT where there is none
-    opens: torch.Tensor         # (PACK,) bool: a sequence starts here
-    places: list                # (number of the sequence, first flat position, length)
-
-
-def documents(rows):
-    """The documents that the rows of a .bin were cut from: list of int64 arrays, each opened by EOT."""
-    starts = np.flatnonzero(rows[:, 0] == EOT)
-    found = []
-    for first, last in zip(starts, [*starts[1:], len(rows)]):
-        stride = rows.shape[1] // 2
-        tokens = np.concatenate([rows[first], *rows[first + 1:last, stride:]]).astype(np.int64)
-        found.append(tokens[:np.flatnonzero(tokens != EOT).max(initial=0) + 1])
-    return found
-
-
-def packs(sequences, width, device, size=None):
-    """Lay sequences out in Packs of `size` rows (default PACK), longest first, so that little is left over.
-
-    A longer one has its own.
-    """
-    size, order = size or PACK, sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
-
-    def rows_of(i):
-        return -(-len(sequences[i]) // width)
-
-    def emit(chosen):
-        count = max(size, sum(rows_of(i) for i in chosen))
-        tokens = np.full((count, width), EOT, np.int64)
-        targets, opens, places, row = tokens.copy(), np.ones(count, bool), [], 0
-        for i in chosen:
-            text, flat = sequences[i], row * width
-            tokens.reshape(-1)[flat:flat + len(text)] = text
-            targets.reshape(-1)[flat:flat + len(text) - 1] = text[1:]
-            opens[row + 1:row + rows_of(i)] = False
-            places.append((i, flat, len(text)))
-            row += rows_of(i)
-        return Pack(*(torch.from_numpy(x).to(device) for x in (tokens, targets, opens)), places)
-
-    waiting, used = [], 0
-    for i in order:
-        if waiting and used + rows_of(i) > size:
-            yield emit(waiting)
-            waiting, used = [], 0
-        waiting.append(i)
-        used += rows_of(i)
-    if waiting:
-        yield emit(waiting)
-
-
-@functools.cache
-def compiled_method(method):
-    """A method of the models as one graph: their weights are its inputs, so it is compiled once for all of them."""
-    return compiled(lambda model, *given: getattr(model, method)(*given), dynamic=False)
-
-
-def fast(method, model, *given):
-    """model.method(*given); on a GPU compiled, where model and pack are of the usual class and shape."""
-    usual = type(model) is RevenaHybridTiny and given[0].shape[:2] == (PACK, model.config.stm_window)
-    if usual and has_compiler(model.device):
-        return compiled_method(method)(model, *given)
-    return getattr(model, method)(*given)
-
-
-def states(model, pack):
-    """Final states (N, C, D) of a pack."""
-    if model.config.stm_window is None:                                # GPT: each row is a whole sequence
-        return model.states(pack.tokens)
-    return fast("states", model, pack.tokens, pack.opens)
-
-
-def score(pack, *variants):
-    """Scores of a pack's targets by each of some models that differ in nothing but their memory.
-
-    The parts of model.score one by one: the arms have the first two in common, so that these are compiled once. What
-    only one of several variants does is not compiled: that would take longer than it saves.
-    """
-    model = variants[0]
-    h = states(model, pack)
-    log_p, log_z = fast("log_p", model, h, pack.targets)
-    if not model.config.ltm_enabled:
-        nothing = torch.zeros_like(pack.targets, dtype=torch.bool)
-        return [Scores(log_p, log_p, log_p, nothing, nothing)]
-    given = h, pack.tokens, pack.targets, log_p, log_z, pack.opens
-    if len(variants) == 1:
-        return [fast("score_states", model, *given)]
-    return [variant.score_states(*given) for variant in variants]
-
-
-class Tally(NamedTuple):
-    """Per sequence, arrays over its targets (length - 1)."""
-
-    bits: list                  # of the model
-    stm: list                   # of its backbone alone
-    hit: list
-    stored: list
-
-
-@torch.no_grad()
-def score_text(model, sequences, width, device, note=None):
-    """Tally of every token of the sequences given what came before it."""
-    kept = Tally(*([None] * len(sequences) for _ in Tally._fields))
-    for pack in packs(sequences, width, device):
-        scores, = score(pack, model)
-        flat = torch.stack([x.float() for x in (scores.log_p, scores.log_p_stm, scores.hit, scores.stored)])
-        flat = flat.flatten(1).cpu().double().numpy()
-        flat[:2] /= -math.log(2)
-        for i, first, length in pack.places:
-            for field, values in zip(kept, flat[:, first:first + length - 1]):
-                field[i] = values
-        if note:
-            note(len(pack.places))
-    return kept
-
-
-def score_windows(model, rows, device):
-    """Bits of each target of the rows taken alone: (bits (N, C - 1), which of them count as bool (N, C - 1))."""
-    tally = score_text(model, list(rows.astype(np.int64)), rows.shape[1], device)
-    fresh = (rows[:, :1] == EOT) | (np.arange(1, rows.shape[1]) >= rows.shape[1] // 2)
-    return np.stack(tally.bits), fresh & (rows[:, 1:] != EOT)
-
-
-# ------------------------------------------------------------------------------------ recall
+from models import EOT, GPT, Address, Final, LongTermMemory, Memory, Reading, mix
+from stages import (ARMS, PROJECT, SPECIFIED, StageError, arm_flag, arm_folder, characters_per_token, command, commit,
+                    compiled, default_root, device_name, documents, has_compiler, load_model, load_split,
+                    load_tokenizer, lower_precision, parser_of, pick_device, read_json, read_manifest, run_stage, seal,
+                    sha256, write_atomic, write_json)
 
 FORMATS = {                     # how a fact is written; the question stops before the value
     "pair": (" {key}", " {value}", "."),
@@ -194,124 +55,909 @@ FORMATS = {                     # how a fact is written; the question stops befo
 }
 
 
+@dataclass(frozen=True)
+class Settings:
+    """What is asked of every arm, and how often; edit it here."""
+
+    pack: int = 128                 # rows of 128 tokens scored at once; a control takes up to 2.5 GB of GPU memory
+    lane: int = 16                  # rows of a lane of them: the longest document
+    facts: int = 8                  # planted in a sequence; their values are the choices
+    trials: int = 336               # questions per distance and format
+    forms: tuple = tuple(FORMATS)
+    distances: tuple = (32, 64, 96, 160, 192, 256, 320, 384, 512, 1024)     # tokens from the value to its repetition
+    long_range: tuple = (160, 192, 256, 320, 384)
+    lead: int = 64                  # tokens of real text before the facts
+    distractors: tuple = (0, 8, 64, 300)    # facts more between the one asked for and the question; 300 evict it
+    distracted: int = 256           # tokens from the value to its repetition, where the distractors fit in there
+    dialogues: int = 64             # of three turns: facts, other text, a question
+    turn: int = 100                 # tokens of a turn
+    together: int = 16              # dialogues at a time: each token has a distribution over the vocabulary
+    repeats: int = 5                # timed passes, memory on and off in turn, over ..
+    timed: int = 16                 # .. so many packs
+    shown: int = 420                # the picture of a memory: tokens of a document, ..
+    reads: int = 4                  # .. what it read in how many places, ..
+    sources: int = 3                # .. and how many items of each
+    seed: int = 0                   # of questions, bootstrap and controls: the same for every model
+    bootstrap: int = 10_000         # resamples of seeds and documents
+    control_trials: int = 96        # questions per distance and format for each control
+    fitted: int = 200               # documents of train.bin that the caches' few parameters are fitted to
+
+    def of_an_arm(self):
+        """The settings on which it depends what is measured of an arm: {name: value}."""
+        later = ("bootstrap", "control_trials", "fitted")
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in later}
+
+
+FULL = Settings()
+QUICK = Settings(pack=16, trials=8, distances=(64, 160, 256), long_range=(160, 256), distractors=(0, 64), dialogues=6,
+                 timed=1, fitted=6)
+
+REFERENCE = "baseline"          # what every other arm is compared with
+SIGNIFICANT = 0.05
+
+
+# ------------------------------------------------------------------------------------ text in packs of rows
+
+class Pack(NamedTuple):
+    """Several sequences laid out as lanes of rows; what is left over is rows of EOT."""
+
+    tokens: torch.Tensor        # (N, C) int64, N = L R
+    targets: torch.Tensor       # (N, C) int64, EOT where there is none
+    opens: torch.Tensor         # (L, R) bool: a sequence starts here
+    places: list                # (number of the sequence, first flat position, length)
+    usual: bool                 # of the shape that most packs have
+
+
+def rows_of(sequence, width):
+    """Rows that a sequence takes."""
+    return -(-len(sequence) // width)
+
+
+def lanes_of(sequences, width, rows):
+    """Share sequences out among lanes of `rows` rows: for each lane the numbers of its sequences.
+
+    Longest first, each into the fullest lane that has room for it. One that is longer than a lane has its own.
+    """
+    lanes = []
+    with_room = [[] for _ in range(rows + 1)]               # the lanes that have so many rows left
+    for i in sorted(range(len(sequences)), key=lambda i: -len(sequences[i])):
+        need = rows_of(sequences[i], width)
+        room = next((left for left in range(need, rows + 1) if with_room[left]), None)
+        if room is None:
+            lane, room = [], max(rows, need)
+            lanes.append(lane)
+        else:
+            lane = with_room[room].pop()
+        lane.append(i)
+        with_room[room - need].append(lane)
+    return lanes
+
+
+def lay_out(sequences, lanes, rows, width):
+    """(tokens, targets, opens, places) of a Pack of these lanes of `rows` rows; an empty lane holds nothing."""
+    tokens = np.full(len(lanes) * rows * width, EOT, np.int64)
+    targets = tokens.copy()
+    opens = np.ones((len(lanes), rows), bool)
+    places = []
+    for number, lane in enumerate(lanes):
+        row = 0
+        for i in lane:
+            text = sequences[i]
+            first = (number * rows + row) * width
+            tokens[first:first + len(text)] = text
+            targets[first:first + len(text) - 1] = text[1:]
+            end = row + rows_of(text, width)
+            opens[number, row + 1:end] = False
+            places.append((i, first, len(text)))
+            row = end
+    return tokens.reshape(-1, width), targets.reshape(-1, width), opens, places
+
+
+def packs(sequences, width, device, settings, shape=None):
+    """Lay sequences out in Packs of lanes that no sequence crosses.
+
+    `shape`: (lanes, rows of a lane), by default settings.pack rows in lanes of settings.lane. A sequence longer than
+    a lane has a pack of its own.
+    """
+    usual = settings.pack // settings.lane, settings.lane
+    count, rows = shape or usual
+    waiting = []
+
+    def emit(lanes, rows, usual):
+        *arrays, places = lay_out(sequences, lanes, rows, width)
+        return Pack(*(torch.from_numpy(x).to(device) for x in arrays), places, usual)
+
+    for lane in lanes_of(sequences, width, rows):
+        taken = sum(rows_of(sequences[i], width) for i in lane)
+        if taken > rows:
+            yield emit([lane], taken, False)
+            continue
+        waiting.append(lane)
+        if len(waiting) == count:
+            yield emit(waiting, rows, (count, rows) == usual)
+            waiting = []
+    if waiting:
+        waiting += [[] for _ in range(count - len(waiting))]
+        yield emit(waiting, rows, (count, rows) == usual)
+
+
+# ------------------------------------------------------------------------------------ scores
+
+@functools.cache
+def compiled_method(name):
+    """A method of the models as one graph: their weights are its inputs, so it is compiled once for all of a kind."""
+    from torch._dynamo import config
+
+    # one graph for each kind of memory; beyond its usual limit, dynamo would go on without a word and without a graph
+    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
+    setattr(config, limit, 64)
+
+    def call(model, *given):
+        return getattr(model, name)(*given)
+
+    return compiled(call, dynamic=False)
+
+
+def fast(name, model, pack, *given):
+    """model.name(*given); on a GPU compiled, where the pack has the usual shape and the memory is one of the arms'."""
+    memory = getattr(model, "memory", None)
+    if pack.usual and type(memory) in Memory.kinds.values() and has_compiler(model.device):
+        return compiled_method(name)(model, *given)
+    return getattr(model, name)(*given)
+
+
+def memory_off(model):
+    """The same model, of the same weights, with its memory off."""
+    twin = copy.copy(model)
+    twin.config = copy.deepcopy(model.config)
+    twin.config.memory_enabled = False
+    return twin
+
+
+def states(model, pack):
+    """Final states (N, C, D) of a pack, and what the memory noted."""
+    if model.config.stm_window is None:                                # GPT: each row is a whole sequence
+        return model.states(pack.tokens)
+    if not model.active.places and model.config.memory_enabled:
+        model = memory_off(model)               # a memory at the output has the baseline's states, and so its graph
+    return fast("states", model, pack, pack.tokens, pack.opens)
+
+
+def score(pack, *variants):
+    """Scores of a pack's targets by each of some models that differ in nothing but their memory at the output.
+
+    The parts of model.score one by one: the arms have the first two in common, so that these are compiled once. What
+    only one of several variants does is not compiled: that would take longer than it saves.
+    """
+    model = variants[0]
+    h, notes = states(model, pack)
+    log_p, log_z = fast("log_p", model, pack, h, pack.targets)
+    given = h, notes, pack.tokens, pack.targets, log_p, log_z, pack.opens
+    if len(variants) == 1 and isinstance(model.active, LongTermMemory):
+        return [fast("score_states", model, pack, *given)]
+    return [variant.score_states(*given) for variant in variants]
+
+
+class Tally(NamedTuple):
+    """Per sequence, arrays over its targets (length - 1)."""
+
+    log_p: list                 # float32, of the model
+    log_p_stm: list             # float32, of its backbone alone
+    hit: list                   # bool
+    stored: list                # bool
+
+
+def bits(log_p):
+    """Bits, float64, of natural logarithms of probabilities."""
+    return np.asarray(log_p, np.float64) / -math.log(2)
+
+
+@torch.no_grad()
+def score_text(model, sequences, width, settings, note=None):
+    """Tally of every token of the sequences given what came before it."""
+    kept = Tally(*([None] * len(sequences) for _ in Tally._fields))
+    for pack in packs(sequences, width, model.device, settings):
+        scores, = score(pack, model)
+        found = [x.flatten().cpu().numpy() for x in (scores.log_p, scores.log_p_stm, scores.hit, scores.stored)]
+        for i, first, length in pack.places:
+            for field, values in zip(kept, found):
+                field[i] = values[first:first + length - 1].copy()
+        if note:
+            note(len(pack.places))
+    return kept
+
+
+def counted_targets(rows):
+    """Which targets of rows (N, C) count where each is taken alone, so that each token counts once: (N, C - 1)."""
+    width = rows.shape[1]
+    fresh = (rows[:, :1] == EOT) | (np.arange(1, width) >= width // 2)
+    return fresh & (rows[:, 1:] != EOT)
+
+
+def score_windows(model, rows, settings):
+    """log p of each target of the rows taken alone, (N, C - 1) float32."""
+    tally = score_text(model, list(rows.astype(np.int64)), rows.shape[1], settings)
+    return np.stack(tally.log_p)
+
+
+# ------------------------------------------------------------------------------------ questions
+
 @functools.cache
 def single_words(tokenizer):
     """Tokens that are one lower-case English-looking word of four letters or more with its space before it."""
-    words = [(word, index) for word, index in tokenizer.get_vocab().items()
-             if word[0] == "Ġ" and len(word) > 4 and word[1:].isascii() and word[1:].isalpha() and word[1:].islower()]
+    def is_word(text):
+        return text[0] == "Ġ" and len(text) > 4 and text[1:].isascii() and text[1:].isalpha() and text[1:].islower()
+
+    words = [(word, index) for word, index in tokenizer.get_vocab().items() if is_word(word)]
     return np.array([index for _, index in sorted(words)])
 
 
 class Question(NamedTuple):
     tokens: np.ndarray          # the whole sequence; its last token is the last of the question
-    choices: np.ndarray         # (FACTS,) values planted in it, the right one first
+    choices: np.ndarray         # (facts,) values planted in it, the right one first
     place: int                  # where the right value stands
     begin: int                  # where the question begins
 
 
-def fact_tokens(tokenizer, form):
-    """The tokens of a fact but for its key and value: (before the key, between the two, after the value)."""
-    before, _, stop = FORMATS[form]
+class Form(NamedTuple):
+    """The tokens of a fact but for its key and value."""
+
+    opening: list               # before the key
+    middle: list                # between the two
+    closing: list               # after the value
+
+    @property
+    def asked(self):
+        """Tokens of a question."""
+        return len(self.opening) + 1 + len(self.middle)
+
+    @property
+    def size(self):
+        """Tokens of a fact."""
+        return self.asked + 1 + len(self.closing)
+
+    def fact(self, key, value):
+        """The tokens of a fact."""
+        return [*self.opening, key, *self.middle, value, *self.closing]
+
+
+def form_of(tokenizer, name):
+    """The Form of that name."""
+    before, _, stop = FORMATS[name]
     key_at = before.index("{key}")
-    encode = lambda text: tokenizer.encode(text) if text else []
-    return encode(before[:key_at].rstrip()), encode(before[key_at + len("{key}"):]), encode(stop)
+    parts = before[:key_at].rstrip(), before[key_at + len("{key}"):], stop
+    return Form(*(tokenizer.encode(part) if part else [] for part in parts))
 
 
-def distracted_distance(tokenizer, form, extra):
-    """The distance at which `extra` distractors are asked over: DISTRACTED, or the least that has room for them."""
-    return max(DISTRACTED, (FACTS + extra) * (2 + sum(map(len, fact_tokens(tokenizer, form)))))
+def keys_and_values(tokenizer, settings):
+    """The words that facts are made of, two disjoint halves of single_words."""
+    words = np.random.default_rng(settings.seed).permutation(single_words(tokenizer))
+    return words[:len(words) // 2], words[len(words) // 2:]
 
 
-def questions(texts, tokenizer, form, distance, count, extra=0):
-    """`count` Questions: FACTS facts planted in real text, the value asked for `distance` tokens after it stood.
+def scatter(text, facts, draw):
+    """Facts at random places of a text, in their order: int64 tokens."""
+    cuts = np.sort(draw.integers(0, len(text) + 1, len(facts)))
+    pieces = np.split(np.asarray(text), cuts)
+    parts = [pieces[0], *(np.concatenate(pair) for pair in zip(facts, pieces[1:]))]
+    return np.concatenate(parts).astype(np.int64)
+
+
+def distracted_distance(tokenizer, name, extra, settings):
+    """The distance at which `extra` distractors are asked over: settings.distracted, or the least with room for
+    them."""
+    return max(settings.distracted, (settings.facts + extra) * form_of(tokenizer, name).size)
+
+
+def text_needed(tokenizer, name, distance, extra, settings):
+    """Tokens of real text, at most, in a question: a document has to be longer."""
+    size = form_of(tokenizer, name).size
+    return settings.lead + max(distance - extra * size, size)
+
+
+def before_and_after(facts, room, draw, most):
+    """Share the facts but the first out, before it and after it: (early, late, room left between it and the question).
+
+    Half of the `most` first ones stand after it, as far as they fit; the distractors, which come after those, all do,
+    as far as they fit, or are left out.
+    """
+    early, late = [], []
+    for number, other in enumerate(facts[1:]):
+        wanted = number >= most - 1 or draw.random() < 0.5
+        if wanted and room >= len(other):
+            late.append(other)
+            room -= len(other)
+        elif number < most - 1:
+            early.append(other)
+    return early, late, room
+
+
+def questions(texts, tokenizer, name, distance, count, settings, extra=0):
+    """`count` Questions: facts planted in real text, the value of one asked for `distance` tokens after it stood.
 
     Example (pair): "EOT ..text.. lamp seven. ..text.. door north. ..text.. lamp" -> " seven"; 8 such facts, half of
     the others after the one asked for, as far as they fit. Keys and values are single tokens from disjoint sets.
     `extra` facts more, distractors that are never asked for, stand between the one asked for and the question, as many
-    as fit.
+    as fit. Texts that are too short are passed over; there has to be one that is not.
     """
-    draw = np.random.default_rng((SEED, list(FORMATS).index(form), distance, extra))
-    opening, middle, closing = fact_tokens(tokenizer, form)
-    words = np.random.default_rng(SEED).permutation(single_words(tokenizer))
-    keys, values = words[:len(words) // 2], words[len(words) // 2:]
-    fact = lambda key, value: [*opening, key, *middle, value, *closing]
-    asked = len(opening) + 1 + len(middle)                             # tokens of the question
-    size = asked + 1 + len(closing)                                    # tokens of a fact
-    least = LEAD + max(distance - extra * size, size)                  # tokens of real text, at most
-    long_enough = [text for text in texts if len(text) > least]
-    if not long_enough:
-        raise StageError(f"no validation document is longer than {least} tokens; prepare more text, or take "
-                         f"{distance} out of DISTANCES in eval.py")
-
-    def scatter(text, facts):
-        cuts = np.sort(draw.integers(0, len(text) + 1, len(facts)))
-        pieces = np.split(np.asarray(text), cuts)
-        parts = [pieces[0], *(np.concatenate(pair) for pair in zip(facts, pieces[1:]))]
-        return np.concatenate(parts).astype(np.int64)
-
+    draw = np.random.default_rng((settings.seed, list(FORMATS).index(name), distance, extra))
+    form, lead = form_of(tokenizer, name), settings.lead
+    keys, values = keys_and_values(tokenizer, settings)
+    needed = text_needed(tokenizer, name, distance, extra, settings)
+    long_enough = [text for text in texts if len(text) > needed]
     made = []
     for _ in range(count):
-        chosen = draw.choice(keys, FACTS + extra, replace=False), draw.choice(values, FACTS + extra, replace=False)
-        facts = [fact(key, value) for key, value in zip(*chosen)]
-        room = distance - 1 - len(closing) - asked                     # tokens free between the fact and the question
-        early, late = [], []
-        for number, other in enumerate(facts[1:]):
-            wanted = number >= FACTS - 1 or draw.random() < 0.5
-            if wanted and room >= len(other):
-                late.append(other)
-                room -= len(other)
-            elif number < FACTS - 1:
-                early.append(other)
+        own_keys = draw.choice(keys, settings.facts + extra, replace=False)
+        own_values = draw.choice(values, settings.facts + extra, replace=False)
+        facts = [form.fact(key, value) for key, value in zip(own_keys, own_values)]
+        room = distance - 1 - len(form.closing) - form.asked           # tokens free between the fact and the question
+        early, late, room = before_and_after(facts, room, draw, settings.facts)
         text = long_enough[draw.integers(len(long_enough))][1:]
-        offset = draw.integers(0, len(text) - LEAD - room + 1)
-        real = text[offset:offset + LEAD + room]
-        head = np.concatenate(([EOT], scatter(real[:LEAD], early)))
-        place = len(head) + asked
-        tokens = np.concatenate((head, facts[0], scatter(real[LEAD:], late), facts[0][:asked]))
+        offset = draw.integers(0, len(text) - lead - room + 1)
+        real = text[offset:offset + lead + room]
+        head = np.concatenate(([EOT], scatter(real[:lead], early, draw)))
+        place = len(head) + form.asked
+        tokens = np.concatenate((head, facts[0], scatter(real[lead:], late, draw), facts[0][:form.asked]))
         assert len(tokens) - place == distance
-        made.append(Question(tokens, chosen[1][:FACTS], place, len(tokens) - asked))
+        made.append(Question(tokens, own_values[:settings.facts], place, len(tokens) - form.asked))
     return made
 
+
+class Dialogues(NamedTuple):
+    turns: np.ndarray           # (count, 3, tokens of a turn): facts, other text, a question at the end
+    choices: np.ndarray         # (count, facts) values planted, the right one first
+
+
+def make_dialogues(texts, tokenizer, settings):
+    """Dialogues of three turns of the same document, facts planted in the first and asked for in the third; None where
+    no document is long enough."""
+    draw = np.random.default_rng((settings.seed, 3))
+    keys, values = keys_and_values(tokenizer, settings)
+    turn, facts = settings.turn, settings.facts
+    long_enough = [text for text in texts if len(text) > 3 * turn]
+    if not long_enough:
+        return None
+    turns, choices = [], []
+    for number in range(settings.dialogues):
+        form = form_of(tokenizer, settings.forms[number % len(settings.forms)])
+        own_values = draw.choice(values, facts, replace=False)
+        planted = [form.fact(*pair) for pair in zip(draw.choice(keys, facts, replace=False), own_values)]
+        free = turn - 1 - facts * form.size
+        assert free >= 0, "a turn has no room for its facts: see turn and facts in Settings"
+        text = long_enough[draw.integers(len(long_enough))][1:]
+        offset = draw.integers(0, len(text) - 3 * turn + 1)
+        first, second, third = np.split(text[offset:offset + free + 2 * turn - form.asked], (free, free + turn))
+        shuffled = [planted[i] for i in draw.permutation(facts)]
+        turns.append([[EOT, *scatter(first, shuffled, draw)], second, [*third, *planted[0][:form.asked]]])
+        choices.append(own_values)
+    return Dialogues(np.array(turns, np.int64), np.array(choices))
+
+
+class Exam(NamedTuple):
+    """What every model is asked."""
+
+    settings: Settings
+    tokenizer: object
+    texts: list                 # of documents, int64 arrays
+    rows: np.ndarray            # (N, C) the same as windows
+    per_token: np.ndarray       # characters of each token
+    asked: dict                 # {(form, distance, distractors): [Question]}
+    distances: list             # those that there is text for
+    distractors: dict           # {distractors: {form: distance}}, likewise
+    dialogues: Dialogues        # None: there is no text for them
+    identity: dict              # hashes of it all
+
+    @property
+    def questions(self):
+        """All questions, cell after cell."""
+        return [question for cell in self.asked.values() for question in cell]
+
+    @property
+    def far(self):
+        """The long-range distances that there is text for."""
+        return [distance for distance in self.settings.long_range if distance in self.distances]
+
+    def split(self, values):
+        """What was measured of all questions (.., Q) by cell: {cell: (.., questions of it)}."""
+        ends = np.cumsum([len(cell) for cell in self.asked.values()])
+        return dict(zip(self.asked, np.split(values, ends[:-1], axis=-1)))
+
+
+def room_for(texts, tokenizer, settings):
+    """The distances and distractors that the documents are long enough for: (distances, {distractors: {form:
+    distance}}); what is left out is said.
+
+    Raises StageError where no long-range distance is left.
+    """
+    longest = max(map(len, texts)) - 1
+
+    def missing(cells):
+        needed = [text_needed(tokenizer, *cell, settings) for cell in cells]
+        return max(0, *needed) - longest if max(needed) > longest else 0
+
+    kept, kept_distractors = [], {}
+    for distance in settings.distances:
+        lacking = missing([(form, distance, 0) for form in settings.forms])
+        if lacking <= 0:
+            kept.append(distance)
+            continue
+        tqdm.write(f"note: recall at {distance:,} tokens is left out: the longest validation document has "
+                   f"{longest:,} tokens, {lacking:,} too few")
+    for extra in settings.distractors:
+        distances = {form: distracted_distance(tokenizer, form, extra, settings) for form in settings.forms}
+        lacking = missing([(form, distance, extra) for form, distance in distances.items()])
+        if lacking <= 0:
+            kept_distractors[extra] = distances
+            continue
+        tqdm.write(f"note: recall over {extra} distractors is left out: the longest validation document has "
+                   f"{longest:,} tokens, {lacking:,} too few")
+    return kept, kept_distractors
+
+
+def make_exam(root, rows, meta, tokenizer, settings, quick):
+    """The Exam; raises StageError where the documents are too short to ask over any long-range distance."""
+    texts = [text for text in documents(rows) if len(text) > 1]
+    distances, distractors = room_for(texts, tokenizer, settings)
+    if not set(distances) & set(settings.long_range):
+        least = min(text_needed(tokenizer, form, min(settings.long_range), 0, settings) for form in settings.forms)
+        raise StageError(f"no validation document has the {least + 1:,} tokens that the shortest long-range question "
+                         f"takes; prepare more text, or longer ones: {command('prepare_data.py', root, quick)} "
+                         f"--documents N")
+    cells = [(form, distance, 0) for form in settings.forms for distance in distances]
+    cells += [(form, distance, extra) for extra, row in distractors.items() for form, distance in row.items()]
+    asked = {(form, distance, extra): questions(texts, tokenizer, form, distance, settings.trials, settings, extra)
+             for form, distance, extra in dict.fromkeys(cells)}
+    dialogues = make_dialogues(texts, tokenizer, settings)
+    if dialogues is None:
+        tqdm.write(f"note: dialogues are left out: no validation document has {3 * settings.turn:,} tokens")
+    digest = hashlib.sha256()
+    for cell in asked.values():
+        for question in cell:
+            digest.update(question.tokens.tobytes())
+            digest.update(question.choices.tobytes())
+    identity = {"val": meta["splits"]["val"]["sha256"], "questions": digest.hexdigest()}
+    return Exam(settings, tokenizer, texts, rows, characters_per_token(tokenizer), asked, distances, distractors,
+                dialogues, identity)
+
+
+# ------------------------------------------------------------------------------------ answers
 
 OUTCOMES = ("forced_choice", "top1", "stored", "retrieved")
 
 
-@torch.no_grad()
-def answer(variants, asked, width, device, wiped=False, size=None, note=None):
-    """What models that differ in their memory only say: of each a bool array (4, len(asked)), rows as OUTCOMES.
+class Answers(NamedTuple):
+    outcomes: np.ndarray        # (4, questions) bool, rows as OUTCOMES
+    value_nats: np.ndarray      # (questions,) float32, -log p of the right value
 
-    `wiped`: nothing that came before the question is in memory. width, size: as in `packs`.
+
+def picked(log_p, choices, right):
+    """Whether the likeliest of the choices (B, facts) is the right one (B,), given log p (B, V).
+
+    In order of their ids: where two are equally likely (bfloat16 has few digits) the right one has no advantage.
     """
-    said, memory = [np.zeros((len(OUTCOMES), len(asked)), bool) for _ in variants], variants[0].config.ltm_enabled
-    for pack in packs([question.tokens for question in asked], width, device, size):
+    choices = choices.sort(1).values
+    likeliest = log_p.gather(1, choices).argmax(1, keepdim=True)
+    return choices.gather(1, likeliest)[:, 0] == right
+
+
+def wipe(pack, asked):
+    """The pack without the targets that come before the questions: what is no target is not stored."""
+    kept = torch.zeros_like(pack.targets, dtype=torch.bool).flatten()
+    for i, first, length in pack.places:
+        kept[first + asked[i].begin - 1:first + length - 1] = True
+    kept = kept.view_as(pack.targets)
+    return pack._replace(targets=torch.where(kept, pack.targets, EOT))
+
+
+def last_word(model, final, row, column, log_p_stm, truth, fact):
+    """At the asked positions (row, column), each (B,): log p (B, V), whether the right value was stored, and retrieved.
+
+    `log_p_stm` (B, V): of the backbone. `fact`: flat position whose target is the right value.
+    """
+    memory, never = model.active, torch.zeros_like(truth, dtype=torch.bool)
+    if isinstance(memory, LongTermMemory):
+        read, values, stored, odds = memory.read(final)
+        weight = read.weights(odds)[row, column]
+        retrieved = ((weight > 0) & (values[row] == truth[:, None])).any(1)
+        log_p = mix(log_p_stm[:, None], weight[:, None], values[row])[:, 0]
+        return log_p, stored.flatten()[fact], retrieved
+    if type(memory).distribution is not Memory.distribution:
+        log_p = memory.distribution(model.logits(final.h), final)[row, column]
+        return log_p, never, never
+    return log_p_stm, never, never
+
+
+@torch.no_grad()
+def answer(variants, asked, width, settings, wiped=False, shape=None, note=None):
+    """What models that differ in their memory at the output only say to some questions: Answers of each.
+
+    `wiped`: nothing that came before the question is in memory. width, shape: as in `packs`.
+    """
+    model, device = variants[0], variants[0].device
+    said = [Answers(np.zeros((len(OUTCOMES), len(asked)), bool), np.zeros(len(asked), np.float32)) for _ in variants]
+    for pack in packs([question.tokens for question in asked], width, device, settings, shape):
+        if wiped:
+            pack = wipe(pack, asked)
         numbers, first, length = map(np.array, zip(*pack.places))
-        if wiped:                                                      # what is no target is not stored
-            kept = np.zeros(pack.targets.shape, bool).reshape(-1)
-            for i, start, count in pack.places:
-                kept[start + asked[i].begin - 1:start + count - 1] = True
-            kept = torch.from_numpy(kept).to(device).view_as(pack.targets)
-            pack = pack._replace(targets=torch.where(kept, pack.targets, EOT))
-        h = states(variants[0], pack)
+        h, _ = states(model, pack)
         row, column = (torch.from_numpy(x).to(device) for x in divmod(first + length - 1, width))
-        p_stm = variants[0].logits(h[row, column]).log_softmax(-1)
-        log_p, log_z = fast("log_p", variants[0], h, pack.targets) if memory else (None, None)
-        truth = torch.tensor([asked[i].choices[0] for i in numbers], device=device)
+        log_p_stm = model.logits(h[row, column]).log_softmax(-1)
+        log_p, log_z = fast("log_p", model, pack, h, pack.targets) if model.config.memory_enabled else (None, None)
+        final = Final(h, pack.tokens, pack.targets, log_p, log_z, model.embed_detached, pack.opens)
+        choices = torch.from_numpy(np.stack([asked[i].choices for i in numbers])).to(device)
+        truth = choices[:, 0]
         fact = torch.tensor([f + asked[i].place - 1 for i, f in zip(numbers, first)], device=device)
-        # in order of their ids: where two are equally likely (bfloat16 has few digits) the right one has no advantage
-        choices = torch.from_numpy(np.stack([np.sort(asked[i].choices) for i in numbers])).to(device)
-        for model, outcomes in zip(variants, said):
-            p, stored, retrieved = p_stm, torch.zeros_like(truth), torch.zeros_like(truth)
-            if memory:
-                read, values, kept, odds = model.read(h, pack.tokens, pack.targets, log_p, log_z, pack.opens)
-                weight = read.weights(odds)[row, column]
-                p = mix(p[:, None], weight[:, None], values[row])[:, 0]
-                stored, retrieved = kept.flatten()[fact], ((weight > 0) & (values[row] == truth[:, None])).any(1)
-            picked = choices.gather(1, p.gather(1, choices).argmax(1, keepdim=True))[:, 0]
-            found = torch.stack((picked == truth, p.argmax(1) == truth, stored > 0, retrieved > 0))
-            outcomes[:, numbers] = found.cpu().numpy()
+        for variant, answers in zip(variants, said):
+            p, stored, retrieved = last_word(variant, final, row, column, log_p_stm, truth, fact)
+            found = torch.stack((picked(p, choices, truth), p.argmax(1) == truth, stored, retrieved))
+            answers.outcomes[:, numbers] = found.cpu().numpy()
+            answers.value_nats[numbers] = -p.gather(1, truth[:, None])[:, 0].cpu().numpy()
         if note:
             note(len(numbers))
     return said
+
+
+@torch.no_grad()
+def take_turns(model, dialogues, persistent, settings):
+    """What the model says at the end of the last turns, streaming: forced choice (count,) bool, value_nats (count,).
+
+    One RevenaCache goes through all turns; unless it is `persistent` it is cleared before each.
+    """
+    right, nats = [], []
+    for start in range(0, len(dialogues.turns), settings.together):
+        some = slice(start, start + settings.together)
+        turns = torch.from_numpy(dialogues.turns[some]).to(model.device)
+        choices = torch.from_numpy(dialogues.choices[some]).to(model.device)
+        cache = model.new_cache(len(turns))
+        for turn in turns.unbind(1):
+            if not persistent:
+                cache.clear()
+            log_p = model(turn, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+        truth = choices[:, 0]
+        right.append(picked(log_p, choices, truth).cpu().numpy())
+        nats.append(-log_p.gather(1, truth[:, None])[:, 0].cpu().numpy())
+    return np.concatenate(right), np.concatenate(nats)
+
+
+@torch.no_grad()
+def throughput(models, exam):
+    """Tokens per second that each of {name: model} scores documents, in turn: {name: (repeats,) float64}."""
+    settings, width = exam.settings, exam.rows.shape[1]
+    device = next(iter(models.values())).device
+    ready = list(itertools.islice(packs(exam.texts, width, device, settings), settings.timed))
+    tokens = sum(length - 1 for pack in ready for _, _, length in pack.places)
+    runs = {name: [] for name in models}
+    for repeat in range(settings.repeats + 1):                         # the first warms up
+        for name, model in models.items():
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            for pack in ready:
+                last = score(pack, model)[0].log_p
+            last.sum().item()                                          # waits for the device
+            if repeat:
+                runs[name].append(tokens / (time.perf_counter() - start))
+    return {name: np.array(values) for name, values in runs.items()}
+
+
+# ------------------------------------------------------------------------------------ what was measured of an arm
+
+class Measured(NamedTuple):
+    """The content of an evaluation.safetensors.
+
+    tensors: log_p (T,) float32, hit, stored (T,) bool of all targets of the documents; windows (W,) float32 log p of
+        the rows' counted targets; outcomes (4, Q) bool, value_nats (Q,) of the questions; speed_on, speed_off
+        (repeats,), the second empty where there is no memory to switch off; turns_forced_choice (2, dialogues) bool,
+        turns_value_nats (2, dialogues), persistent and ephemeral.
+    facts: of what, by what and where it was measured; see `expected_of` and `facts_of`.
+    """
+
+    facts: dict
+    tensors: dict
+
+    def documents(self, name, texts):
+        """A tensor over all targets, cut into documents."""
+        ends = np.cumsum([len(text) - 1 for text in texts])
+        return np.split(self.tensors[name], ends[:-1])
+
+
+def digest_of(tensors):
+    """SHA-256 of named arrays."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {tensors[name].shape}".encode())
+        digest.update(tensors[name].tobytes())
+    return digest.hexdigest()
+
+
+def write_measured(path, measured):
+    """Write the file of an arm, atomically."""
+    facts = measured.facts | {"tensors": digest_of(measured.tensors)}
+    text = json.dumps(facts | {"sha256": seal(facts)}, allow_nan=False)
+    write_atomic(path, safetensors.numpy.save(measured.tensors, metadata={"evaluation": text}))
+
+
+def read_measured(path):
+    """The Measured of a file; None where there is none or a byte of it has changed."""
+    try:
+        with safe_open(path, "numpy") as file:
+            facts = json.loads((file.metadata() or {})["evaluation"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        whole = facts["sha256"] == seal(facts) and facts["tensors"] == digest_of(tensors)
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        return None
+    return Measured(facts, tensors) if whole else None
+
+
+def code_of(memory):
+    """Hashes of the files that decide what is measured of an arm with that memory (of ARMS)."""
+    names = ["eval.py", "models.py", "stages.py"]
+    if memory not in {ARMS[arm].memory for arm in SPECIFIED}:
+        names.append("memories.py")
+    return {name: sha256(PROJECT / name) for name in names}
+
+
+def expected_of(found, exam):
+    """What the facts of a file have to be for it to speak of this arm, this code, these data and these settings."""
+    return {"arm": found.arm, "seed": found.seed, "weights": found.weights, "config": found.config,
+            "training": found.settings, "code": code_of(ARMS[found.arm].memory), "data": exam.identity,
+            "evaluation": json.loads(json.dumps(exam.settings.of_an_arm()))}
+
+
+STALE = {
+    "arm": "it is of another arm",
+    "seed": "it is of another seed",
+    "weights": "the weights have changed since",
+    "config": "config.json has changed since",
+    "training": "it is of a training with other settings",
+    "data": "the validation data have changed since",
+    "evaluation": "the settings at the top of eval.py have changed since",
+}
+
+
+def why_measure(measured, expected):
+    """Why an arm has to be measured (again), in words; None: what was measured holds."""
+    if measured is None:
+        return "not measured yet, or the file is damaged"
+    for name, wanted in expected.items():
+        known = measured.facts.get(name)
+        if known == wanted:
+            continue
+        if name == "code":
+            changed = [file for file in wanted if file not in (known or {}) or known[file] != wanted[file]]
+            return f"{' and '.join(changed)} changed since"
+        return STALE[name]
+    return None
+
+
+def facts_of(model, device):
+    """What the tables say of an arm beside what is measured."""
+    config, memory = model.config, model.active
+    own = {} if not config.memory_enabled else memory.set if memory.own else {
+        name: value for name, value in vars(config).items() if name.startswith("ltm_")}
+    backbone = sum(p.numel() for p in model.backbone.parameters())
+    of_memory = sum(p.numel() for p in memory.parameters())
+    state = memory.empty(1, model.device)
+    return {"parameters": backbone + of_memory, "memory_parameters": of_memory,
+            "state_bytes": sum(x.numel() * x.element_size() for x in state.values()),
+            "hit_means": memory.hit_means if config.memory_enabled else "", "memory_settings": own,
+            "window": config.stm_window, "layers": config.n_layer, "slots": config.ltm_slots,
+            "threshold": config.ltm_surprisal_bits, "device": device_name(device), "torch": torch.__version__,
+            "transformers": transformers.__version__, "python": platform.python_version(), "commit": commit()}
+
+
+def measure(model, exam, note=None):
+    """Score the documents, the rows alone and the questions, hold the dialogues, take the time: (tensors, facts of
+    the picture)."""
+    settings, width = exam.settings, exam.rows.shape[1]
+    tally = score_text(model, exam.texts, width, settings, note)
+    windows = score_windows(model, exam.rows, settings)[counted_targets(exam.rows)]
+    answers, = answer([model], exam.questions, width, settings, note=note)
+    tensors = {"log_p": np.concatenate(tally.log_p), "hit": np.concatenate(tally.hit),
+               "stored": np.concatenate(tally.stored), "windows": windows, "outcomes": answers.outcomes,
+               "value_nats": answers.value_nats}
+    if exam.dialogues:
+        turns = [take_turns(model, exam.dialogues, persistent, settings) for persistent in (True, False)]
+        forced, nats = map(np.stack, zip(*turns))
+        tensors |= {"turns_forced_choice": forced, "turns_value_nats": nats}
+    models = {"on": model} | ({"off": memory_off(model)} if model.config.memory_enabled else {})
+    runs = throughput(models, exam)
+    tensors |= {"speed_on": runs["on"], "speed_off": runs.get("off", np.zeros(0))}
+    seen = None
+    if isinstance(model.active, LongTermMemory):
+        seen = observe(model, exam.texts, tally, exam.tokenizer, settings)
+    return tensors, {"observation": seen}
+
+
+def measured_arm(found, exam, place):
+    """The Found and the Measured of a trained arm: read from its file or, where that does not hold, measured and
+    written.
+
+    Raises StageError where it has to be measured and the weights are elsewhere, or where a number is NaN.
+    """
+    path = found.folder / "evaluation.safetensors"
+    measured = read_measured(path)
+    reason = why_measure(measured, expected_of(found, exam))
+    if reason is None:
+        return found, measured
+    if found.source is None:
+        raise StageError(f"{path} can't be compared ({reason}) and there are no weights here to measure again; where "
+                         f"they are, run: {command('eval.py', place.root, place.quick)}")
+    print(f"measuring {found.folder.relative_to(place.root)}: {reason}", flush=True)
+    model, found = load_arm(found.seed, found.arm, place)
+    total = len(exam.texts) + len(exam.questions)
+    with tqdm(total=total, unit="sequence", disable=None, leave=False) as bar:
+        tensors, seen = measure(model, exam, bar.update)
+    numbers = [x for x in tensors.values() if x.dtype.kind == "f"]
+    if not all(np.isfinite(x).all() for x in numbers):
+        raise StageError(f"a metric of {found.folder} is NaN or infinite: the weights are not sane; train again: "
+                         f"{train_command(found.seed, found.arm, place)} --fresh")
+    facts = expected_of(found, exam) | facts_of(model, place.device) | seen
+    facts["folder"], facts["step"] = str(found.source.relative_to(place.root)), found.step
+    tensors = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
+    write_measured(path, Measured(facts, tensors))
+    return found, read_measured(path)
+
+
+# ------------------------------------------------------------------------------------ which arms there are
+
+class Place(NamedTuple):
+    """Where the arms are."""
+
+    root: Path
+    quick: bool
+    device: str
+
+
+class Found(NamedTuple):
+    """A trained arm, verified by its manifest."""
+
+    seed: int
+    arm: str
+    folder: Path                # its own
+    source: Path                # of its weights: its own, or a checkpoint; None: they are elsewhere
+    weights: str                # their hash
+    config: str                 # the hash of config.json
+    step: int
+    settings: dict              # of its training
+
+
+def train_command(seed, arm, place, flags=""):
+    """The command that makes an arm."""
+    return command(f"train.py {arm_flag(arm)}{flags}", place.root, place.quick, seed or None)
+
+
+def newest_checkpoint(folder):
+    """(folder, hash of the weights, step) of the newest checkpoint that is whole; None: there is none."""
+    def age(path):
+        return len(path.name), path.name
+
+    for source in sorted((folder / "checkpoints").glob("step-*"), key=age, reverse=True):
+        try:
+            return source, read_manifest(source)["files"]["model.safetensors"], int(source.name[5:])
+        except (StageError, KeyError, ValueError):
+            continue
+    return None
+
+
+def find_arm(seed, arm, place):
+    """The Found of one trained arm, config and weights verified by its manifest.
+
+    Damaged weights are named, and the newest whole checkpoint is used; without any, what was measured of weights that
+    the manifest knows. Raises StageError where none of these is there.
+    """
+    folder, made_by = arm_folder(place.root, seed, arm), train_command(seed, arm, place)
+    weights = folder / "model.safetensors"
+    # the hash first: a training at work names new weights in the manifest before it puts them in place
+    digest = sha256(weights) if weights.is_file() else None
+    manifest = read_json(folder / "manifest.json", made_by)
+    known, settings = manifest.get("weights"), manifest.get("settings")
+    if not isinstance(settings, dict) or not isinstance(known, dict) or any(type(n) is not int for n in known.values()):
+        raise StageError(f"{folder / 'manifest.json'} is damaged; train again: {made_by} --fresh")
+    checkpoint = None if digest in known else newest_checkpoint(folder)
+    if digest is None and checkpoint is None:
+        measured = read_measured(folder / "evaluation.safetensors")
+        if measured and measured.facts["weights"] in known:
+            digest = measured.facts["weights"]
+            return Found(seed, arm, folder, None, digest, manifest.get("config"), known[digest], settings)
+    config = folder / "config.json"
+    if not config.is_file() or sha256(config) != manifest.get("config"):
+        raise StageError(f"{config} is missing or not the file its manifest names; put that back, or train again: "
+                         f"{made_by} --fresh")
+    if digest in known:
+        return Found(seed, arm, folder, folder, digest, manifest["config"], known[digest], settings)
+    if checkpoint is None:
+        raise StageError(f"{weights} is not the file its manifest names, and no whole checkpoint is left; "
+                         f"train again: {made_by} --fresh")
+    source, digest, step = checkpoint
+    tqdm.write(f"{weights} is damaged; using {source} instead")
+    return Found(seed, arm, folder, source, digest, manifest["config"], step, settings)
+
+
+def load_arm(seed, arm, place):
+    """(model, Found) of one trained arm; raises StageError where its weights are NaN, infinite or not there."""
+    found, made_by = find_arm(seed, arm, place), train_command(seed, arm, place)
+    weights = found.source / "model.safetensors"
+    model = load_model(found.folder, place.device, made_by, weights=weights)
+    if sha256(weights) != found.weights:
+        return load_arm(seed, arm, place)                              # training has replaced them in between
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise StageError(f"{weights} holds weights that are NaN or infinite; train again: {made_by} --fresh")
+    if found.step != found.settings.get("steps"):
+        tqdm.write(f"note: {found.folder} is at step {found.step} of {found.settings.get('steps')}")
+    return lower_precision(model), found
+
+
+def trained_arms(root):
+    """{arm: seeds} in the order of ARMS: the seeds of which the baseline and another arm are there.
+
+    Each arm is compared on the seeds that it shares with the baseline.
+    """
+    names = [path.name[4:] for path in (Path(root) / "trained").glob("seed*")]
+    seeds = sorted({0, *(int(name) for name in names if name.isdecimal())})
+
+    def there(arm, seed):
+        return (arm_folder(root, seed, arm) / "manifest.json").is_file()
+
+    found = {arm: tuple(seed for seed in seeds if there(REFERENCE, seed) and there(arm, seed))
+             for arm in ARMS if arm != REFERENCE}
+    found = {arm: own for arm, own in found.items() if own}
+    if not found:
+        return dict.fromkeys(SPECIFIED, (0,))                          # find_arm says what is missing
+    return {REFERENCE: tuple(sorted(set().union(*found.values())))} | found
+
+
+OWN = ("arm", "seed", "memory", "memory_settings", "backbone", "replay", "init", "init_config")    # of a training
+
+
+def shared_settings(found):
+    """What the trainings of all arms have to have in common."""
+    return {name: value for name, value in found.settings.items() if name not in OWN}
+
+
+def check_comparable(found, meta, place):
+    """Raise StageError where the arm is not the only thing that differs: the data, the settings, the steps taken and,
+    within a seed, the initial weights of the specification's arms have to be the same."""
+    first, inits = found[0], {}
+    for one in found:
+        name = one.folder.relative_to(place.root)
+        if one.settings.get("data") != meta["splits"]["train"]["sha256"]:
+            raise StageError(f"{name} was trained on other data than {place.root}/data now holds; put that data back, "
+                             f"or train again: {train_command(one.seed, one.arm, place)} --fresh")
+        mine, theirs = shared_settings(one), shared_settings(first)
+        differing = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
+        if one.arm in SPECIFIED and inits.setdefault(one.seed, one.settings.get("init")) != one.settings.get("init"):
+            differing.append("initial weights")
+        if not differing:
+            continue
+        again = command("./run_all.sh --fresh", place.root, place.quick)
+        if set(differing) <= {"steps", "chained"}:
+            flags = f" --chained {theirs['chained']:g}" if theirs.get("chained") else ""
+            flags += f" --steps {theirs['steps']}"
+            again = f"{train_command(one.seed, one.arm, place, flags)} --fresh"
+        raise StageError(f"{name} was trained differently from {first.folder.relative_to(place.root)} "
+                         f"({', '.join(differing)}); train again: {again}")
+    furthest = max(one.step for one in found)
+    for one in found:
+        if one.step != furthest:
+            raise StageError(f"{(one.source or one.folder).relative_to(place.root)} is at step {one.step}, not at "
+                             f"{furthest} as others are; go on with: {train_command(one.seed, one.arm, place)} --resume")
+
+
+def gather(exam, meta, place):
+    """What was measured of every trained arm, measured now where it has to be: ({(arm, seed): Measured}, {arm:
+    seeds}).
+
+    Raises StageError where arms can't be compared.
+    """
+    arms = trained_arms(place.root)
+    found = [find_arm(seed, arm, place) for arm, seeds in arms.items() for seed in seeds]
+    check_comparable(found, meta, place)
+    measured = {}
+    for number, one in enumerate(found):
+        found[number], measured[one.arm, one.seed] = measured_arm(one, exam, place)
+    check_comparable(found, meta, place)                               # a training may have gone on beside this
+    return measured, arms
 
 
 # ------------------------------------------------------------------------------------ statistics
@@ -346,29 +992,76 @@ def paired_difference(first, second):
     return {"mean": (other - only) / n, "ci95": [max(-1.0, centre - half), min(1.0, centre + half)]}
 
 
-def paired_bootstrap(bits, characters):
-    """Bits per character of both arms and their difference, seeds and documents resampled together.
+def holm(p):
+    """{name: p} adjusted for being several (Holm 1979): the smallest times their number, the next times one less .."""
+    adjusted, highest = {}, 0.0
+    for rank, name in enumerate(sorted(p, key=p.get)):
+        highest = max(highest, min(1.0, (len(p) - rank) * p[name]))
+        adjusted[name] = highest
+    return {name: adjusted[name] for name in p}
 
-    Args: bits {arm: (seeds, documents)}, characters (documents,).
-    Returns: {arm: {"per_seed", "ci95"}, "difference": {"mean", "ci95"}, "ratio", "verdict"}.
+
+def interval(samples):
+    """The middle 95% of bootstrap samples: [low, high]."""
+    return np.quantile(samples, (0.025, 0.975)).tolist()
+
+
+def two_sided(samples):
+    """Two-sided p of bootstrap samples of a difference: how much of them lies beyond zero, both ways.
+
+    It is below 0.05 where the middle 95% exclude zero; never 0, which no number of samples shows.
     """
-    draw = np.random.default_rng(SEED)
-    seeds, count = bits[ARMS[0]].shape
-    samples = {arm: np.empty(BOOTSTRAP) for arm in ARMS}
-    for b in range(BOOTSTRAP):
+    beyond = min((samples >= 0).sum(), (samples <= 0).sum())
+    return min(1.0, 2 * (int(beyond) + 1) / (len(samples) + 1))
+
+
+def resample(bits, seeds, characters, settings):
+    """Bits per character of each arm, and of the baseline on the arm's seeds, documents and seeds drawn again.
+
+    All arms by the same draws; where an arm lacks seeds that the baseline has, its seeds are drawn by themselves.
+    Args: as `paired_bootstrap`. Returns: {arm: (2, settings.bootstrap)}, its own and the baseline's.
+    """
+    draw, apart = (np.random.default_rng(seed) for seed in (settings.seed, (settings.seed, 1)))
+    every, count = seeds[REFERENCE], len(characters)
+    groups = sorted(set(seeds.values()) - {every})
+    samples = {arm: np.empty((2, settings.bootstrap)) for arm in bits}
+    for b in range(settings.bootstrap):
         chosen = np.bincount(draw.integers(0, count, count), minlength=count)
-        which = draw.integers(0, seeds, seeds)
-        total = (characters @ chosen) * seeds
-        for arm in ARMS:
-            samples[arm][b] = (bits[arm] @ chosen)[which].sum() / total
-    interval = lambda values: np.quantile(values, (0.025, 0.975)).tolist()
-    result = {arm: {"per_seed": (bits[arm].sum(1) / characters.sum()).tolist(), "ci95": interval(samples[arm])}
-              for arm in ARMS}
-    mean = {arm: statistics.fmean(result[arm]["per_seed"]) for arm in ARMS}
-    low, high = interval(samples["with_ltm"] - samples["baseline"])
-    result["difference"] = {"mean": mean["with_ltm"] - mean["baseline"], "ci95": [low, high]}
-    result["ratio"] = mean["with_ltm"] / mean["baseline"]
-    result["verdict"] = "helps" if high < 0 else "hurts" if low > 0 else "inconclusive"
+        which = {every: draw.integers(0, len(every), len(every))}
+        which |= {group: apart.integers(0, len(group), len(group)) for group in groups}
+        sums = {arm: own @ chosen for arm, own in bits.items()}
+        total = characters @ chosen
+        for arm, own in sums.items():
+            theirs = sums[REFERENCE][[every.index(seed) for seed in seeds[arm]]]
+            drawn = which[seeds[arm]]
+            samples[arm][:, b] = own[drawn].sum() / (total * len(drawn)), theirs[drawn].sum() / (total * len(drawn))
+    return samples
+
+
+def paired_bootstrap(bits, seeds, characters, settings):
+    """Bits per character of each arm and its difference from the baseline, seeds and documents resampled together.
+
+    Args: bits {arm: (seeds, documents)}, seeds {arm: their numbers}, characters (documents,).
+    Returns: {arm: {"per_seed", "ci95"} and, but for the baseline, "difference": {"mean", "ci95"}, "ratio", "p",
+    "p_holm", "verdict"}.
+    """
+    samples = resample(bits, seeds, characters, settings)
+    result = {arm: {"per_seed": (own.sum(1) / characters.sum()).tolist(), "ci95": interval(samples[arm][0])}
+              for arm, own in bits.items()}
+    of_baseline = dict(zip(seeds[REFERENCE], result[REFERENCE]["per_seed"]))
+    others = [arm for arm in bits if arm != REFERENCE]
+    for arm in others:
+        mean = statistics.fmean(result[arm]["per_seed"])
+        baseline = statistics.fmean(of_baseline[seed] for seed in seeds[arm])
+        own, theirs = samples[arm]
+        result[arm]["difference"] = {"mean": mean - baseline, "ci95": interval(own - theirs)}
+        result[arm]["ratio"] = mean / baseline
+        result[arm]["p"] = two_sided(own - theirs)
+    adjusted = holm({arm: result[arm]["p"] for arm in others})
+    for arm, p in adjusted.items():
+        better = result[arm]["difference"]["mean"] < 0
+        result[arm]["p_holm"] = p
+        result[arm]["verdict"] = "inconclusive" if p > SIGNIFICANT else "helps" if better else "hurts"
     return result
 
 
@@ -395,243 +1088,317 @@ def kinds_of_target(tokens, stored, window, slots):
     return kinds
 
 
-# ------------------------------------------------------------------------------------ the evaluation
+# ------------------------------------------------------------------------------------ the tables
 
-def train_command(root, seed, arm, quick):
-    """The command that makes an arm."""
-    return command("train.py --with-ltm" if arm == "with_ltm" else "train.py --baseline", root, quick, seed or None)
+class Evidence(NamedTuple):
+    """What was measured of all arms, and of what."""
 
+    measured: dict              # {(arm, seed): Measured}
+    seeds: dict                 # {arm: seeds}, the baseline first
+    exam: Exam
 
-def load_arm(root, seed, arm, device, quick):
-    """(model, entry for results.json, settings) of one trained arm, config and weights verified by its manifest.
+    @property
+    def others(self):
+        """All arms but the baseline."""
+        return [arm for arm in self.seeds if arm != REFERENCE]
 
-    Damaged weights are named, and the newest whole checkpoint is used; none: StageError.
-    """
-    folder, made_by = arm_folder(root, seed, arm), train_command(root, seed, arm, quick)
-    weights, source = folder / "model.safetensors", folder
-    # the hash first: a training at work names new weights in the manifest before it puts them in place
-    digest = sha256(weights) if weights.is_file() else None
-    manifest = read_json(folder / "manifest.json", made_by)
-    known, settings = manifest.get("weights"), manifest.get("settings")
-    if not isinstance(settings, dict) or not isinstance(known, dict) or any(type(n) is not int for n in known.values()):
-        raise StageError(f"{folder / 'manifest.json'} is damaged; train again: {made_by} --fresh")
-    config = folder / "config.json"
-    if not config.is_file() or sha256(config) != manifest.get("config"):
-        raise StageError(f"{config} is missing or not the file its manifest names; put that back, or train again: "
-                         f"{made_by} --fresh")
-    if digest not in known:
-        checkpoints = (folder / "checkpoints").glob("step-*")
-        for source in sorted(checkpoints, key=lambda path: (len(path.name), path.name), reverse=True):
-            try:
-                digest, step = read_manifest(source)["files"]["model.safetensors"], int(source.name[5:])
-                break
-            except (StageError, KeyError, ValueError):
-                continue
-        else:
-            raise StageError(f"{weights} is not the file its manifest names, and no whole checkpoint is left; "
-                             f"train again: {made_by} --fresh")
-        tqdm.write(f"{weights} is damaged; using {source} instead")
-    else:
-        step = known[digest]
-    model = load_model(folder, device, made_by, weights=source / "model.safetensors")
-    if sha256(source / "model.safetensors") != digest:
-        return load_arm(root, seed, arm, device, quick)                # training has replaced them in between
-    if not all(p.isfinite().all() for p in model.parameters()):
-        raise StageError(f"{source / 'model.safetensors'} holds weights that are NaN or infinite; "
-                         f"train again: {made_by} --fresh")
-    if step != settings.get("steps"):
-        tqdm.write(f"note: {folder} is at step {step} of {settings.get('steps')}")
-    entry = {"seed": seed, "folder": str(source.relative_to(root)), "sha256": digest, "step": step,
-             "config_sha256": manifest["config"]}
-    return lower_precision(model), entry, settings
+    def of(self, arm):
+        """What was measured of an arm, seed by seed."""
+        return [self.measured[arm, seed] for seed in self.seeds[arm]]
+
+    def first(self, arm):
+        """What was measured of an arm's first seed."""
+        return self.of(arm)[0]
+
+    def paired(self, arm):
+        """What was measured of the baseline on the seeds of an arm."""
+        return [self.measured[REFERENCE, seed] for seed in self.seeds[arm]]
+
+    def bits(self, measured):
+        """Bits of all targets of the documents, mean over some seeds: (T,)."""
+        return np.mean([bits(one.tensors["log_p"]) for one in measured], 0)
 
 
-def seeds_of(root):
-    """Seeds of which both arms are there."""
-    names = [path.name[4:] for path in (Path(root) / "trained").glob("seed*")]
-    found = sorted({0, *(int(name) for name in names if name.isdecimal())})
-    both = [seed for seed in found if all((arm_folder(root, seed, arm) / "manifest.json").is_file() for arm in ARMS)]
-    return both or [0]                                                 # load_arm says what is missing
+def summarise_bpc(evidence):
+    """(bpc, bpc_windows) of results.json: whole documents, and rows alone."""
+    exam, settings = evidence.exam, evidence.exam.settings
+    whole, alone = {}, {}
+    counted = counted_targets(exam.rows)
+    opening = np.cumsum(exam.rows[:, 0] == EOT) - 1                    # document of each row
+    for arm in evidence.seeds:
+        whole[arm] = np.stack([[bits(part).sum() for part in one.documents("log_p", exam.texts)]
+                               for one in evidence.of(arm)])
+        alone[arm] = []
+        for one in evidence.of(arm):
+            each = np.zeros(counted.shape)
+            each[counted] = bits(one.tensors["windows"])
+            alone[arm].append(np.bincount(opening, each.sum(1)))
+        alone[arm] = np.stack(alone[arm])
+    characters = np.array([exam.per_token[text].sum() for text in exam.texts], float)
+    of_windows = np.bincount(opening, np.where(counted, exam.per_token[exam.rows[:, 1:]], 0).sum(1))
+    return (paired_bootstrap(whole, evidence.seeds, characters, settings),
+            paired_bootstrap(alone, evidence.seeds, of_windows, settings))
 
 
-def gather_models(root, meta, device, quick):
-    """Every trained model: ({(arm, seed): model}, {arm: entries for results.json}, the settings they share).
+class Recall:
+    """The recall part of results.json: means over formats and seeds, the same questions for every arm."""
 
-    Raises StageError where the memory is not the only thing that differs: the data, the settings, the steps taken
-    and, within a seed, the initial weights have to be the same.
-    """
-    again = command("./run_all.sh --fresh", root, quick)
-    models, entries, shared = {}, {arm: [] for arm in ARMS}, None
-    for seed in seeds_of(root):
-        inits = set()
-        for arm in ARMS:
-            models[arm, seed], entry, settings = load_arm(root, seed, arm, device, quick)
-            entries[arm].append(entry)
-            inits.add(str(settings.get("init")))
-            settings = {name: value for name, value in settings.items() if name not in ("arm", "init", "seed")}
-            if settings.get("data") != meta["splits"]["train"]["sha256"]:
-                raise StageError(f"{entry['folder']} was trained on other data than {root}/data now holds; put that "
-                                 f"data back, or train again: {train_command(root, seed, arm, quick)} --fresh")
-            shared = shared or settings
-            if settings != shared or len(inits) > 1:
-                raise StageError(f"{entry['folder']} was trained differently from {entries[ARMS[0]][0]['folder']}; "
-                                 f"train all again: {again}")
-    furthest = max(entry["step"] for arm in ARMS for entry in entries[arm])
-    for arm, entry in ((arm, entry) for arm in ARMS for entry in entries[arm]):
-        if entry["step"] != furthest:
-            raise StageError(f"{entry['folder']} is at step {entry['step']}, not at {furthest} as others are; go on "
-                             f"with: {train_command(root, entry['seed'], arm, quick)} --resume")
-    return models, entries, shared
+    def __init__(self, evidence):
+        self.evidence, self.exam = evidence, evidence.exam
+        self.outcomes, self.nats = {}, {}
+        for key, one in evidence.measured.items():
+            self.outcomes[key] = self.exam.split(one.tensors["outcomes"])
+            self.nats[key] = self.exam.split(one.tensors["value_nats"])
 
+    def at(self, distances, forms=None):
+        """The cells of some distances without distractors."""
+        return [(form, distance, 0) for form in forms or self.exam.settings.forms for distance in distances]
 
-def throughput(models, sequences, width, device):
-    """Tokens per second that each of {name: model} scores, in turn: {name: {"median", "runs"}}."""
-    ready = [pack for _, pack in zip(range(TIMED), packs(sequences, width, device))]
-    tokens = sum(length - 1 for pack in ready for _, _, length in pack.places)
-    runs = {name: [] for name in models}
-    for repeat in range(REPEATS + 1):                                  # the first warms up
-        for name, model in models.items():
-            if device == "cuda":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            with torch.no_grad():
-                for pack in ready:
-                    last = score(pack, model)[0].log_p
-            last.sum().item()                                          # waits for the device
-            if repeat:
-                runs[name].append(tokens / (time.perf_counter() - start))
-    return {name: {"median": statistics.median(values), "runs": values} for name, values in runs.items()}
-
-
-class Measured(NamedTuple):
-    """What was measured, before any mean or interval."""
-
-    tallies: dict               # {(arm, seed): Tally of the documents}
-    windows: dict               # {(arm, seed): (documents,) bits of the rows taken alone}
-    window_characters: np.ndarray       # (documents,) of the tokens that `windows` counts
-    recall: dict                # {(arm, seed, (form, distance, distractors)): what `answer` gives}
-    speed: dict                 # {arm: {"median", "runs"}}
-
-
-def measure(models, texts, rows, asked, per_token, device):
-    """Score the documents, the rows alone and the questions with every model, then time both arms: Measured."""
-    width, seeds = rows.shape[1], sorted({seed for _, seed in models})
-    opening = np.cumsum(rows[:, 0] == EOT) - 1                         # document of each row
-    tallies, windows, recall = {}, {}, {}
-    block = [question for cell in asked.values() for question in cell]
-    starts = np.cumsum([0, *map(len, asked.values())])
-    with tqdm(total=len(models) * (len(texts) + len(block)), unit="sequence", disable=None) as bar:
-        for key, model in models.items():
-            tallies[key] = score_text(model, texts, width, device, bar.update)
-            bits, counted = score_windows(model, rows, device)
-            windows[key] = np.bincount(opening, np.where(counted, bits, 0).sum(1))
-        for (arm, seed), model in models.items():
-            outcomes, = answer([model], block, width, device, note=bar.update)
-            for cell, start in zip(asked, starts):
-                recall[arm, seed, cell] = outcomes[:, start:start + len(asked[cell])]
-        speed = throughput({arm: models[arm, seeds[0]] for arm in ARMS}, texts, width, device)
-    characters = np.bincount(opening, np.where(counted, per_token[rows[:, 1:]], 0).sum(1))
-    return Measured(tallies, windows, characters, recall, speed)
-
-
-def summarise_recall(recall, seeds, config, distracted):
-    """The recall part of results.json: means over formats and seeds, the same questions for every model.
-
-    `distracted`: {distractors: {form: distance}}.
-    """
-    def gather(arm, outcome, cells):
+    def gather(self, arm, outcome, cells, seeds=None):
         """One of the OUTCOMES on some cells: bool (seeds, questions)."""
-        return np.stack([np.concatenate([recall[arm, seed, cell][OUTCOMES.index(outcome)] for cell in cells])
-                         for seed in seeds])
+        row = OUTCOMES.index(outcome)
+        return np.stack([np.concatenate([self.outcomes[arm, seed][cell][row] for cell in cells])
+                         for seed in seeds or self.evidence.seeds[arm]])
 
-    def share(*cells):
+    def share(self, arm, outcome, cells):
         """The mean, and Wilson's interval: the seeds' answers to a question count as one."""
-        right = gather(*cells)
-        return {"mean": float(right.mean()), "ci95": wilson(right.sum() / len(seeds), right.shape[1])}
+        right = self.gather(arm, outcome, cells)
+        return {"mean": float(right.mean()), "ci95": wilson(right.sum() / len(right), right.shape[1])}
 
-    def of_answered(arm, cells):
+    def by_format(self, arm, outcome, distances):
+        """{form: share} over some distances."""
+        return {form: self.share(arm, outcome, self.at(distances, [form]))["mean"]
+                for form in self.exam.settings.forms}
+
+    def of_answered(self, arm, cells):
         """Of the questions answered rightly, the share where the right item had been retrieved."""
-        right = gather(arm, "forced_choice", cells)
-        return float(gather(arm, "retrieved", cells)[right].mean()) if right.any() else 0.0
+        right = self.gather(arm, "forced_choice", cells)
+        return float(self.gather(arm, "retrieved", cells)[right].mean()) if right.any() else 0.0
 
-    at = lambda distances, forms=FORMATS: [(form, distance, 0) for form in forms for distance in distances]
-    summary = {"chance": 1 / FACTS, "window": config.stm_window, "distances": list(DISTANCES),
-               "receptive_field": config.n_layer * (config.stm_window - 1) + 1,
-               "trials_per_distance": len(FORMATS) * TRIALS, "seeds": len(seeds)}
-    for arm in ARMS:
-        part = summary[arm] = {}
+    def value_nats(self, arm, cells):
+        """Mean -ln p of the right value."""
+        return float(np.mean([self.nats[arm, seed][cell] for seed in self.evidence.seeds[arm] for cell in cells],
+                             dtype=np.float64))
+
+    def pair(self, arm, distances):
+        """Right answers of the baseline and of an arm, on the arm's seeds."""
+        seeds, cells = self.evidence.seeds[arm], self.at(distances)
+        return (self.gather(REFERENCE, "forced_choice", cells, seeds),
+                self.gather(arm, "forced_choice", cells, seeds))
+
+    def test(self, arm, distances):
+        """p of the seed where the arm differs least from the baseline."""
+        return max(map(mcnemar, *self.pair(arm, distances)))
+
+    def curve(self, arm):
+        """One arm, a value for each distance."""
+        cells = [self.at([distance]) for distance in self.exam.distances]
+        part = {}
         for name in OUTCOMES:
-            shares = [share(arm, name, at([distance])) for distance in DISTANCES]
-            part[name], part[f"{name}_ci95"] = [x["mean"] for x in shares], [x["ci95"] for x in shares]
+            shares = [self.share(arm, name, some) for some in cells]
+            part[name] = [share["mean"] for share in shares]
+            part[f"{name}_ci95"] = [share["ci95"] for share in shares]
+        part["value_nats"] = [self.value_nats(arm, some) for some in cells]
         for outcome, name in (("forced_choice", "by_format"), ("top1", "top1_by_format")):
-            part[name] = {form: [share(arm, outcome, at([distance], [form]))["mean"] for distance in DISTANCES]
-                          for form in FORMATS}
-        part["retrieved_of_answered"] = [of_answered(arm, at([distance])) for distance in DISTANCES]
-    # of the seed where the arms differ least
-    test = lambda distances: max(map(mcnemar, *(gather(arm, "forced_choice", at(distances)) for arm in ARMS)))
-    summary["mcnemar_p"] = [test([distance]) for distance in DISTANCES]
+            by_distance = [self.by_format(arm, outcome, [distance]) for distance in self.exam.distances]
+            part[name] = {form: [shares[form] for shares in by_distance] for form in self.exam.settings.forms}
+        part["retrieved_of_answered"] = [self.of_answered(arm, some) for some in cells]
+        if arm != REFERENCE:
+            part["mcnemar_p"] = [self.test(arm, [distance]) for distance in self.exam.distances]
+        return part
 
-    far = summary["long_range"] = {"distances": list(LONG_RANGE)}
-    right = {arm: gather(arm, "forced_choice", at(LONG_RANGE)) for arm in ARMS}
-    for arm in ARMS:
-        top = share(arm, "top1", at(LONG_RANGE))
-        far[arm] = {**share(arm, "forced_choice", at(LONG_RANGE)), "per_seed": right[arm].mean(1).tolist(),
-                    "top1": top["mean"], "top1_ci95": top["ci95"],
-                    "by_format": {form: share(arm, "forced_choice", at(LONG_RANGE, [form]))["mean"]
-                                  for form in FORMATS},
-                    "retrieved_of_answered": of_answered(arm, at(LONG_RANGE))}
-    p = far["mcnemar_p"] = test(LONG_RANGE)
-    far["difference"] = paired_difference(*right.values())
-    signs = {np.sign(b - a) for a, b in zip(*(far[arm]["per_seed"] for arm in ARMS))}
-    far["verdict"] = "inconclusive" if p > 0.05 or len(signs) > 1 else "helps" if signs == {1} else "hurts"
+    def long_range(self):
+        """Over the distances beyond the window: each arm, and its difference from the baseline."""
+        far, arms = self.exam.far, {}
+        cells = self.at(far)
+        for arm in self.evidence.seeds:
+            top = self.share(arm, "top1", cells)
+            arms[arm] = self.share(arm, "forced_choice", cells) | {
+                "per_seed": self.gather(arm, "forced_choice", cells).mean(1).tolist(),
+                "top1": top["mean"], "top1_ci95": top["ci95"], "value_nats": self.value_nats(arm, cells),
+                "by_format": self.by_format(arm, "forced_choice", far),
+                "retrieved_of_answered": self.of_answered(arm, cells)}
+        tests = {arm: self.test(arm, far) for arm in self.evidence.others}
+        for arm, p in holm(tests).items():
+            first, second = self.pair(arm, far)
+            signs = set(np.sign(second.mean(1) - first.mean(1)))
+            clear = p <= SIGNIFICANT and len(signs) == 1
+            arms[arm] |= {"difference": paired_difference(first, second), "mcnemar_p": tests[arm], "p_holm": p,
+                          "verdict": "inconclusive" if not clear else "helps" if signs == {1} else "hurts"}
+        return {"distances": far, "arms": arms}
 
-    summary["distractors"] = []
-    for extra, distances in distracted.items():
-        row, cells = {"facts": extra, "distance": distances}, [(*item, extra) for item in distances.items()]
-        for arm in ARMS:
-            shares = {name: share(arm, name, cells) for name in OUTCOMES}
-            row[arm] = {name: x["mean"] for name, x in shares.items()} | {
-                "ci95": shares["forced_choice"]["ci95"], "retrieved_of_answered": of_answered(arm, cells),
-                "by_format": {cell[0]: share(arm, "forced_choice", [cell])["mean"] for cell in cells}}
-        summary["distractors"].append(row)
+    def distracted(self, extra, distances):
+        """A row for so many distractors."""
+        cells, arms = [(form, distance, extra) for form, distance in distances.items()], {}
+        for arm in self.evidence.seeds:
+            shares = {name: self.share(arm, name, cells) for name in OUTCOMES}
+            arms[arm] = {name: share["mean"] for name, share in shares.items()} | {
+                "ci95": shares["forced_choice"]["ci95"], "retrieved_of_answered": self.of_answered(arm, cells),
+                "by_format": {cell[0]: self.share(arm, "forced_choice", [cell])["mean"] for cell in cells}}
+        return {"facts": extra, "distance": distances, "arms": arms}
+
+    def summary(self):
+        """All of it."""
+        settings, facts = self.exam.settings, self.evidence.first(REFERENCE).facts
+        return {"chance": 1 / settings.facts, "window": facts["window"],
+                "receptive_field": facts["layers"] * (facts["window"] - 1) + 1, "distances": self.exam.distances,
+                "trials_per_distance": len(settings.forms) * settings.trials,
+                "seeds": len(self.evidence.seeds[REFERENCE]),
+                "arms": {arm: self.curve(arm) for arm in self.evidence.seeds}, "long_range": self.long_range(),
+                "distractors": [self.distracted(*row) for row in self.exam.distractors.items()]}
+
+
+def summarise_turns(evidence):
+    """What each arm knows in the third turn of a dialogue of what was said in the first, its cache kept or cleared
+    between turns; None where there was no text for dialogues."""
+    if evidence.exam.dialogues is None:
+        return None
+    summary = {}
+    for arm in evidence.seeds:
+        right = np.stack([one.tensors["turns_forced_choice"] for one in evidence.of(arm)])     # (seeds, 2, dialogues)
+        nats = np.stack([one.tensors["turns_value_nats"] for one in evidence.of(arm)])
+        summary[arm] = {}
+        for number, name in enumerate(("persistent", "ephemeral")):
+            mine = right[:, number]
+            summary[arm][name] = {"forced_choice": float(mine.mean()),
+                                  "forced_choice_ci95": wilson(mine.sum() / len(mine), mine.shape[1]),
+                                  "value_nats": float(nats[:, number].mean(dtype=np.float64))}
+        summary[arm]["trials"] = right.shape[2]
     return summary
 
 
-def summarise_speed(speed):
-    """The throughput part of results.json: what `throughput` gives, and the ratio of the medians with its interval."""
-    runs = np.array([speed[arm]["runs"] for arm in ARMS])              # (2, REPEATS): both arms in turn
-    chosen = np.random.default_rng(SEED).integers(0, runs.shape[1], (BOOTSTRAP, runs.shape[1]))
-    medians = np.median(runs[:, chosen], axis=2)
-    low, high = np.quantile(medians[1] / medians[0], (0.025, 0.975)).tolist()
-    return {**speed, "ratio": speed["with_ltm"]["median"] / speed["baseline"]["median"], "ratio_ci95": [low, high],
-            "verdict": "helps" if low > 1 else "hurts" if high < 1 else "inconclusive"}
+def summarise_speed(on, off, settings):
+    """The throughput of one arm, and by that of the same model with its memory off, timed in turn."""
+    on, off = np.asarray(on), np.asarray(off)
+    part = {"median": statistics.median(on.tolist()), "runs": on.tolist()}
+    if not len(off):
+        return part
+    chosen = np.random.default_rng(settings.seed).integers(0, len(on), (settings.bootstrap, len(on)))
+    low, high = interval(np.median(on[chosen], axis=1) / np.median(off[chosen], axis=1))
+    return part | {"off_runs": off.tolist(), "ratio": part["median"] / statistics.median(off.tolist()),
+                   "ratio_ci95": [low, high],
+                   "verdict": "helps" if low > 1 else "hurts" if high < 1 else "inconclusive"}
 
 
-def summarise_gain(tallies, texts, per_token, seeds, config):
-    """Where the gain in bits comes from, mean over seeds: (by place in the document, by kind of target).
+def summarise_training(folder):
+    """What history.jsonl of a training says: median tokens a second, and the last loss; null where it says nothing."""
+    rates, loss = [], None
+    path = folder / "history.jsonl"
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        try:
+            entry = json.loads(line, parse_constant=int)               # int("NaN") is a ValueError
+            loss = float(entry["loss"])
+            rates.append(float(entry["tok/sec"]))
+        except (ValueError, KeyError, TypeError):
+            continue
+    return {"tokens_per_sec": statistics.median(rates) if rates else None, "loss": loss}
 
-    What is in memory is what the first seed's model stored.
-    """
-    place = np.concatenate([np.arange(len(text) - 1) for text in texts])
-    characters = np.concatenate([per_token[text[1:]] for text in texts])
-    bits = {arm: np.mean([np.concatenate(tallies[arm, seed].bits) for seed in seeds], 0) for arm in ARMS}
 
+def position_of_bits(evidence):
+    """Bits per character by the place in the document, mean over seeds."""
+    exam = evidence.exam
+    place = np.concatenate([np.arange(len(text) - 1) for text in exam.texts])
+    characters = np.concatenate([exam.per_token[text[1:]] for text in exam.texts])
     edges = [0, 64, 128, 256, 512, 1024, 2048]
     inside = [((place >= low) & (place < high), low, high) for low, high in zip(edges, edges[1:])]
     inside = [(mask, low, high) for mask, low, high in inside if characters[mask].any()]
-    position = {"edges": [low for _, low, _ in inside] + [inside[-1][2]],
-                **{arm: [float(bits[arm][mask].sum() / characters[mask].sum()) for mask, *_ in inside] for arm in ARMS}}
+    arms = {}
+    for arm in evidence.seeds:
+        all_bits = evidence.bits(evidence.of(arm))
+        arms[arm] = [float(all_bits[mask].sum() / characters[mask].sum()) for mask, *_ in inside]
+    return {"edges": [low for _, low, _ in inside] + [inside[-1][2]], "arms": arms}
 
-    kinds = np.concatenate([kinds_of_target(text, stored > 0, config.stm_window, config.ltm_slots)
-                            for text, stored in zip(texts, tallies["with_ltm", seeds[0]].stored)])
-    gain, targets = bits["baseline"] - bits["with_ltm"], {}
-    for number, name in enumerate(("new in the document", "last seen inside the window",
-                                   "last seen beyond the window, in memory", "last seen beyond both")):
+
+KINDS = ("new in the document", "last seen inside the window", "last seen beyond the window, in memory",
+         "last seen beyond both")
+
+
+def kinds_of_all(evidence):
+    """The kind of every target, the same for all arms (T,): what is in memory is what the LTM's first seed stored or,
+    where there is no LTM, what would be stored by the baseline's surprisal."""
+    texts, facts = evidence.exam.texts, evidence.first(REFERENCE).facts
+    if "with_ltm" in evidence.seeds:
+        facts = evidence.first("with_ltm").facts
+        stored = evidence.first("with_ltm").documents("stored", texts)
+    else:
+        log_p = evidence.first(REFERENCE).documents("log_p", texts)
+        stored = [bits(part) > facts["threshold"] for part in log_p]
+    return np.concatenate([kinds_of_target(text, flags, facts["window"], facts["slots"])
+                           for text, flags in zip(texts, stored)])
+
+
+def targets_of_gain(evidence):
+    """Where the gain in bits comes from, by what kind of target it is: {kind: {"share_of_tokens", "arms",
+    "share_of_gain"}}."""
+    kinds = kinds_of_all(evidence)
+    own = {arm: evidence.bits(evidence.of(arm)) for arm in evidence.seeds}
+    gain = {arm: evidence.bits(evidence.paired(arm)) - own[arm] for arm in evidence.others}
+    targets = {}
+    for number, name in enumerate(KINDS):
         kind = kinds == number
-        targets[name] = {"share_of_tokens": float(kind.mean()),
-                         "share_of_gain": float(gain[kind].sum() / (gain.sum() or 1.0)),
-                         **{arm: float(bits[arm][kind].mean()) if kind.any() else 0.0 for arm in ARMS}}
-    return position, targets
+        targets[name] = {
+            "share_of_tokens": float(kind.mean()),
+            "arms": {arm: float(x[kind].mean()) if kind.any() else 0.0 for arm, x in own.items()},
+            "share_of_gain": {arm: float(x[kind].sum() / (x.sum() or 1.0)) for arm, x in gain.items()}}
+    return targets
+
+
+def about_arm(evidence, arm):
+    """What an arm is, and which checkpoints were measured."""
+    facts = evidence.first(arm).facts
+    checkpoints = []
+    for seed, one in zip(evidence.seeds[arm], evidence.of(arm)):
+        its = one.facts
+        checkpoints.append({"seed": seed, "folder": its["folder"], "sha256": its["weights"],
+                            "config_sha256": its["config"], "step": its["step"], "measured_on": its["device"],
+                            "commit": its["commit"]})
+    return {"label": ARMS[arm].label, "parameters": facts["parameters"],
+            "memory_parameters": facts["memory_parameters"], "state_bytes": facts["state_bytes"],
+            "hit_means": facts["hit_means"], "settings": facts["memory_settings"], "checkpoints": checkpoints}
+
+
+def about_run(evidence):
+    """Where and with what all this was trained and measured."""
+    everything = [one.facts for arm in evidence.seeds for one in evidence.of(arm)]
+
+    def all_of(name):
+        return ", ".join(dict.fromkeys(facts[name] for facts in everything))
+
+    first = everything[0]
+    training = {name: value for name, value in first["training"].items() if name not in OWN}
+    versions = {name: all_of(name) for name in ("device", "torch", "transformers", "python")}
+    return versions | {"commit": commit(), "seeds": list(evidence.seeds[REFERENCE]), "steps": first["step"],
+                       "settings": training, "evaluation": seal(dataclasses.asdict(evidence.exam.settings))}
+
+
+def assemble(evidence, meta, root):
+    """results.json, from what was measured of the arms."""
+    exam, settings = evidence.exam, evidence.exam.settings
+    bpc, windows = summarise_bpc(evidence)
+    recall = Recall(evidence).summary()
+    far = recall["long_range"]["arms"]
+    speed, hits, training = {}, {}, {}
+    for arm in evidence.seeds:
+        tensors = evidence.first(arm).tensors
+        speed[arm] = summarise_speed(tensors["speed_on"], tensors["speed_off"], settings)
+        each = [float(one.tensors["hit"].mean()) for one in evidence.of(arm)]
+        routed = [float(one.tensors["stored"].mean()) for one in evidence.of(arm)]
+        hits[arm] = {"mean": statistics.fmean(each), "per_seed": each, "routed_token_ratio": statistics.fmean(routed)}
+        training[arm] = summarise_training(arm_folder(root, evidence.seeds[arm][0], arm))
+    results = {arm: {"bpc": statistics.fmean(bpc[arm]["per_seed"]), "long_range_recall": far[arm]["mean"],
+                     "memory_hit_rate": hits[arm]["mean"], "tokens_per_sec": speed[arm]["median"]}
+               for arm in evidence.seeds}
+    data = {"source": meta["source"], "quick": bool(meta["quick"]), "val_documents": len(exam.texts),
+            "val_tokens": sum(len(text) - 1 for text in exam.texts),
+            "val_characters": int(sum(exam.per_token[text].sum() for text in exam.texts)),
+            "val_sha256": exam.identity["val"]}
+    detail = {"arms": {arm: about_arm(evidence, arm) for arm in evidence.seeds}, "data": data,
+              "run": about_run(evidence), "bpc": bpc, "bpc_windows": windows, "recall": recall,
+              "turns": summarise_turns(evidence), "tokens_per_sec": speed, "training": training,
+              "memory_hit_rate": hits, "position": position_of_bits(evidence), "targets": targets_of_gain(evidence)}
+    if "with_ltm" in evidence.seeds:
+        detail["memory"] = evidence.first("with_ltm").facts["observation"]
+    return results | {"detail": detail}
 
 
 # ------------------------------------------------------------------------------------ one memory at work
@@ -643,117 +1410,186 @@ def pieces(tokenizer, tokens):
     return [decode(bytes(map(byte_of.get, word))) for word in tokenizer.convert_ids_to_tokens(tokens)]
 
 
-@torch.no_grad()
-def observe(model, texts, tally, tokenizer):
-    """What the memory did in the first SHOWN tokens of one document, for results.json.
+def words_of(tokenizer):
+    """Which tokens hold a letter or a digit: bool (vocabulary,)."""
+    texts = tokenizer.batch_decode(np.arange(EOT + 1)[:, None])
+    return np.array([any(map(str.isalnum, text)) for text in texts])
 
-    The document: of those long enough (of all, if none is), the first in which READS words gain a bit or more although
-    the window has lost sight of them; if there is none, that with the most. The reads: the words that gained most, of
-    those that the window has lost and whose heaviest item lies beyond it; no word twice. All in float32, the reads off
-    a Memory.
-    """
-    config, window = model.config, model.config.stm_window
-    is_word = np.array([any(map(str.isalnum, text)) for text in tokenizer.batch_decode(np.arange(EOT + 1)[:, None])])
+
+def worth_showing(texts, tally, config, is_word, settings):
+    """The number of a document to show: of those long enough (of all, if none is), the first in which settings.reads
+    words gain a bit or more although the window has lost sight of them; if there is none, that with the most."""
+    shown = settings.shown
 
     def lost_and_found(i):
-        tokens = texts[i][:SHOWN + 1]
-        bits, stm, stored = (field[i][:SHOWN] for field in (tally.bits, tally.stm, tally.stored))
-        lost = kinds_of_target(tokens, stored > 0, window, config.ltm_slots) == 2
-        return min(READS, len(set(tokens[1:][lost & (stm - bits >= 1) & is_word[tokens[1:]]].tolist())))
-    long_enough = [i for i, text in enumerate(texts) if len(text) > SHOWN] or range(len(texts))
-    number = max(long_enough, key=lost_and_found)                      # of equals, the first
+        tokens = texts[i][:shown + 1]
+        gain = (bits(tally.log_p_stm[i]) - bits(tally.log_p[i]))[:shown]
+        kinds = kinds_of_target(tokens, tally.stored[i][:shown], config.stm_window, config.ltm_slots)
+        found = (kinds == 2) & (gain >= 1) & is_word[tokens[1:]]
+        return min(settings.reads, len(set(tokens[1:][found].tolist())))
 
+    long_enough = [i for i, text in enumerate(texts) if len(text) > shown] or range(len(texts))
+    return max(long_enough, key=lost_and_found)                        # of equals, the first
+
+
+def reads_of(model, ids, gains, sources):
+    """What the memory found where it gained: [(gain, place, items of the right token, heaviest first)], of those
+    whose heaviest item lies beyond the window. ids (1, T); gains [(gain, place)]."""
+    cache, found = model.new_cache(), []
+    for gain, at in sorted(gains, key=lambda pair: pair[1]):
+        model(ids[:, cache.length:at + 1], past_key_values=cache, logits_to_keep=1)
+        items = [{"at": item["position"] - 1, "share": item["share"], "cosine": item["cosine"]}
+                 for item in cache.retrieved() if item["token"] == ids[0, at + 1]]
+        if items and at - items[0]["at"] > model.config.stm_window:
+            found.append((gain, at, items[:sources]))
+    return found
+
+
+@torch.no_grad()
+def observe(model, texts, tally, tokenizer, settings):
+    """What the memory did in the first settings.shown tokens of one document, for results.json.
+
+    The reads: the words that gained most, of those that the window has lost and whose heaviest item lies beyond it; no
+    word twice. All in float32, the reads off a RevenaCache.
+    """
+    config, window = model.config, model.config.stm_window
+    is_word = words_of(tokenizer)
+    number = worth_showing(texts, tally, config, is_word, settings)
     model = altered(model).float()
-    ids = torch.from_numpy(texts[number][None, :SHOWN + 1]).to(model.device)
-    cost = lambda model: (model(ids).logits[0, :-1].gather(1, ids[0, 1:, None])[:, 0].cpu() / -math.log(2)).tolist()
-    bits, mixture, tokens = cost(altered(model, ltm_enabled=False)), cost(model), ids[0, 1:].tolist()
-    words, memory, reads = pieces(tokenizer, tokens), model.new_memory(), []
-    gains = sorted((mixed - alone, at) for at, (alone, mixed) in enumerate(zip(bits, mixture))
-                   if at >= window and mixed < alone and is_word[tokens[at]]
+    ids = torch.from_numpy(texts[number][None, :settings.shown + 1]).to(model.device)
+
+    def cost(model):
+        log_p = model(ids).logits[0, :-1].gather(1, ids[0, 1:, None])[:, 0]
+        return (log_p.cpu() / -math.log(2)).tolist()
+
+    alone, mixture, tokens = cost(memory_off(model)), cost(model), ids[0, 1:].tolist()
+    words = pieces(tokenizer, tokens)
+    gains = sorted((mixed - without, at) for at, (without, mixed) in enumerate(zip(alone, mixture))
+                   if at >= window and mixed < without and is_word[tokens[at]]
                    and tokens[at] not in tokens[at - window:at])
-    for gain, at in sorted(gains[:64], key=lambda pair: pair[1]):
-        model(ids[:, memory.length:at + 1], past_key_values=memory, logits_to_keep=1)
-        found = [{"at": item["position"] - 1, "share": item["share"], "cosine": item["cosine"]}
-                 for item in memory.retrieved() if item["token"] == tokens[at]]
-        if found and at - found[0]["at"] > window:
-            reads.append((gain, at, found[:SOURCES]))
     chosen = {}
-    for _, at, found in sorted(reads, key=lambda read: read[:2]):
-        if len(chosen) < READS:
+    for _, at, found in sorted(reads_of(model, ids, gains[:64], settings.sources), key=lambda read: read[:2]):
+        if len(chosen) < settings.reads:
             chosen.setdefault(words[at].strip().lower(), {"at": at, "from": found})
-    return {"document": number, "window": window, "threshold": config.ltm_surprisal_bits,
-            "tokens": [{"text": word, "bits": alone, "bits_mixture": mixed, "stored": alone > config.ltm_surprisal_bits}
-                       for word, alone, mixed in zip(words, bits, mixture)],
+    threshold = config.ltm_surprisal_bits
+    said = [{"text": word, "bits": without, "bits_mixture": mixed, "stored": without > threshold}
+            for word, without, mixed in zip(words, alone, mixture)]
+    return {"document": number, "window": window, "threshold": threshold, "tokens": said,
             "reads": sorted(chosen.values(), key=lambda read: read["at"])}
 
 
 # ------------------------------------------------------------------------------------ controls
 
-def altered(model, kind=RevenaHybridTiny, **settings):
-    """A model of the same weights, not copied, as another class or with other settings (of its config)."""
+def altered(model, memory_class=None, model_class=None, **settings):
+    """A model of the same weights, not copied, with another memory, as another class or with other settings.
+
+    memory_class: a LongTermMemory of another kind, or what makes one of a config.
+    """
     config = copy.deepcopy(model.config)
     config.update(settings)
     with torch.device("meta"):                                         # no weights of its own
-        twin = kind(config)
+        twin = (model_class or type(model))(config)
+        if memory_class:
+            twin.memory = memory_class(config)
     mine, weights = twin.state_dict().keys(), model.state_dict()
-    twin.load_state_dict({name: weights[name] for name in mine if name != "backbone.rotary"}, strict=False, assign=True)
+    shared = {name: weights[name] for name in mine if name != "backbone.rotary"}
+    twin.load_state_dict(shared, strict=False, assign=True)
     return twin.to(model.device).eval()
 
 
-class OtherReads(RevenaHybridTiny):
-    """What is retrieved and the odds of looking up are changed: config.change(Reading, odds) gives both."""
+class OtherReads(LongTermMemory):
+    """What is retrieved and the odds of looking up are changed: change(Reading, odds) gives both."""
 
-    def read(self, *given):
-        read, values, stored, odds = super().read(*given)
-        read, odds = self.config.change(read, odds)
+    def __init__(self, config, change):
+        super().__init__(config)
+        self.change = change
+
+    def read(self, final):
+        read, values, stored, odds = super().read(final)
+        read, odds = self.change(read, odds)
         return read, values, stored, odds
 
 
-class RandomTokens(RevenaHybridTiny):
-    """Each token is stored with probability config.rate, whatever its surprisal."""
+def reads_off(read, odds):
+    """Nothing is retrieved."""
+    return Reading(*map(torch.zeros_like, read)), odds
+
+
+def always_looked_up(read, odds):
+    """Every position looks up through the learned addresses."""
+    return read, torch.ones_like(odds)
+
+
+def never_looked_up(read, odds):
+    """No position looks up through the learned addresses."""
+    return read, torch.zeros_like(odds)
+
+
+def learned_only(read, odds):
+    """Exact addresses find nothing."""
+    return read._replace(exact=torch.zeros_like(read.exact)), odds
+
+
+class RandomTokens(LongTermMemory):
+    """Each token is stored with probability `rate`, whatever its surprisal."""
+
+    def __init__(self, config, rate):
+        super().__init__(config)
+        self.rate = rate
 
     def route(self, log_p, targets):
-        bits, _ = super().route(log_p, targets)
-        draw = torch.rand(targets.shape, generator=torch.Generator().manual_seed(SEED)).to(targets.device)
-        return bits, (targets != EOT) & (draw < self.config.rate)
+        surprisal, _ = super().route(log_p, targets)
+        generator = torch.Generator().manual_seed(FULL.seed)
+        draw = torch.rand(targets.shape, generator=generator).to(targets.device)
+        return surprisal, (targets != EOT) & (draw < self.rate)
 
 
-class ShuffledValues(RevenaHybridTiny):
+class ShuffledValues(LongTermMemory):
     """The values of the items of a sequence change places: at a key, there may even be one that is yet to come."""
 
     def candidates(self, address, targets, stored, opens=None):
         items = stored.flatten().nonzero()[:, 0]
-        sequence = opens.cumsum(0)[items // targets.size(1)]
-        order = torch.randperm(len(items), generator=torch.Generator().manual_seed(SEED)).to(items.device)
+        sequence = opens.flatten().cumsum(0)[items // targets.size(1)]
+        order = torch.randperm(len(items), generator=torch.Generator().manual_seed(FULL.seed)).to(items.device)
         order = order[sequence[order].argsort(stable=True)]
         values = targets.flatten().index_copy(0, items, targets.flatten()[items[order]])
         return super().candidates(address, values.view_as(targets), stored, opens)
 
 
-class NeuralCache(RevenaHybridTiny):
+class NeuralCache(LongTermMemory):
     """Grave et al. 2017: (1 - share) p_stm + share p_cache, p_cache = softmax_i(theta h_t . h_i) over the last tokens.
 
-    That is the mixture of this model where the items, all tokens, weigh share / (1 - share) p_cache. config.theta,
-    config.share; the size is ltm_slots.
+    That is the mixture of the LTM where the items, all tokens, weigh share / (1 - share) p_cache. The size is
+    config.ltm_slots.
     """
 
-    def read(self, h, tokens, targets, log_p, log_z, opens=None):
+    def __init__(self, config, theta, share):
+        super().__init__(config)
+        self.theta, self.share = theta, share
+
+    def read(self, final):
+        h, targets = final.h, final.targets
         stored = targets != EOT
         address = Address(*[targets] * len(Address._fields))._replace(key=h)           # only the key is asked for
-        items, values, visible = self.candidates(address, targets, stored, opens)
-        match = self.config.theta * (h.float() @ items.key.float().mT)                 # (N, C, I)
+        items, values, visible = self.candidates(address, targets, stored, final.opens)
+        match = self.theta * (h.float() @ items.key.float().mT)                        # (N, C, I)
         cache = match.masked_fill(~visible, -math.inf).softmax(-1).nan_to_num()        # at the start there is none
-        weight = self.config.share / (1 - self.config.share) * cache
-        return Reading(weight, torch.zeros_like(weight), None), values, stored, -torch.ones_like(log_p)
+        weight = self.share / (1 - self.share) * cache
+        return Reading(weight, torch.zeros_like(weight), None), values, stored, -torch.ones_like(final.log_p)
+
+
+def neural_cache(model, slots, theta, share=0.5):
+    """A NeuralCache of that size on the backbone of a model."""
+    memory = functools.partial(NeuralCache, theta=theta, share=share)
+    return altered(model, memory, memory="ltm", memory_enabled=True, ltm_slots=slots)
 
 
 @torch.no_grad()
-def fit_cache(model, texts, slots, width):
-    """A NeuralCache of that size on the backbone of `model`, fitted to texts: theta on a grid, share exactly."""
-    cache = functools.partial(altered, model, NeuralCache, ltm_enabled=True, ltm_slots=slots)
+def fit_cache(model, texts, slots, width, settings):
+    """A neural_cache fitted to texts: theta on a grid, share exactly."""
     grid = [2 ** (power / 2) / model.config.n_embd for power in range(16)]             # h . h is n_embd: 1 to 181
-    variants, p, mixed = [cache(theta=theta, share=0.5) for theta in grid], [], []
-    for pack in packs(texts, width, model.device):
+    variants, p, mixed = [neural_cache(model, slots, theta) for theta in grid], [], []
+    for pack in packs(texts, width, model.device, settings):
         scores, real = score(pack, *variants), pack.targets != EOT
         p.append(scores[0].log_p_stm[real].cpu().double().exp())
         mixed.append(torch.stack([one.log_p[real] for one in scores]).cpu().double().exp())
@@ -766,127 +1602,201 @@ def fit_cache(model, texts, slots, width):
             low, high = (share, high) if rises else (low, share)
         fits.append(((p + low * (of_cache - p)).log().mean().item(), theta, low))
     _, theta, share = max(fits)
-    return cache(theta=theta, share=share)
+    return neural_cache(model, slots, theta, share)
+
+
+def exact_only(model, trust):
+    """The LTM with no learned part, on the backbone of a model: exact addresses alone, with these log weights."""
+    twin = altered(model, LongTermMemory, memory="ltm", memory_enabled=True, ltm_exact_trust=0.0)
+    memory = twin.memory = copy.deepcopy(twin.memory)
+    for weight in memory.parameters():
+        weight.zero_()
+    _, trusts, _, is_open = memory.from_state.bias[:sum(memory.sizes)].split(memory.sizes)
+    trusts[:memory.config.ltm_ngrams] = torch.tensor(trust)
+    is_open.fill_(-1.0)
+    return twin
 
 
 @torch.no_grad()
-def fit_grams(model, texts, width):
-    """The memory with no learned part, on the backbone of `model`: exact addresses alone, a weight each.
-
-    The log weights are fitted to texts, one after the other and twice, on a grid.
-    """
-    config = model.config
-
-    def cache(trust):
-        twin = altered(model, ltm_enabled=True, ltm_exact_trust=0.0)
-        twin.memory = copy.deepcopy(twin.memory)
-        for weight in twin.memory.parameters():
-            weight.zero_()
-        _, trusts, _, is_open = twin.memory.from_state.bias[:sum(twin.memory.sizes)].split(twin.memory.sizes)
-        trusts[:config.ltm_ngrams] = torch.tensor(trust)
-        is_open.fill_(-1.0)
-        return twin
-
-    # of each target p_stm and, through one address at a time, how many items matched with its value and how many at all
-    alone, seen = [cache(trust) for trust in torch.eye(config.ltm_ngrams).log().tolist()], []
-    for pack in packs(texts, width, model.device):
-        h, columns, real = states(model, pack), [], pack.targets != EOT
-        log_p, log_z = fast("log_p", model, h, pack.targets)
+def matches(model, texts, width, settings):
+    """Of each target p_stm, and through one exact address at a time, how many items matched with its value and how
+    many at all: (p (T,), right (T, E), every (T, E)), float64."""
+    alone = [exact_only(model, trust) for trust in torch.eye(model.config.ltm_ngrams).log().tolist()]
+    seen = []
+    for pack in packs(texts, width, model.device, settings):
+        h, _ = states(model, pack)
+        log_p, log_z = fast("log_p", model, pack, h, pack.targets)
+        final = Final(h, pack.tokens, pack.targets, log_p, log_z, model.embed_detached, pack.opens)
+        columns, real = [log_p.exp()], pack.targets != EOT
         for twin in alone:
-            read, values, *_ = twin.read(h, pack.tokens, pack.targets, log_p, log_z, pack.opens)
+            read, values, *_ = twin.memory.read(final)
             right = values[:, None] == pack.targets[..., None]
             columns += [torch.where(right, read.exact, 0.0).sum(-1), read.exact.sum(-1)]
-        seen.append(torch.stack([log_p.exp(), *columns], -1)[real].cpu().double())
+        seen.append(torch.stack(columns, -1)[real].cpu().double())
     seen = torch.cat(seen)
-    p, right, every = seen[:, 0], seen[:, 1::2], seen[:, 2::2]
+    return seen[:, 0], seen[:, 1::2], seen[:, 2::2]
+
+
+@torch.no_grad()
+def fit_grams(model, texts, width, settings):
+    """(model, log weights): `exact_only`, the log weights fitted to texts, one after the other and twice, on a
+    grid."""
+    p, right, every = matches(model, texts, width, settings)
 
     def likelihood(trust):
         weight = torch.tensor(trust).double().exp()
         return ((p + right @ weight) / (1 + every @ weight)).log().sum().item()
 
-    best = [-2.0] * config.ltm_ngrams
-    for n in [*range(config.ltm_ngrams)] * 2:
+    best = [-2.0] * model.config.ltm_ngrams
+    for n in [*range(len(best))] * 2:
         best = max(([*best[:n], float(weight), *best[n + 1:]] for weight in range(-7, 3)), key=likelihood)
-    return cache(best), best
+    return exact_only(model, best), best
+
+
+def ladder(model, group, setting, values):
+    """[(group, name, model)]: the memory with other values of one of its settings, and with that of its training."""
+    trained, found = getattr(model.config, setting), []
+    for value in sorted({*values, trained}):
+        name = "none" if value < -1 else f"{value:g}"
+        if value == trained:
+            found.append((group, f"{name} (as trained)", model))
+        else:
+            found.append((group, name, altered(model, **{setting: value})))
+    return found
 
 
 def memory_controls(model, rate):
     """[(group, name, model)]: the memory as trained, and with one thing changed in each."""
-    def ladder(group, setting, values):
-        trained = getattr(model.config, setting)
-        return [(group, ("none" if value < -1 else f"{value:g}") + " (as trained)" * (value == trained),
-                 model if value == trained else altered(model, **{setting: value}))
-                for value in sorted({*values, trained})]
     def reads(change):
-        return altered(model, OtherReads, change=change)
-    nothing = torch.zeros_like
+        return altered(model, functools.partial(OtherReads, change=change))
+
+    at_random = altered(model, functools.partial(RandomTokens, rate=rate))
     return [("reads", "as trained", model),
-            ("reads", "reads off", reads(lambda read, odds: (Reading(*map(nothing, read)), odds))),
+            ("reads", "reads off", reads(reads_off)),
             ("reads", "values shuffled", altered(model, ShuffledValues)),
-            ("what is stored", "random tokens, same rate", altered(model, RandomTokens, rate=rate)),
+            ("what is stored", "random tokens, same rate", at_random),
             ("what is stored", "every token", altered(model, ltm_surprisal_bits=-1)),
-            *ladder("cosine threshold", "ltm_cosine", (-2, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)),
-            *ladder("surprisal threshold, bits", "ltm_surprisal_bits", (0, 2, 3, 4.5, 6, 8)),
-            *ladder("slots", "ltm_slots", (16, 64, 128, 256, 512, 1024)),
-            ("look-ups", "made at every position", reads(lambda read, odds: (read, torch.ones_like(odds)))),
-            ("look-ups", "exact addresses only", reads(lambda read, odds: (read, nothing(odds)))),
-            ("look-ups", "learned addresses only", reads(lambda read, odds: (
-                read._replace(exact=nothing(read.exact)), odds))),
+            *ladder(model, "cosine threshold", "ltm_cosine", (-2, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)),
+            *ladder(model, "surprisal threshold, bits", "ltm_surprisal_bits", (0, 2, 3, 4.5, 6, 8)),
+            *ladder(model, "slots", "ltm_slots", (16, 64, 128, 256, 512, 1024)),
+            ("look-ups", "made at every position", reads(always_looked_up)),
+            ("look-ups", "exact addresses only", reads(never_looked_up)),
+            ("look-ups", "learned addresses only", reads(learned_only)),
             ("look-ups", "exact matches trusted as in training", altered(model, ltm_exact_trust=0.0)),
             ("look-ups", "learned matches weighed as in training", altered(model, ltm_crowding=0.0))]
 
 
-def evaluate_controls(hybrid, baseline, bits, rate, texts, training, asked, device):
+class Controls:
     """Rows of results.json, {"group", "name", "bpc_ratio", "recall", ..} each: what the gain depends on.
 
     Args:
-        hybrid, baseline: the arms of one seed. bits: of all texts, by the second. rate: of storing, by the first.
-        training: documents to fit on. asked: as in `measure`; of each long-range cell the first CONTROL_TRIALS.
+        hybrid, baseline: the arms of one seed. of_baseline: bits of all texts by the second.
+        rate: of storing, by the first. training: documents to fit on.
     """
-    window, longest = hybrid.config.stm_window, max(map(len, texts))
-    block = [question for (_, distance, extra), block in asked.items() if distance in LONG_RANGE and not extra
-             for question in block[:CONTROL_TRIALS]]
-    size = lambda width: max(1, PACK * window // width)                # as many tokens in a pack, whatever the width
+
+    def __init__(self, hybrid, baseline, of_baseline, rate, training, exam):
+        self.hybrid, self.baseline, self.of_baseline, self.rate = hybrid, baseline, of_baseline, rate
+        self.training, self.exam = training, exam
+        self.window = hybrid.config.stm_window
+        self.block = [question for (_, distance, extra), cell in exam.asked.items()
+                      if distance in exam.far and not extra for question in cell[:exam.settings.control_trials]]
+        self.found = []
+
+    def shape(self, width):
+        """Of a pack of about as many tokens, whatever the width: one row a sequence, where it is not the window."""
+        if width == self.window:
+            return None
+        return max(1, self.exam.settings.pack * self.window // width), 1
 
     @torch.no_grad()
-    def compression(variants, width):
-        totals = np.zeros((len(variants), 4))                          # targets, bits, hits, stored
-        for pack in packs(texts, width, device, size(width)):
+    def compression(self, variants, width):
+        """bpc_ratio, hit_rate and stored of models of one backbone."""
+        totals, texts, settings = np.zeros((len(variants), 4)), self.exam.texts, self.exam.settings
+        for pack in packs(texts, width, self.hybrid.device, settings, self.shape(width)):
             real = pack.targets != EOT
             for total, one in zip(totals, score(pack, *variants)):
                 nats = -one.log_p[real].cpu().double().sum().item()
                 total += int(real.sum()), nats / math.log(2), int(one.hit[real].sum()), int(one.stored[real].sum())
-        return [{"bpc_ratio": total[1] / bits, "hit_rate": total[2] / total[0], "stored": total[3] / total[0]}
-                for total in totals]
+        return [{"bpc_ratio": total / self.of_baseline, "hit_rate": hits / targets, "stored": stored / targets}
+                for targets, total, hits, stored in totals]
 
-    def recall(variants, width, wiped=False):
-        said = answer(variants, block, width, device, wiped, size(width))
-        return [{"recall": float(right.mean()), "recall_ci95": wilson(int(right.sum()), len(block)),
-                 "top1": float(first.mean()), "trials": len(block)} for right, first, *_ in said]
+    def recall(self, variants, width, wiped=False):
+        """recall and top1 of models of one backbone."""
+        said = answer(variants, self.block, width, self.exam.settings, wiped, self.shape(width))
+        rows, trials = [], len(self.block)
+        for answers in said:
+            right, top, *_ = answers.outcomes
+            rows.append({"recall": float(right.mean()), "recall_ci95": wilson(int(right.sum()), trials),
+                         "top1": float(top.mean()), "value_nats": float(answers.value_nats.mean(dtype=np.float64)),
+                         "trials": trials})
+        return rows
 
-    rows = []
-
-    def add(table, width=window, question=window):
+    def add(self, table, width=None, question=None):
         """Rows for [(group, name, model, further fields)]; each model once, and all with the first one's backbone."""
         models = list({id(model): model for _, _, model, *_ in table}.values())
-        fields = zip(compression(models, width), recall(models, question))
-        found = {id(model): {**one, **other} for model, (one, other) in zip(models, fields)}
+        both = zip(self.compression(models, width or self.window), self.recall(models, question or self.window))
+        found = {id(model): one | other for model, (one, other) in zip(models, both)}
         for group, name, model, *more in table:
-            rows.append({"group": group, "name": name, **found[id(model)], **(more[0] if more else {})})
+            self.found.append({"group": group, "name": name, **found[id(model)], **(more[0] if more else {})})
 
-    add(memory_controls(hybrid, rate))
-    wiped, = recall([hybrid], window, wiped=True)
-    rows.insert(2, {"group": "reads", "name": "memory wiped between fact and question", "bpc_ratio": None, **wiped})
-    caches = [fit_cache(baseline, training, slots, window) for slots in (hybrid.config.ltm_slots, longest)]
-    add([("other models", f"neural cache on the baseline, {cache.config.ltm_slots:,} tokens", cache,
-          {"theta": cache.config.theta, "share": cache.config.share}) for cache in caches])
-    grams, trust = fit_grams(baseline, training, window)
-    add([("other models", "exact addresses on the baseline", grams, {"log_weights": trust})])
-    question = max(len(question.tokens) for question in block)
-    gpt = altered(baseline, GPT, stm_window=None, n_positions=max(longest, question))
-    add([("other models", f"GPT, full attention (trained at {window})", gpt)], longest, question)
-    return rows
+    def rows(self):
+        """All of them."""
+        hybrid, baseline, window, settings = self.hybrid, self.baseline, self.window, self.exam.settings
+        longest = max(map(len, self.exam.texts))
+        self.add(memory_controls(hybrid, self.rate))
+        wiped, = self.recall([hybrid], window, wiped=True)
+        name = "memory wiped between fact and question"
+        self.found.insert(2, {"group": "reads", "name": name, "bpc_ratio": None, **wiped})
+        for slots in (hybrid.config.ltm_slots, longest):
+            cache = fit_cache(baseline, self.training, slots, window, settings)
+            fitted = {"theta": cache.memory.theta, "share": cache.memory.share}
+            self.add([("other models", f"neural cache on the baseline, {slots:,} tokens", cache, fitted)])
+        grams, trust = fit_grams(baseline, self.training, window, settings)
+        self.add([("other models", "exact addresses on the baseline", grams, {"log_weights": trust})])
+        question = max(len(question.tokens) for question in self.block)
+        gpt = altered(baseline, model_class=GPT, stm_window=None, n_positions=max(longest, question))
+        self.add([("other models", f"GPT, full attention (trained at {window})", gpt)], longest, question)
+        return self.found
 
+
+def measured_controls(evidence, meta, place):
+    """The rows of Controls of the LTM's first seed, from their file or, where that does not hold, measured and
+    written."""
+    exam, seed = evidence.exam, evidence.seeds["with_ltm"][0]
+    path = arm_folder(place.root, seed, "with_ltm") / "controls.json"
+    arms = {arm: evidence.measured[arm, seed] for arm in SPECIFIED}
+    expected = {"arms": {arm: one.facts["weights"] for arm, one in arms.items()},
+                "configs": {arm: one.facts["config"] for arm, one in arms.items()}, "code": code_of(None),
+                "data": exam.identity | {"train": meta["splits"]["train"]["sha256"]},
+                "evaluation": json.loads(json.dumps(dataclasses.asdict(exam.settings)))}
+    again = command("eval.py --controls", place.root, place.quick)
+    try:
+        kept = read_json(path, again)
+    except StageError:
+        kept = {}
+    if kept.get("sha256") == seal(kept) and all(kept.get(name) == wanted for name, wanted in expected.items()):
+        return kept["rows"]
+    print(f"measuring the controls of {path.parent.relative_to(place.root)}", flush=True)
+    hybrid, baseline = (load_controlled(one, seed, arm, place) for arm, one in reversed(arms.items()))
+    rows, _ = load_split(place.root, "train", place.quick)
+    training = [text for text in documents(rows) if len(text) > 1][:exam.settings.fitted]
+    of_baseline = bits(arms[REFERENCE].tensors["log_p"]).sum()
+    rate = float(arms["with_ltm"].tensors["stored"].mean())
+    kept = expected | {"rows": Controls(hybrid, baseline, of_baseline, rate, training, exam).rows()}
+    write_json(path, kept | {"sha256": seal(kept)})
+    return kept["rows"]
+
+
+def load_controlled(measured, seed, arm, place):
+    """The model of an arm that is here with the weights that were measured; else StageError."""
+    found = find_arm(seed, arm, place)
+    if found.source is None or found.weights != measured.facts["weights"]:
+        raise StageError(f"the weights of {found.folder} that were measured are not here, and --controls needs them; "
+                         f"put them back, or leave --controls out")
+    return load_arm(seed, arm, place)[0]
+
+
+# ------------------------------------------------------------------------------------ what is said
 
 def print_controls(rows):
     """Each control's bits per character by the baseline's, its recall (forced choice and top-1), and what it stores."""
@@ -897,106 +1807,75 @@ def print_controls(rows):
             print(f"{head:27}{row['name']:43}" + "".join(f"{'-' if x is None else f'{x:.3f}':>8}" for x in numbers))
 
 
-def print_table(results):
-    """The four numbers of each arm, two more, and what the differences say."""
+def with_interval(value, bounds, form):
+    """A value and its interval: "+0.875 [+0.731, +0.949]"."""
+    low, high = bounds
+    return f"{value:{form}} [{low:{form}}, {high:{form}}]"
+
+
+def differences(results, arm):
+    """[(metric, difference from the baseline with its interval, verdict)] of one arm."""
     detail = results["detail"]
-    bpc, windows, speed = detail["bpc"], detail["bpc_windows"], detail["tokens_per_sec"]
-    far = detail["recall"]["long_range"]
-    interval = lambda low, high, form: f" [{low:{form}}, {high:{form}}]"
-    gap = lambda part, form: f"{part['difference']['mean']:{form}}" + interval(*part["difference"]["ci95"], form)
-    times = lambda part, form: f"x {part['ratio']:{form}}"
-    headline = lambda name: [results[arm][name] for arm in ARMS]
-    print(f"\n{'':20}" + "".join(f"{arm:>11}" for arm in ARMS) + "   difference, 95% interval")
-    for name, form, values, difference, verdict in (
-            ("bpc", ".4f", headline("bpc"), gap(bpc, "+.4f"), f"{bpc['verdict']}, {times(bpc, '.4f')}"),
-            ("bpc, windows alone", ".4f", [statistics.fmean(windows[arm]["per_seed"]) for arm in ARMS],
-             gap(windows, "+.4f"), f"{windows['verdict']}, {times(windows, '.4f')}"),
-            ("long_range_recall", ".3f", headline("long_range_recall"), gap(far, "+.3f"),
-             f"{far['verdict']}, chance {1 / FACTS:.3f}"),
-            ("top-1 recall", ".3f", [far[arm]["top1"] for arm in ARMS], "", ""),
-            ("memory_hit_rate", ".3f", headline("memory_hit_rate"), "", ""),
-            ("tokens_per_sec", ",.0f", headline("tokens_per_sec"),
-             times(speed, ".3f") + interval(*speed["ratio_ci95"], ".3f"), speed["verdict"])):
-        values = "".join(f"{value:>11{form}}" for value in values)
-        print(f"{name:20}{values}   {difference:27} {verdict}".rstrip())
+    far, speed = detail["recall"]["long_range"]["arms"][arm], detail["tokens_per_sec"][arm]
+    lines = []
+    for name, part in (("bpc", detail["bpc"][arm]), ("bpc, windows alone", detail["bpc_windows"][arm])):
+        gap = with_interval(part["difference"]["mean"], part["difference"]["ci95"], "+.4f")
+        lines.append((name, gap, f"{part['verdict']}, x {part['ratio']:.4f}"))
+    gap = with_interval(far["difference"]["mean"], far["difference"]["ci95"], "+.3f")
+    lines.append(("long_range_recall", gap, f"{far['verdict']}, chance {detail['recall']['chance']:.3f}"))
+    gap = "x " + with_interval(speed["ratio"], speed["ratio_ci95"], ".3f")
+    lines.append(("tokens_per_sec", gap, f"{speed['verdict']}, by the same model with its memory off"))
+    return lines
 
 
-def commit():
-    """The commit of this code, "-dirty" where it was changed since; "unknown" outside a checkout."""
-    try:
-        return subprocess.run(["git", "-C", Path(__file__).resolve().parent, "describe", "--always", "--dirty"],
-                              capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+def print_table(results):
+    """The four numbers of each arm, two more, and what the differences from the baseline say."""
+    detail = results["detail"]
+    arms = list(detail["arms"])
+    far, windows = detail["recall"]["long_range"]["arms"], detail["bpc_windows"]
+    values = {"bpc": (".4f", [results[arm]["bpc"] for arm in arms]),
+              "bpc, windows alone": (".4f", [statistics.fmean(windows[arm]["per_seed"]) for arm in arms]),
+              "long_range_recall": (".3f", [results[arm]["long_range_recall"] for arm in arms]),
+              "top-1 recall": (".3f", [far[arm]["top1"] for arm in arms]),
+              "memory_hit_rate": (".3f", [results[arm]["memory_hit_rate"] for arm in arms]),
+              "tokens_per_sec": (",.0f", [results[arm]["tokens_per_sec"] for arm in arms])}
+    print(f"\n{'':20}" + "".join(f"{arm:>12}" for arm in arms))
+    for name, (form, numbers) in values.items():
+        print(f"{name:20}" + "".join(f"{number:>12{form}}" for number in numbers))
+    for arm in arms:
+        if arm == REFERENCE:
+            continue
+        print(f"\n{arm} - {REFERENCE}, 95% interval")
+        for name, gap, verdict in differences(results, arm):
+            print(f"  {name:20}{gap:28} {verdict}")
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", metavar="DIR", help="folder of data/ and trained/ (default: this one)")
-    parser.add_argument("--quick", action="store_true", help="the small setting, under quick/")
+    parser = parser_of(__doc__)
     parser.add_argument("--controls", action="store_true", help="also measure what the gain depends on (first seed)")
     args = parser.parse_args(argv)
-    if args.quick:
-        globals().update(QUICK)
-    began, root, device = time.time(), Path(default_root(args.root, args.quick)), pick_device()
-    tokenizer = load_tokenizer(root, args.quick)
-    rows, meta = load_split(root, "val", args.quick)
-    texts = [text for text in documents(rows) if len(text) > 1]
-    per_token = characters_per_token(tokenizer)
-    characters = np.array([per_token[text].sum() for text in texts], float)
-    models, entries, settings = gather_models(root, meta, device, args.quick)
-    seeds = [entry["seed"] for entry in entries["with_ltm"]]
-    hybrid = models["with_ltm", seeds[0]]
-    distracted = {extra: {form: distracted_distance(tokenizer, form, extra) for form in FORMATS}
-                  for extra in DISTRACTORS}
-    cells = [(form, distance, 0) for form in FORMATS for distance in DISTANCES]
-    cells += [(form, distance, extra) for extra, row in distracted.items() for form, distance in row.items()]
-    asked = {(form, distance, extra): questions(texts, tokenizer, form, distance, TRIALS, extra)
-             for form, distance, extra in dict.fromkeys(cells)}
-    tokens = sum(map(len, texts)) - len(texts)
-    print(f"{len(texts):,} documents, {tokens:,} tokens; seeds {seeds}; on {device}", flush=True)
-    measured = measure(models, texts, rows, asked, per_token, device)
-
-    bits = {key: np.array([b.sum() for b in tally.bits]) for key, tally in measured.tallies.items()}
-    stack = lambda per_model: {arm: np.stack([per_model[arm, seed] for seed in seeds]) for arm in ARMS}
-    bpc = paired_bootstrap(stack(bits), characters)
-    windows = paired_bootstrap(stack(measured.windows), measured.window_characters)
-    if not np.isfinite([bpc["ratio"], windows["ratio"]]).all():
-        raise StageError(f"a metric is NaN or infinite: the weights are not sane; train again: "
-                         f"{command('./run_all.sh --fresh', root, args.quick)}")
-    mean = lambda field: [float(np.concatenate(getattr(measured.tallies["with_ltm", seed], field)).mean())
-                          for seed in seeds]
-    hits, stored, speed = mean("hit"), mean("stored"), summarise_speed(measured.speed)
-    recall = summarise_recall(measured.recall, seeds, hybrid.config, distracted)
-    position, targets = summarise_gain(measured.tallies, texts, per_token, seeds, hybrid.config)
-
-    results = {arm: {"bpc": statistics.fmean(bpc[arm]["per_seed"]),
-                     "long_range_recall": recall["long_range"][arm]["mean"],
-                     "memory_hit_rate": statistics.fmean(hits) if arm == "with_ltm" else 0.0,
-                     "tokens_per_sec": speed[arm]["median"]} for arm in ARMS}
-    results["detail"] = {
-        "data": {"source": meta["source"], "quick": bool(meta["quick"]), "val_documents": len(texts),
-                 "val_tokens": tokens, "val_characters": int(characters.sum()),
-                 "val_sha256": meta["splits"]["val"]["sha256"]},
-        "run": {"device": torch.cuda.get_device_name() if device == "cuda" else device, "torch": torch.__version__,
-                "transformers": transformers.__version__, "python": platform.python_version(), "commit": commit(),
-                "seeds": seeds, "steps": entries["baseline"][0]["step"], "settings": settings,
-                "parameters": sum(parameters_by_group(hybrid).values()), "checkpoints": entries},
-        "bpc": bpc, "bpc_windows": windows, "recall": recall, "tokens_per_sec": speed,
-        "memory_hit_rate": {"baseline": 0.0, "with_ltm": statistics.fmean(hits), "per_seed": hits,
-                            "routed_token_ratio": statistics.fmean(stored)},
-        "position": position, "targets_bits_per_token": targets,
-        "memory": observe(hybrid, texts, measured.tallies["with_ltm", seeds[0]], tokenizer)}
+    began, settings = time.time(), QUICK if args.quick else FULL
+    place = Place(default_root(args.root, args.quick), args.quick, pick_device())
+    tokenizer = load_tokenizer(place.root, args.quick)
+    rows, meta = load_split(place.root, "val", args.quick)
+    arms = trained_arms(place.root)
+    if args.controls and "with_ltm" not in arms:
+        raise StageError(f"--controls asks about with_ltm, which is not here; train it with: "
+                         f"{train_command(0, 'with_ltm', place)}")
+    exam = make_exam(place.root, rows, meta, tokenizer, settings, args.quick)
+    tokens = sum(len(text) - 1 for text in exam.texts)
+    print(f"{len(exam.texts):,} documents, {tokens:,} tokens; {', '.join(arms)}; "
+          f"seeds {list(arms[REFERENCE])}; on {place.device}", flush=True)
+    measured, arms = gather(exam, meta, place)
+    evidence = Evidence(measured, arms, exam)
+    results = assemble(evidence, meta, place.root)
     if args.controls:
-        training = [text for text in documents(load_split(root, "train", args.quick)[0]) if len(text) > 1][:FITTED]
-        rows = results["detail"]["controls"] = evaluate_controls(
-            hybrid, models["baseline", seeds[0]], bits["baseline", seeds[0]].sum(), stored[0], texts, training, asked,
-            device)
-        print_controls(rows)
-    write_json(root / "results.json", results)
+        results["detail"]["controls"] = measured_controls(evidence, meta, place)
+        print_controls(results["detail"]["controls"])
+    write_json(place.root / "results.json", results)
     print_table(results)
-    print(f"wrote {root / 'results.json'} in {time.time() - began:.0f} s; next: "
-          + command("plot_eval.py", root, args.quick))
+    print(f"wrote {place.root / 'results.json'} in {time.time() - began:.0f} s; next: "
+          + command("plot_eval.py", place.root, args.quick))
 
 
 if __name__ == "__main__":
