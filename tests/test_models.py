@@ -4,17 +4,25 @@ Small models with a small vocabulary, so that whole distributions are cheap; wei
 ones: about half the tokens are stored, half the learned look-ups open, and what is found outweighs the backbone.
 """
 
+import ast
 import inspect
+import json
 import math
+import subprocess
+import sys
 from collections import deque
+from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn import functional as F
 
 import add_memory
 import models
-from models import GPT, SIZES, Memory, RevenaConfig, RevenaHybridTiny, StageError, load_model, parameters_by_group
+import stages
+from models import GPT, SIZES, Final, RevenaConfig, RevenaHybridTiny
+from stages import StageError, load_model
 
 VOCAB, WINDOW, SLOTS = 97, 16, 12
 EOT = VOCAB - 1
@@ -37,8 +45,9 @@ def no_gradients():
 
 
 def config(**settings):
-    return RevenaConfig(**dict(vocab_size=VOCAB, n_layer=2, n_embd=64, n_head=2, stm_window=WINDOW, ltm_slots=SLOTS,
-                               ltm_surprisal_bits=7.0, ltm_sharpness=5.0, ltm_plausibility=0.3, ltm_shown=4) | settings)
+    small = dict(vocab_size=VOCAB, n_layer=2, n_embd=64, n_head=2, stm_window=WINDOW)
+    busy = dict(ltm_slots=SLOTS, ltm_surprisal_bits=7.0, ltm_sharpness=5.0, ltm_plausibility=0.3, ltm_shown=4)
+    return RevenaConfig(**small | busy | settings)
 
 
 @torch.no_grad()
@@ -48,11 +57,12 @@ def enliven(model, spread=0.12):
         p.mul_(6)
     model.backbone.embed.weight.normal_(std=spread)
     memory, D = model.memory, model.config.n_embd
-    memory.from_state.weight.normal_(std=0.09)
-    memory.from_state.weight[memory.width:] *= 0.3                      # what has read the token filed
-    memory.from_tokens.weight.normal_(std=0.09)
-    memory.from_tokens.weight[:memory.width] *= 0.7                     # the token filed
-    memory.from_tokens.weight.view(-1, memory.width, D)[:, sum(memory.sizes) - 1] = 0   # open: by the state alone
+    from_state, from_tokens = memory.from_state.weight, memory.from_tokens.weight
+    from_state.normal_(std=0.09)
+    from_state[memory.width:] *= 0.3                        # what has read the token filed
+    from_tokens.normal_(std=0.09)
+    from_tokens[:memory.width] *= 0.7                       # the token filed
+    from_tokens.view(-1, memory.width, D)[:, sum(memory.sizes) - 1] = 0                 # open: by the state alone
     memory.from_state.bias[memory.sizes[0]:memory.width].zero_()
     return model
 
@@ -63,10 +73,22 @@ def lively(seed=21, **settings):
     return enliven(RevenaHybridTiny(config(**settings)).eval())
 
 
+def everything_matches(**settings):
+    """A model whose LTM stores every token, and in which all cosines are 1 and all look-ups open."""
+    model = lively(ltm_surprisal_bits=0.0, **settings)
+    model.memory.from_state.weight.zero_()
+    model.memory.from_tokens.weight.zero_()
+    model.memory.from_state.bias.fill_(1.0)
+    return model
+
+
 def text(length=LENGTH, seed=0):
     """(1, length) tokens: five phrases said again and again, and now and then two stray tokens, <|endoftext|> too."""
     draw = torch.Generator().manual_seed(seed)
-    number = lambda below: int(torch.randint(0, below, (1,), generator=draw))
+
+    def number(below):
+        return int(torch.randint(0, below, (1,), generator=draw))
+
     phrases = [[number(EOT) for _ in range(5)] for _ in range(5)]
     tokens = []
     while len(tokens) < length:
@@ -75,8 +97,11 @@ def text(length=LENGTH, seed=0):
     return torch.tensor([tokens[:length]])
 
 
-def rows_of(*sequences):
-    """Sequences (1, T) of any length as `score` takes them: tokens, targets (rows, WINDOW), opens (rows,)."""
+def lane_of(*sequences, rows=None):
+    """Sequences (1, T) of any length as one lane: tokens, targets (rows, WINDOW) each, opens (1, rows).
+
+    A lane of more `rows` than they fill is filled up with sequences of nothing.
+    """
     tokens, targets, opens = [], [], []
     for ids in sequences:
         after = F.pad(ids[:, 1:], (0, 1), value=EOT)
@@ -84,24 +109,42 @@ def rows_of(*sequences):
         tokens.append(F.pad(ids, (0, room), value=EOT).view(-1, WINDOW))
         targets.append(F.pad(after, (0, room), value=EOT).view(-1, WINDOW))
         opens.append(torch.arange(len(tokens[-1])) == 0)
-    return torch.cat(tokens), torch.cat(targets), torch.cat(opens)
+    tokens, targets, opens = (torch.cat(parts) for parts in (tokens, targets, opens))
+    spare = (rows or len(tokens)) - len(tokens)
+    tokens, targets = (F.pad(x, (0, 0, 0, spare), value=EOT) for x in (tokens, targets))
+    return tokens, targets, F.pad(opens, (0, spare), value=True)[None]
 
 
 def read(model, tokens, targets, opens):
-    """What every position of the rows retrieves: what `model.read` returns."""
-    h = model.states(tokens, opens)
-    return model.read(h, tokens, targets, *model.log_p(h, targets), opens)
+    """What every position of the rows retrieves: what the LTM's `read` returns."""
+    h, _ = model.states(tokens, opens)
+    return model.memory.read(Final(h, tokens, targets, *model.log_p(h, targets), model.embed_detached, opens))
 
 
-def streamed(model, ids, sizes, memory=None):
-    """Log-probabilities (1, T, V) and the memory after reading `ids` in blocks of these sizes, again and again."""
-    memory = memory or Memory(model)                        # a Memory is true, however little it has read
+def backbone_log_p(model, tokens, opens=None):
+    """(N, C, V) what the backbone alone says."""
+    return model.logits(model.states(tokens, opens)[0]).log_softmax(-1)
+
+
+def per_target(scores):
+    """The tensors of some Scores, without what stands for the whole."""
+    return scores[:5]
+
+
+def streamed(model, ids, sizes, cache=None):
+    """Log-probabilities (B, T, V) and the cache after reading `ids` in blocks of these sizes, again and again."""
+    cache = cache or model.new_cache()                      # a cache is true, however little it has read
     parts, at, turn = [], 0, 0
     while at < ids.size(1):
         size = sizes[turn % len(sizes)]
-        parts.append(model(ids[:, at:at + size], past_key_values=memory).logits)
+        parts.append(model(ids[:, at:at + size], past_key_values=cache).logits)
         at, turn = at + size, turn + 1
-    return torch.cat(parts, 1), memory
+    return torch.cat(parts, 1), cache
+
+
+def held_by(cache, sequence=0):
+    """[(token, position)] of what a cache holds."""
+    return [(item["token"], item["position"]) for item in cache.contents(sequence=sequence)]
 
 
 # ------------------------------------------------------------------------------------ the reference, in float64
@@ -114,12 +157,16 @@ def reference_states(model, ids, window):
     """Final states (T, D) of one sequence (T,): each position attends, by itself, to the last `window`."""
     D, heads = model.config.n_embd, model.config.n_head
     T, half = len(ids), D // heads // 2
-    turns = torch.outer(torch.arange(T).double(), 10_000.0 ** (-torch.arange(half).double() / half))
-    turn = torch.polar(torch.ones_like(turns), turns)[:, None]                         # (T, 1, D/H/2)
+    speed = 10_000.0 ** (-torch.arange(half).double() / half)
+    turns = torch.outer(torch.arange(T).double(), speed)
+    turn = torch.polar(torch.ones_like(turns), turns)[:, None]          # (T, 1, D/H/2)
 
     def rotated(x):                                         # absolute positions; only differences can matter
         y = torch.complex(x[..., :half], x[..., half:]) * turn
         return torch.cat((y.real, y.imag), -1)
+
+    def gelu(y):
+        return 0.5 * y * (1 + torch.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y ** 3)))
 
     x = rms(model.backbone.embed.weight.double()[ids])
     for block in model.backbone.blocks:
@@ -134,78 +181,124 @@ def reference_states(model, ids, window):
             share = (torch.einsum("hd,shd->sh", q[t], k[past]) / math.sqrt(2 * half)).softmax(0)
             heads_out[t] = torch.einsum("sh,shd->hd", share, v[past])
         x = x + (heads_out * gate).reshape(T, D) @ out.T
-        y = rms(x) @ up.T
-        x = x + 0.5 * y * (1 + torch.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y ** 3))) @ down.T
+        x = x + gelu(rms(x) @ up.T) @ down.T
     return rms(x)
+
+
+def reference_backbone(model, ids, window):
+    """(T, V) log p of the backbone alone, for one sequence (T,)."""
+    embed = model.backbone.embed.weight.double()
+    return (reference_states(model, ids, window) @ embed[:model.config.vocab_size].T).log_softmax(-1)
+
+
+class ReferenceLTM:
+    """One sequence (T,), token by token, with a list of items: what the LTM claims to compute, said again slowly."""
+
+    def __init__(self, model, ids):
+        self.config, self.sizes, self.ids = model.config, model.memory.sizes, ids
+        D, E = model.config.n_embd, model.config.ltm_ngrams
+        self.h = reference_states(model, ids, model.config.stm_window)
+        self.embed = model.backbone.embed.weight.double()
+        self.stm = (self.h @ self.embed[:model.config.vocab_size].T).log_softmax(-1)
+        states, tokens = model.memory.from_state, model.memory.from_tokens
+        self.own, self.after = states.weight.double().view(2, -1, D)
+        self.own_bias, self.after_bias = states.bias.double().view(2, -1)
+        self.ahead, *self.by_lag = tokens.weight.double().view(1 + E, -1, D)
+        self.bits = [0.0] * (len(ids) + 1)                  # the last: before the start
+        self.held = deque(maxlen=model.config.ltm_slots)
+
+    def token(self, t):
+        return int(self.ids[t]) if t >= 0 else EOT
+
+    def known(self, token):
+        return rms(self.embed[token]) * (token != EOT)
+
+    def parts(self, y):
+        """What is linear in a position: unit addresses (K, A), trust, strength, odds of looking up."""
+        address, trust, strength, odds = y[:sum(self.sizes)].split(self.sizes)
+        learned = address.view(self.config.ltm_learned, -1)
+        return learned / learned.norm(dim=-1, keepdim=True), trust, strength, float(odds[0])
+
+    def position(self, t):
+        """What is linear in position t, and its exact addresses: the last one, two, .. tokens, or None."""
+        y = self.own @ self.h[t] + self.own_bias
+        for lag, part in enumerate(self.by_lag):
+            y = y + part @ self.known(self.token(t - lag))
+        grams = [tuple(self.token(t - lag) for lag in range(n + 1)) for n in range(self.config.ltm_ngrams)]
+        stored = self.bits[t] > self.config.ltm_surprisal_bits
+        return y, [grams[0] if stored else None, *grams[1:]]
+
+    def write(self, t):
+        """The token that has just come, filed under the state before it; whether it was stored."""
+        token = self.token(t)
+        if t > 0 and token != EOT:
+            self.bits[t] = -float(self.stm[t - 1, token]) / math.log(2)
+        stored = self.bits[t] > self.config.ltm_surprisal_bits
+        if stored:
+            y, exact = self.position(t - 1)
+            v = self.ahead @ self.known(token) + self.after @ self.h[t] + self.after_bias
+            address, K, A = slice(0, self.sizes[0]), self.config.ltm_learned, self.config.ltm_dim
+            learned = (y[address] + v[address]).view(K, A)
+            strength = self.parts(y)[2] + self.parts(v)[2]
+            key = [*exact, *(k / k.norm() for k in learned)]
+            self.held.append(dict(key=key, value=token, bits=self.bits[t], position=t, strength=strength))
+        return stored
+
+    def cosine(self, head, query, key):
+        if head >= self.config.ltm_ngrams:
+            return float(query @ key)
+        return float(query is not None and query == key)
+
+    def weight(self, t, head, item, cosine, trust):
+        """What an item that one head retrieved weighs."""
+        c, score = self.config, float(trust[head] + item["strength"][head])
+        if head < c.ltm_ngrams:
+            return math.exp(min(score + (head + 1) * c.ltm_exact_trust, 10))
+        score += c.ltm_sharpness * (cosine - 1) + c.ltm_plausibility * float(self.stm[t, item["value"]])
+        return math.exp(min(score, 10)) / max(1.0, len(self.held) / c.ltm_shown) ** c.ltm_crowding
+
+    def read(self, t):
+        """Position t's: log p had the learned addresses been looked up through, had they not, whether they were, and
+        {where a retrieved item stood: cosine}."""
+        E, V = self.config.ltm_ngrams, self.stm.size(1)
+        y, exact = self.position(t)
+        learned, trust, _, odds = self.parts(y)
+        by_exact, by_learned, found = torch.zeros(V).double(), torch.zeros(V).double(), {}
+        for item in self.held:
+            for head, (query, key) in enumerate(zip([*exact, *learned], item["key"], strict=True)):
+                cosine = self.cosine(head, query, key)
+                if cosine > self.config.ltm_cosine:
+                    weights = by_exact if head < E else by_learned
+                    weights[item["value"]] += self.weight(t, head, item, cosine, trust)
+                    if head < E or odds > 0:
+                        found[item["position"]] = max(cosine, found.get(item["position"], 0.0))
+
+        def mixture(weights):
+            return ((self.stm[t].exp() + weights) / (1 + weights.sum())).log()
+
+        return mixture(by_exact + by_learned), mixture(by_exact), odds > 0, found
 
 
 @torch.no_grad()
 def reference(model, ids):
-    """One sequence (T,), token by token, with a list of items: what the model claims to compute, said again slowly.
+    """What the model claims to say of one sequence (T,).
 
     Returns: dict of (T, V) tables log_p, stm (the backbone's), with and without (had each look-up through the learned
     addresses been made, or none); and of lists by position: stored (was x_t?), open, hit, found ({where a
     retrieved item stood: cosine}), items (all that were held: token, bits, position).
     """
-    c, memory = model.config, model.memory
-    E, K, A, D = c.ltm_ngrams, c.ltm_learned, c.ltm_dim, c.n_embd
-    h = reference_states(model, ids, c.stm_window)
-    embed = model.backbone.embed.weight.double()
-    stm = (h @ embed[:VOCAB].T).log_softmax(-1)
-    linear, next_linear = memory.from_state.weight.double().view(2, -1, D)
-    bias, next_bias = memory.from_state.bias.double().view(2, -1)
-    value_linear, *by_lag = memory.from_tokens.weight.double().view(1 + E, -1, D)
-
-    token = lambda t: int(ids[t]) if t >= 0 else EOT
-    bits = [0.0] * (len(ids) + 1)                                       # the last: before the start
-    names = ("log_p", "with", "without", "stored", "open", "hit", "found", "items")
-    held, out = deque(maxlen=c.ltm_slots), {name: [] for name in names}
-
-    def vector(t):
-        """All that is linear in position t, and its exact addresses: the last one, two, .. tokens, or None."""
-        known = lambda token: rms(embed[token]) * (token != EOT)
-        y = linear @ h[t] + sum(by_lag[lag] @ known(token(t - lag)) for lag in range(E)) + bias
-        exact = [tuple(token(t - lag) for lag in range(n)) for n in range(1, E + 1)]
-        return y, [exact[0] if bits[t] > c.ltm_surprisal_bits else None, *exact[1:]]
-
+    slow = ReferenceLTM(model, ids)
+    names = ("stored", "with", "without", "open", "found", "items")
+    out = {name: [] for name in names}
     for t in range(len(ids)):
-        # write: the token that has just come, filed under the state before it
-        bits[t] = -float(stm[t - 1, token(t)]) / math.log(2) if t > 0 and token(t) != EOT else 0.0
-        stored = bits[t] > c.ltm_surprisal_bits
-        if stored:
-            y, exact = vector(t - 1)
-            v = value_linear @ rms(embed[token(t)]) + next_linear @ h[t] + next_bias
-            learned = (y[:K * A] + v[:K * A]).view(K, A)
-            held.append(dict(key=[*exact, *(k / k.norm() for k in learned)], value=token(t), bits=bits[t], position=t,
-                             strength=(y + v)[K * A + E + K:K * A + 2 * (E + K)]))
-        # read
-        y, exact = vector(t)
-        query = [*exact, *(q / q.norm() for q in y[:K * A].view(K, A))]
-        trust, is_open = y[K * A:K * A + E + K], bool(y[K * A + 2 * (E + K)] > 0)
-        weights, found = {True: torch.zeros(VOCAB).double(), False: torch.zeros(VOCAB).double()}, {}
-        for item in held:
-            for head in range(E + K):
-                if head < E:
-                    cosine = float(query[head] is not None and query[head] == item["key"][head])
-                else:
-                    cosine = float(query[head] @ item["key"][head])
-                if cosine > c.ltm_cosine:
-                    score = trust[head] + item["strength"][head]
-                    if head < E:
-                        score += (head + 1) * c.ltm_exact_trust
-                    else:
-                        score += c.ltm_sharpness * (cosine - 1) + c.ltm_plausibility * stm[t, item["value"]]
-                    crowd = 1.0 if head < E else max(1.0, len(held) / c.ltm_shown) ** c.ltm_crowding
-                    weights[head >= E][item["value"]] += math.exp(min(float(score), 10)) / crowd
-                    if head < E or is_open:
-                        found[item["position"]] = max(cosine, found.get(item["position"], 0.0))
-        mixed = {looked: ((stm[t].exp() + w) / (1 + w.sum())).log()
-                 for looked, w in ((False, weights[False]), (True, weights[False] + weights[True]))}
-        for name, entry in (("log_p", mixed[is_open]), ("stored", stored), ("open", is_open), ("hit", bool(found)),
-                            ("found", found), ("with", mixed[True]), ("without", mixed[False]),
-                            ("items", [(i["value"], i["bits"], i["position"]) for i in held])):
+        stored = slow.write(t)
+        items = [(item["value"], item["bits"], item["position"]) for item in slow.held]
+        for name, entry in zip(names, (stored, *slow.read(t), items), strict=True):
             out[name].append(entry)
-    return out | {name: torch.stack(out[name]) for name in names[:3]} | {"stm": stm}
+    within, without = torch.stack(out["with"]), torch.stack(out["without"])
+    log_p = torch.where(torch.tensor(out["open"])[:, None], within, without)
+    hit = [bool(found) for found in out["found"]]
+    return out | {"with": within, "without": without, "log_p": log_p, "stm": slow.stm, "hit": hit}
 
 
 @pytest.fixture(scope="module")
@@ -213,9 +306,8 @@ def case():
     """A busy model, a text, and what the reference makes of it; checked to exercise each branch."""
     model, ids = lively(), text()
     truth = reference(model, ids[0])
-    share = lambda name: sum(truth[name]) / LENGTH
     assert 3 * SLOTS < sum(truth["stored"]) < 0.9 * LENGTH, "more than the slots hold, but not every token"
-    assert 0.2 < share("open") < 0.8 and 0.2 < share("hit") < 0.95
+    assert 0.2 < sum(truth["open"]) / LENGTH < 0.8 and 0.2 < sum(truth["hit"]) / LENGTH < 0.95
     assert sum((truth["log_p"] - truth["stm"]).abs().amax(-1) > 1) > LENGTH // 4, "reading must matter"
     return model, ids, truth
 
@@ -234,13 +326,12 @@ def test_streaming_form_is_the_reference(case, sizes):
     model, ids, truth = case
     if sizes == [1]:
         ids = ids[:, :60]
-    log_p, memory = streamed(model, ids, sizes)
+    log_p, cache = streamed(model, ids, sizes)
     T = ids.size(1)
     torch.testing.assert_close(log_p[0].double(), truth["log_p"][:T], **CLOSE)
-    contents = memory.contents()
-    assert [(i["token"], i["position"]) for i in contents] == [(v, p) for v, _, p in truth["items"][T - 1]]
-    assert [i["bits"] for i in contents] == pytest.approx([bits for _, bits, _ in truth["items"][T - 1]], abs=1e-4)
-    assert int(memory.count) == sum(truth["stored"][:T])
+    values, bits, positions = zip(*truth["items"][T - 1])
+    assert held_by(cache) == list(zip(values, positions))
+    assert [item["bits"] for item in cache.contents()] == pytest.approx(bits, abs=1e-4)
 
 
 def test_one_long_call_with_a_cache_is_the_reference(case):
@@ -255,45 +346,57 @@ def test_one_long_call_with_a_cache_is_the_reference(case):
 def test_score_is_the_reference(case):
     """`score` gives the targets' probabilities, what was stored and hit, and the objective made of both outcomes."""
     model, ids, truth = case
-    tokens, targets, opens = rows_of(ids)
+    tokens, targets, opens = lane_of(ids)
     scores = model.score(tokens, targets, opens)
-    flat = lambda x: x.flatten()[:LENGTH - 1]
-    real = flat(targets) != EOT
-    at = lambda table: table[:-1].gather(1, flat(targets)[:, None])[:, 0]
-    for got, wanted in ((scores.log_p, truth["log_p"]), (scores.log_p_stm, truth["stm"])):
-        torch.testing.assert_close(flat(got)[real].double(), at(wanted)[real], **CLOSE)
+
+    def flat(x):
+        return x.flatten()[:LENGTH - 1]
+
+    wanted, real = flat(targets), flat(targets) != EOT
+
+    def at(name):
+        return truth[name][:-1].gather(1, wanted[:, None])[:, 0]
+
+    for got, name in ((scores.log_p, "log_p"), (scores.log_p_stm, "stm")):
+        torch.testing.assert_close(flat(got)[real].double(), at(name)[real], **CLOSE)
     assert flat(scores.stored).tolist() == truth["stored"][1:]
     assert flat(scores.hit).tolist() == truth["hit"][:-1]
 
     odds = flat(read(model, tokens, targets, opens)[3]).double()
     assert (odds > 0).tolist() == truth["open"][:-1]
     pays = odds.sigmoid()
-    wanted = (pays * (at(truth["with"]) - model.config.ltm_price) + (1 - pays) * at(truth["without"])
-              + model.config.ltm_stm_loss * at(truth["stm"]))
-    torch.testing.assert_close(flat(scores.objective)[real].double(), wanted[real], **CLOSE)
+    objective = pays * (at("with") - model.config.ltm_price) + (1 - pays) * at("without")
+    objective += model.config.ltm_stm_loss * at("stm")
+    torch.testing.assert_close(flat(scores.objective)[real].double(), objective[real], **CLOSE)
 
 
 def test_what_training_does_not_know_is_added_after_it(case):
     """In eval mode only: more trust, of exact matches; less weight, of learned ones, the more items a query sees."""
     ids, plain = case[1], lively(ltm_exact_trust=0.0, ltm_crowding=0.0)
-    rows = rows_of(ids)
-    trusting, crowded, neither, training = (read(model, *rows)[0] for model in (
-        lively(ltm_crowding=0.0), lively(ltm_exact_trust=0.0), plain, lively().train()))
+    lane = lane_of(ids)
+    kinds = lively(ltm_crowding=0.0), lively(ltm_exact_trust=0.0), plain, lively().train()
+    trusting, crowded, neither, training = (read(model, *lane)[0] for model in kinds)
     assert torch.equal(trusting.learned, neither.learned) and torch.equal(crowded.exact, neither.exact)
 
     def alone(n, **settings):
         """What the exact address of n tokens finds."""
         model = lively(ltm_crowding=0.0, **settings)
-        trusts = model.memory.from_state.bias.data[:sum(model.memory.sizes)].split(model.memory.sizes)[1]
+        sizes = model.memory.sizes
+        trusts = model.memory.from_state.bias.data[:sum(sizes)].split(sizes)[1]
         trusts[[i for i in range(3) if i != n - 1]] = -100.0
-        return read(model, *rows)[0].exact
+        return read(model, *lane)[0].exact
+
     for n in (1, 2, 3):
         assert (alone(n) > 1e-9).any()
         torch.testing.assert_close(alone(n), math.exp(0.5 * n) * alone(n, ltm_exact_trust=0.0))
+
+    def of_text(x):
+        return x.flatten(0, 1)[:LENGTH]
+
     held = torch.tensor([len(items) for items in case[2]["items"]])
-    less, text_of = (held / plain.config.ltm_shown).clamp(min=1) ** -0.6, lambda x: x.flatten(0, 1)[:LENGTH]
-    assert (text_of(neither.learned)[less < 0.9] > 0).any() and less.max() == 1
-    torch.testing.assert_close(text_of(crowded.learned), less[:, None] * text_of(neither.learned))
+    less = (held / plain.config.ltm_shown).clamp(min=1) ** -0.6
+    assert (of_text(neither.learned)[less < 0.9] > 0).any() and less.max() == 1
+    torch.testing.assert_close(of_text(crowded.learned), less[:, None] * of_text(neither.learned))
     assert torch.equal(training.exact, neither.exact) and torch.equal(training.learned, neither.learned)
     torch.testing.assert_close(streamed(lively().train(), ids, [7, 1])[0], plain(ids).logits, **CLOSE)
 
@@ -302,7 +405,7 @@ def test_what_training_does_not_know_is_added_after_it(case):
 def test_rows_without_opens_are_sequences_of_their_own(slots):
     """Training's call, rows and no `opens`: every row starts empty, forgets as any, and equals the row's reference."""
     model = lively(ltm_slots=slots, ltm_surprisal_bits=6.0)
-    tokens, targets, _ = rows_of(text(3 * WINDOW))
+    tokens, targets, _ = lane_of(text(3 * WINDOW))
     scores = model.score(tokens, targets)
     for row in range(3):
         truth = reference(model, tokens[row])
@@ -310,26 +413,40 @@ def test_rows_without_opens_are_sequences_of_their_own(slots):
         real = targets[row] != EOT
         torch.testing.assert_close(scores.log_p[row][real].double(), wanted[real], **CLOSE)
         # the row's last target comes after it: only there does `targets` say more than `tokens` of the same row
-        assert scores.stored[row, :-1].tolist() == truth["stored"][1:] and scores.hit[row].tolist() == truth["hit"]
+        assert scores.stored[row, :-1].tolist() == truth["stored"][1:]
+        assert scores.hit[row].tolist() == truth["hit"]
+
+
+def check_packed(model, lanes):
+    """Sequences in lanes equal each alone."""
+    longest = max(lane_of(*sequences)[0].size(0) for sequences in lanes)
+    parts = [lane_of(*sequences, rows=longest) for sequences in lanes]
+    packed = model.score(*(torch.cat(part) for part in zip(*parts)))
+    for lane, sequences in enumerate(lanes):
+        start = lane * longest
+        for ids in sequences:
+            tokens, targets, opens = lane_of(ids)
+            alone = model.score(tokens, targets, opens)
+            real = targets != EOT
+            mine = slice(start, start + len(tokens))
+            torch.testing.assert_close(packed.log_p[mine][real], alone.log_p[real], **CLOSE)
+            assert torch.equal(packed.stored[mine], alone.stored)
+            assert torch.equal(packed.hit[mine][real], alone.hit[real])
+            after = ids[:, 1:]
+            wanted = model(ids).logits[:, :-1].gather(2, after[..., None])[..., 0]
+            torch.testing.assert_close(alone.log_p[real], wanted[after != EOT], **CLOSE)
+            start += len(tokens)
 
 
 def test_packed_sequences_equal_each_alone():
-    """Sequences of different lengths in one `score(opens=...)` call give each exactly what it gives alone."""
+    """Sequences of different lengths in one `score(opens=...)` call, in one lane or in several, give each exactly what
+    it gives alone."""
     model = lively(3, ltm_surprisal_bits=5.0)
     # where one fills its last row, its end stands right before the next one's start
-    sequences = [text(n, seed=n) for n in (50, 3, WINDOW, 70, 1, 2 * WINDOW, 25, 3 * WINDOW, 40, WINDOW + 1)]
-    packed = model.score(*rows_of(*sequences))
-    start = 0
-    for ids in sequences:
-        tokens, targets, opens = rows_of(ids)
-        alone = model.score(tokens, targets, opens)
-        real = targets != EOT
-        mine = slice(start, start + len(tokens))
-        torch.testing.assert_close(packed.log_p[mine][real], alone.log_p[real], **CLOSE)
-        assert torch.equal(packed.stored[mine], alone.stored) and torch.equal(packed.hit[mine][real], alone.hit[real])
-        wanted = model(ids).logits.log_softmax(-1)[:, :-1].gather(2, ids[:, 1:, None])[..., 0]
-        torch.testing.assert_close(alone.log_p[real], wanted[ids[:, 1:] != EOT], **CLOSE)
-        start += len(tokens)
+    lengths = (50, 3, WINDOW, 70, 1, 2 * WINDOW, 25, 3 * WINDOW, 40, WINDOW + 1)
+    sequences = [text(n, seed=n) for n in lengths]
+    check_packed(model, [sequences])
+    check_packed(model, [sequences[:3], sequences[3:7], sequences[7:]])
 
 
 # ------------------------------------------------------------------------------------ nothing leaks
@@ -340,15 +457,18 @@ def test_a_future_token_changes_no_earlier_probability(case, place):
     model, ids, _ = case
     flipped = ids.clone()
     flipped[0, place] = (ids[0, place] + 17) % EOT
-    assert torch.equal(model(ids).logits[:, :place], model(flipped).logits[:, :place])
-    assert not torch.equal(model(ids).logits[:, place:], model(flipped).logits[:, place:])
+    before, after = model(ids).logits, model(flipped).logits
+    assert torch.equal(before[:, :place], after[:, :place])
+    assert not torch.equal(before[:, place:], after[:, place:])
 
-    before, after = model.score(*rows_of(ids)), model.score(*rows_of(flipped))
-    real = rows_of(ids)[1].flatten()[:place - 1] != EOT                 # position place - 1 has the flipped target
-    assert all(torch.equal(a.flatten()[:place - 1][real], b.flatten()[:place - 1][real]) for a, b in zip(before, after))
+    real = lane_of(ids)[1].flatten()[:place - 1] != EOT                 # position place - 1 has the flipped target
 
-    sizes = [WINDOW, 5, 1]
-    assert torch.equal(streamed(model, ids, sizes)[0][:, :place], streamed(model, flipped, sizes)[0][:, :place])
+    def early(ids):
+        return [x.flatten()[:place - 1][real] for x in per_target(model.score(*lane_of(ids)))]
+
+    assert all(map(torch.equal, early(ids), early(flipped)))
+    before, after = (streamed(model, x, [WINDOW, 5, 1])[0] for x in (ids, flipped))
+    assert torch.equal(before[:, :place], after[:, :place])
 
 
 def test_a_prefix_says_what_the_whole_says(case):
@@ -361,88 +481,82 @@ def test_a_prefix_says_what_the_whole_says(case):
 
 def test_no_item_is_visible_to_the_prediction_that_stored_it():
     """Where everything matches everything, the first stored token is found one position later, not by its own."""
-    model = lively(ltm_surprisal_bits=0.0)
-    model.memory.from_state.weight.zero_()
-    model.memory.from_tokens.weight.zero_()
-    model.memory.from_state.bias.fill_(1.0)                             # all cosines 1, all look-ups open
-    ids = text(WINDOW)
-    scores = model.score(*rows_of(ids))
+    model, ids = everything_matches(), text(WINDOW)
+    scores = model.score(*lane_of(ids))
     assert scores.stored[0, 0] and scores.hit[0].tolist() == [False] + [True] * (WINDOW - 1)
     assert scores.log_p[0, 0] == pytest.approx(float(scores.log_p_stm[0, 0]), abs=1e-5)
-    memory = Memory(model)
-    model(ids[:, :1], past_key_values=memory)
-    assert memory.retrieved() == []
-    model(ids[:, 1:2], past_key_values=memory)
-    assert [item["token"] for item in memory.retrieved()] == [int(ids[0, 1])]
+    cache = model.new_cache()
+    model(ids[:, :1], past_key_values=cache)
+    assert cache.retrieved() == []
+    model(ids[:, 1:2], past_key_values=cache)
+    assert [item["token"] for item in cache.retrieved()] == [int(ids[0, 1])]
 
 
 def test_rows_of_a_batch_share_nothing():
     """A batch of different texts, in either form, equals each of them alone; each memory holds its own items."""
     model = lively()
     batch = torch.cat([text(50, seed) for seed in (5, 6, 7)])
-    memory = Memory(model, 3)
-    together = {"parallel": model(batch).logits, "streaming": streamed(model, batch, [WINDOW, 3], memory)[0]}
+    cache = model.new_cache(3)
+    together = [model(batch).logits, streamed(model, batch, [WINDOW, 3], cache)[0]]
     for row in range(3):
         alone, own = streamed(model, batch[row:row + 1], [WINDOW, 3])
-        for logits in together.values():
+        for logits in together:
             torch.testing.assert_close(logits[row:row + 1], alone, **CLOSE)
-        held, alone = memory.contents(sequence=row), own.contents()
-        assert [(i["token"], i["position"]) for i in held] == [(i["token"], i["position"]) for i in alone]
-        assert [i["bits"] for i in held] == pytest.approx([i["bits"] for i in alone], abs=1e-4)
+        assert held_by(cache, sequence=row) == held_by(own)
+        bits = [item["bits"] for item in own.contents()]
+        assert [item["bits"] for item in cache.contents(sequence=row)] == pytest.approx(bits, abs=1e-4)
 
 
 def test_memory_is_empty_at_each_start():
     """The first prediction is the backbone's own, a fresh memory holds nothing, and a cleared one is as good as new."""
     model, ids = lively(ltm_surprisal_bits=0.0), text(40)
-    stm = model.logits(model.states(ids[:, :1])).log_softmax(-1)
+    stm = backbone_log_p(model, ids[:, :1])
     torch.testing.assert_close(model(ids).logits[:, :1], stm, **CLOSE)
-    memory = Memory(model)
-    assert memory.contents() == [] == memory.retrieved() and memory.get_seq_length() == 0
-    first = model(ids, past_key_values=memory).logits
+    cache = model.new_cache()
+    assert cache.contents() == [] == cache.retrieved() and cache.get_seq_length() == 0
+    first = model(ids, past_key_values=cache).logits
     torch.testing.assert_close(first[:, :1], stm, **CLOSE)
     stored = [t for t in range(1, 40) if ids[0, t] != EOT]
-    assert [item["position"] for item in memory.contents()] == stored[-SLOTS:]
-    again = model(ids, past_key_values=memory).logits                   # went on: it remembers the first time
+    assert [item["position"] for item in cache.contents()] == stored[-SLOTS:]
+    again = model(ids, past_key_values=cache).logits                    # went on: it remembers the first time
     assert not torch.allclose(again, first, **CLOSE)
-    memory.clear()
-    assert memory.contents() == [] == memory.retrieved() and memory.get_seq_length() == 0
-    assert torch.equal(model(ids, past_key_values=memory).logits, first)
+    cache.clear()
+    assert cache.contents() == [] == cache.retrieved() and cache.get_seq_length() == 0
+    assert torch.equal(model(ids, past_key_values=cache).logits, first)
 
 
 def test_never_more_than_the_slots_and_the_oldest_goes_first():
     """After each token the ring holds the newest surprising ones, up to `ltm_slots`, in order, and no others."""
     model, ids = lively(3), text(60, seed=1)
-    memory, expected = Memory(model), deque(maxlen=SLOTS)
-    tokens, _, opens = rows_of(ids)
-    stm = model.logits(model.states(tokens, opens)).log_softmax(-1).flatten(0, 1)
+    cache, expected, stored = model.new_cache(), deque(maxlen=SLOTS), 0
+    tokens, _, opens = lane_of(ids)
+    bits = -backbone_log_p(model, tokens, opens).flatten(0, 1) / math.log(2)
     for t in range(60):
-        model(ids[:, t:t + 1], past_key_values=memory)
+        model(ids[:, t:t + 1], past_key_values=cache)
         token = int(ids[0, t])
-        if t and token != EOT and -float(stm[t - 1, token]) / math.log(2) > model.config.ltm_surprisal_bits:
+        if t and token != EOT and bits[t - 1, token] > model.config.ltm_surprisal_bits:
             expected.append((token, t))
-        held = [(item["token"], item["position"]) for item in memory.contents()]
-        assert held == list(expected) and len(held) <= SLOTS
-    assert int(memory.count) > 2 * SLOTS
+            stored += 1
+        assert held_by(cache) == list(expected) and len(expected) <= SLOTS
+    assert stored > 2 * SLOTS
 
 
 def test_an_evicted_item_is_out_of_reach_in_the_parallel_form():
     """With everything stored and everything matching, a position retrieves exactly the last `ltm_slots` items."""
-    model = lively(ltm_surprisal_bits=0.0)
-    model.memory.from_state.weight.zero_()
-    model.memory.from_tokens.weight.zero_()
-    model.memory.from_state.bias.fill_(1.0)
+    model = everything_matches()
     ids = torch.randint(0, EOT, (1, LENGTH), generator=torch.Generator().manual_seed(0))
-    reading = read(model, *rows_of(ids))[0]
-    assert (reading.learned > 0).sum(-1).flatten()[:LENGTH].tolist() == [min(t, SLOTS) for t in range(LENGTH)]
+    reading = read(model, *lane_of(ids))[0]
+    retrieved = (reading.learned > 0).sum(-1).flatten()[:LENGTH]
+    assert retrieved.tolist() == [min(t, SLOTS) for t in range(LENGTH)]
 
 
 def test_retrieved_is_what_the_reference_found(case):
     """After each token, `retrieved` names the very items that the reference found, with all of their share of p."""
     model, ids, truth = case
-    memory = Memory(model)
+    cache = model.new_cache()
     for t in range(50):
-        log_p = model(ids[:, t:t + 1], past_key_values=memory).logits[0, 0]
-        found = memory.retrieved()
+        log_p = model(ids[:, t:t + 1], past_key_values=cache).logits[0, 0]
+        found = cache.retrieved()
         assert {item["position"]: item["cosine"] for item in found} == pytest.approx(truth["found"][t], abs=1e-5)
         shares = [item["share"] for item in found]
         assert shares == sorted(shares, reverse=True) and sum(shares) <= 1 + 1e-6
@@ -463,43 +577,58 @@ def test_probabilities_sum_to_one(case):
 
 # ------------------------------------------------------------------------------------ the backbone and the window
 
-def test_ltm_off_is_gpt_bit_for_bit_within_a_window():
+@pytest.fixture
+def tiny(monkeypatch):
+    """Settings of add_memory.py for a model as small as these."""
+    monkeypatch.setitem(SIZES, "tiny", dict(vocab_size=VOCAB, n_layer=2, n_embd=64, n_head=2))
+    return replace(add_memory.QUICK, size="tiny")
+
+
+def test_memory_off_is_gpt_bit_for_bit_within_a_window(tiny):
     """The hybrid that add_memory makes, LTM off, gives GPT's very bits on a whole window; LTM on, it does not."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(SIZES, "tiny", dict(vocab_size=VOCAB, n_layer=2, n_embd=64, n_head=2))
-        gpt, hybrid = add_memory.make_models("tiny", seed=0)
+    gpt, hybrid = add_memory.make_models(tiny, seed=0)
     assert hybrid.config.stm_window == 128 and gpt.config.stm_window is None
     ids = torch.cat([text(128, seed) for seed in (0, 1)])
-    hybrid.config.ltm_enabled = False
+    hybrid.config.memory_enabled = False
     assert torch.equal(gpt(ids).logits, hybrid(ids).logits)
     targets = F.pad(ids[:, 1:], (0, 1), value=EOT)
-    assert all(torch.equal(a, b) for a, b in zip(gpt.score(ids, targets), hybrid.score(ids, targets)))
+    assert all(map(torch.equal, per_target(gpt.score(ids, targets)), per_target(hybrid.score(ids, targets))))
     torch.testing.assert_close(gpt(ids, use_cache=True).logits, gpt(ids).logits, **CLOSE)
-    hybrid.config.ltm_enabled = True
+    hybrid.config.memory_enabled = True
     assert not torch.equal(gpt(ids).logits, hybrid(ids).logits)
 
 
 @pytest.mark.parametrize("length", [1, WINDOW - 1, WINDOW, WINDOW + 1, 3 * WINDOW, 55])
 def test_baseline_is_masked_attention_of_any_length(length):
     """LTM off, both forms equal softmax attention over the last WINDOW positions, written as a loop over positions."""
-    model, ids = lively(ltm_enabled=False), text(length, seed=length)
-    wanted = (reference_states(model, ids[0], WINDOW) @ model.backbone.embed.weight.double()[:VOCAB].T).log_softmax(-1)
+    model, ids = lively(memory_enabled=False), text(length, seed=length)
+    wanted = reference_backbone(model, ids[0], WINDOW)
     torch.testing.assert_close(model(ids).logits[0].double(), wanted, **CLOSE)
     torch.testing.assert_close(streamed(model, ids, [WINDOW, 5])[0][0].double(), wanted, **CLOSE)
-    scores = model.score(*rows_of(ids))
+    scores = model.score(*lane_of(ids))
     assert not scores.stored.any() and not scores.hit.any()
 
 
 def test_gpt_sees_everything_and_says_when_it_cannot():
     """GPT without a window attends to all that came, in both forms, and refuses text beyond its table of positions."""
     torch.manual_seed(0)
-    model, ids = GPT(config(stm_window=None, ltm_enabled=False, n_positions=40)).eval(), text(40)
-    wanted = (reference_states(model, ids[0], 40) @ model.backbone.embed.weight.double()[:VOCAB].T).log_softmax(-1)
+    model, ids = GPT(config(stm_window=None, memory_enabled=False, n_positions=40)).eval(), text(40)
+    wanted = reference_backbone(model, ids[0], 40)
     torch.testing.assert_close(model(ids).logits[0].double(), wanted, **CLOSE)
     torch.testing.assert_close(streamed(model, ids, [11, 1])[0][0].double(), wanted, **CLOSE)
     for refused in (dict(), dict(use_cache=True)):
         with pytest.raises(ValueError, match="at most 40"):
             model(text(41), **refused)
+
+
+def test_a_wider_network_is_wider_in_both_forms():
+    """n_inner widens the feed-forward network, and nothing else."""
+    model, usual = lively(memory_enabled=False, n_inner=300), lively()
+    assert {name for name, x in model.state_dict().items() if x.shape != usual.state_dict()[name].shape} == {
+        f"backbone.blocks.{layer}.{part}.weight" for layer in (0, 1) for part in ("up", "down")}
+    assert model.backbone.blocks[0].up.weight.shape == (300, 64)
+    wanted = reference_backbone(model, text(40)[0], WINDOW)
+    torch.testing.assert_close(model(text(40)).logits[0].double(), wanted, **CLOSE)
 
 
 # ------------------------------------------------------------------------------------ padding, losses, states
@@ -518,30 +647,30 @@ def padded(sequences, side):
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_is_nothing(side, form):
     """Unequal texts in one padded batch equal each alone: on the left in both forms, on the right without a cache."""
-    model, cache = lively(ltm_enabled="off" not in form), "streaming" in form
+    model, use_cache = lively(memory_enabled="off" not in form), "streaming" in form
     # 60 is the longest: padded on the left, the text of 12 begins with a block of the streaming form, at 48
     sequences = [text(n, seed=n) for n in (WINDOW + 9, 60, 7, 12, 1)]
     ids, mask = padded(sequences, side)
-    if side == "right" and cache:
+    if side == "right" and use_cache:
         with pytest.raises(ValueError, match="left"):
             model(ids, attention_mask=mask, use_cache=True)
         return
-    out = model(ids, attention_mask=mask, use_cache=cache, output_hidden_states=True)
+    out = model(ids, attention_mask=mask, use_cache=use_cache, output_hidden_states=True)
     for row, one in enumerate(sequences):
         alone = model(one, output_hidden_states=True)
         mine = mask[row].bool()
         torch.testing.assert_close(out.logits[row, mine], alone.logits[0], **CLOSE)
         for states, wanted in zip(out.hidden_states, alone.hidden_states, strict=True):
             torch.testing.assert_close(states[row, mine], wanted[0], **CLOSE)
-    if cache:                                               # and what is remembered is right too: the next token agrees
-        after = model(torch.full((5, 1), 9), past_key_values=out.past_key_values,
-                      attention_mask=F.pad(mask, (0, 1), value=1)).logits
+    if use_cache:                                           # and what is remembered is right: the next token agrees
+        longer = F.pad(mask, (0, 1), value=1)
+        after = model(torch.full((5, 1), 9), past_key_values=out.past_key_values, attention_mask=longer).logits
         for row, one in enumerate(sequences):
             torch.testing.assert_close(after[row], model(F.pad(one, (0, 1), value=9)).logits[0, -1:], **CLOSE)
 
 
 def test_masks_with_holes_are_refused():
-    """Padding inside a text, or a row of nothing but padding, is an error in either form, never a silent guess."""
+    """Padding inside a text is an error in either form, never a silent guess."""
     model, ids = lively(), text(20)
     mask = torch.ones_like(ids)
     mask[0, 8] = 0
@@ -549,25 +678,23 @@ def test_masks_with_holes_are_refused():
         model(ids, attention_mask=mask)
     with pytest.raises(ValueError, match="left"):
         model(ids, attention_mask=mask, use_cache=True)
-    with pytest.raises(ValueError, match="holes"):
-        model(ids, attention_mask=torch.zeros_like(ids))
 
 
 @pytest.mark.parametrize("enabled", [True, False], ids=["LTM", "LTM off"])
 def test_a_cache_refuses_what_it_cannot_take(enabled):
     """Padding after a text has begun, another number of rows, and no token at all are refused, each with its reason."""
-    model, ids = lively(ltm_enabled=enabled), torch.cat([text(20), text(20, seed=1)])
-    memory = Memory(model, 2)
-    model(ids, past_key_values=memory)
+    model, ids = lively(memory_enabled=enabled), torch.cat([text(20), text(20, seed=1)])
+    cache = model.new_cache(2)
+    model(ids, past_key_values=cache)
     late = torch.ones(2, 5, dtype=torch.long)
     late[1, :2] = 0
     with pytest.raises(ValueError, match="before the first token"):
-        model(ids[:, :5], past_key_values=memory, attention_mask=late)
+        model(ids[:, :5], past_key_values=cache, attention_mask=late)
     with pytest.raises(ValueError, match="2 sequences, not 1"):
-        model(ids[:1], past_key_values=memory)
+        model(ids[:1], past_key_values=cache)
     with pytest.raises(ValueError, match="no tokens"):
-        model(ids[:, :0], past_key_values=memory)
-    assert memory.get_seq_length() == 20
+        model(ids[:, :0], past_key_values=cache)
+    assert cache.get_seq_length() == 20
 
 
 def test_hidden_states_are_those_of_each_layer(case):
@@ -577,28 +704,29 @@ def test_hidden_states_are_those_of_each_layer(case):
     assert len(whole) == model.config.n_layer + 1 and {x.shape for x in whole} == {(1, LENGTH, 64)}
     for a, b in zip(whole, cached, strict=True):
         torch.testing.assert_close(a, b, **CLOSE)
-    tokens, _, opens = rows_of(ids)
-    torch.testing.assert_close(whole[-1][0], model.states(tokens, opens).flatten(0, 1)[:LENGTH], **CLOSE)
-    torch.testing.assert_close(whole[0][0], models.norm(model.backbone.embed.weight[ids[0]]), **CLOSE)
+    said = model.logits(whole[-1]).log_softmax(-1)
+    torch.testing.assert_close(said[0].double(), case[2]["stm"], **CLOSE)
+    torch.testing.assert_close(whole[0][0], rms(model.backbone.embed.weight[ids[0]]), **CLOSE)
 
 
-@pytest.mark.parametrize("cache", [False, True])
-def test_labels_give_the_mean_loss(case, cache):
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_labels_give_the_mean_loss(case, use_cache):
     """`loss` is the mean -log p of each label given what is before it, -100 left out; a kept tail scores that tail."""
     model, ids, truth = case
     labels = ids.clone()
     labels[0, :30] = -100
     wanted = -truth["log_p"][29:-1].gather(1, ids[0, 30:, None]).mean()
-    assert float(model(ids, labels=labels, use_cache=cache).loss) == pytest.approx(float(wanted), abs=1e-5)
-    kept = model(ids, labels=ids, logits_to_keep=10, use_cache=cache).loss
-    assert float(kept) == pytest.approx(-float(truth["log_p"][-10:-1].gather(1, ids[0, -9:, None]).mean()), abs=1e-5)
+    assert float(model(ids, labels=labels, use_cache=use_cache).loss) == pytest.approx(float(wanted), abs=1e-5)
+    kept = model(ids, labels=ids, logits_to_keep=10, use_cache=use_cache).loss
+    wanted = -truth["log_p"][-10:-1].gather(1, ids[0, -9:, None]).mean()
+    assert float(kept) == pytest.approx(float(wanted), abs=1e-5)
 
 
 def test_every_parameter_gets_a_finite_gradient():
     """The training objective reaches the backbone and all of the memory, and no masked branch lets a NaN through."""
     with torch.enable_grad():
         model = lively().train()
-        tokens, targets, _ = rows_of(text(6 * WINDOW))
+        tokens, targets, _ = lane_of(text(6 * WINDOW))
         scores = model.score(tokens, targets)
         torch.where(targets != EOT, scores.objective, 0.0).sum().backward()
     for name, parameter in model.named_parameters():
@@ -606,74 +734,13 @@ def test_every_parameter_gets_a_finite_gradient():
         assert parameter.grad.abs().sum() > 0, name
 
 
-# ------------------------------------------------------------------------------------ sizes, seeds, settings
-
-def test_70m_is_70m():
-    """The real configuration has 65 to 75 million parameters, all of them in a group, and the specified memory."""
-    with pytest.MonkeyPatch.context() as patch, torch.device("meta"):
-        patch.setattr(models, "EOT", 50256)
-        model = RevenaHybridTiny(RevenaConfig(**SIZES["70M"]))
-    groups = parameters_by_group(model)
-    assert 65e6 <= sum(groups.values()) == sum(p.numel() for p in model.parameters()) <= 75e6
-    c = model.config
-    assert (c.stm_window, c.ltm_slots, c.ltm_surprisal_bits, c.ltm_cosine) == (128, 256, 4.5, 0.8)
-
-
-def test_initial_weights_follow_the_seed():
-    """A seed gives the same weights each time, another seed others."""
-    def weights(seed):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(SIZES, "tiny", dict(vocab_size=VOCAB, n_layer=1, n_embd=64, n_head=2))
-            return add_memory.make_models("tiny", seed)[1].state_dict()
-    first, again, other = weights(0), weights(0), weights(1)
-    assert all(torch.equal(first[name], again[name]) for name in first)
-    assert not torch.equal(first["backbone.embed.weight"], other["backbone.embed.weight"])
-
-
-def test_settings_survive_the_config_file(tmp_path):
-    """Every setting, changed from its default, comes back from config.json, and the model made of it is the same."""
-    changed = dict(n_positions=999, stm_window=WINDOW, ltm_slots=9, ltm_surprisal_bits=5.5, ltm_cosine=0.7,
-                   ltm_ngrams=2, ltm_learned=3, ltm_dim=32, ltm_sharpness=6.0, ltm_plausibility=0.2, ltm_price=0.5,
-                   ltm_stm_loss=0.6, ltm_exact_trust=0.3, ltm_crowding=0.4, ltm_shown=5)
-    settings = {name for name in inspect.signature(RevenaConfig).parameters if name.startswith(("ltm_", "stm_"))}
-    assert settings == changed.keys() - {"n_positions"} | {"ltm_enabled"}
-    model = lively(**changed)
-    model.save_pretrained(tmp_path)
-    back = RevenaConfig.from_pretrained(tmp_path)
-    defaults = RevenaConfig()
-    for name, value in changed.items() | {("n_embd", 64), ("n_layer", 2), ("n_head", 2), ("vocab_size", VOCAB)}:
-        assert getattr(back, name) == value and (value != getattr(defaults, name)), name
-    assert back.ltm_enabled and (back.bos_token_id, back.eos_token_id, back.pad_token_id) == (EOT,) * 3
-    ids = text(50)
-    torch.testing.assert_close(model(ids).logits[0].double(), reference(model, ids[0])["log_p"], **CLOSE)
-    assert torch.equal(load_model(tmp_path)(ids).logits, model(ids).logits)
-    assert torch.equal(RevenaHybridTiny.from_pretrained(tmp_path)(ids).logits, model(ids).logits)
-
-
-@pytest.mark.parametrize("damage, says", [
-    (lambda folder: (folder / "config.json").unlink(), "config.json is missing; make it with"),
-    (lambda folder: (folder / "config.json").write_text("{"), "config.json is damaged"),
-    (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors is missing; make it with"),
-    (lambda folder: (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:9000]),
-     "not a whole safetensors file"),
-    (lambda folder: lively(n_embd=32).save_pretrained(folder / "b") or (folder / "b/config.json").replace(
-        folder / "config.json"), "do not fit"),
-], ids=["no config", "half a config", "no weights", "half the weights", "another model's config"])
-def test_a_damaged_folder_is_one_clear_line(tmp_path, damage, says):
-    """`load_model` says what is wrong with a folder and which command makes it again."""
-    lively().save_pretrained(tmp_path)
-    damage(tmp_path)
-    with pytest.raises(StageError, match=says) as error:
-        load_model(tmp_path, made_by="python train.py")
-    assert "\n" not in str(error.value) and "python train.py" in str(error.value)
-
-
 def test_log_p_is_the_same_as_written_for_a_gpu():
     """There it hides the columns of no token instead of leaving them out, and sums instead of picking."""
     class OnGPU(torch.Tensor):
         is_cuda = True
+
     model, draw, found = lively(), torch.Generator().manual_seed(0), []
-    h, targets = torch.randn(3, WINDOW, model.config.n_embd, generator=draw), rows_of(text(3 * WINDOW))[1]
+    h, targets = torch.randn(3, WINDOW, model.config.n_embd, generator=draw), lane_of(text(3 * WINDOW))[1]
     for kind in (torch.Tensor, OnGPU):
         with torch.enable_grad():
             given = h.clone().requires_grad_()
@@ -683,8 +750,130 @@ def test_log_p_is_the_same_as_written_for_a_gpu():
         found.append([x.as_subclass(torch.Tensor) for x in (log_p, log_z, *gradients)])
     for ours, theirs in zip(*found):
         torch.testing.assert_close(ours, theirs)
-    assert len(found[1][3]) > model.config.vocab_size and not found[1][3][model.config.vocab_size:].any()
+    assert len(found[1][3]) > VOCAB and not found[1][3][VOCAB:].any()
 
+
+# ------------------------------------------------------------------------------------ sizes, seeds, settings
+
+def test_70m_is_70m():
+    """The real configuration has 65 to 75 million parameters, all of them in a group, and the specified memory."""
+    with pytest.MonkeyPatch.context() as patch, torch.device("meta"):
+        patch.setattr(models, "EOT", 50256)
+        model = RevenaHybridTiny(RevenaConfig(**SIZES["70M"]))
+    groups = add_memory.parameters_by_group(model)
+    assert 65e6 <= sum(groups.values()) == sum(p.numel() for p in model.parameters()) <= 75e6
+    c = model.config
+    assert (c.stm_window, c.ltm_slots, c.ltm_surprisal_bits, c.ltm_cosine) == (128, 256, 4.5, 0.8)
+
+
+def test_initial_weights_follow_the_seed(tiny):
+    """A seed gives the same weights each time, another seed others."""
+    first, again, other = (add_memory.make_models(tiny, seed)[1].state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["backbone.embed.weight"], other["backbone.embed.weight"])
+
+
+CHANGED = dict(n_positions=999, n_inner=200, stm_window=WINDOW, ltm_slots=9, ltm_surprisal_bits=5.5, ltm_cosine=0.7,
+               ltm_ngrams=2, ltm_learned=3, ltm_dim=32, ltm_sharpness=6.0, ltm_plausibility=0.2, ltm_price=0.5,
+               ltm_stm_loss=0.6, ltm_exact_trust=0.3, ltm_crowding=0.4, ltm_shown=5)
+
+
+def test_settings_survive_the_config_file(tmp_path):
+    """Every setting, changed from its default, comes back from config.json, and the model made of it is the same."""
+    named = inspect.signature(RevenaConfig).parameters.keys() - {"kwargs"}
+    size = dict(vocab_size=VOCAB, n_embd=64, n_layer=2, n_head=2)
+    assert named == CHANGED.keys() | size.keys() | {"memory", "memory_enabled", "memory_settings"}
+    model = lively(**CHANGED)
+    model.save_pretrained(tmp_path)
+    back, defaults = RevenaConfig.from_pretrained(tmp_path), RevenaConfig()
+    for name, value in (CHANGED | size).items():
+        assert getattr(back, name) == value != getattr(defaults, name), name
+    assert (back.memory, back.memory_enabled, back.memory_settings) == ("ltm", True, {})
+    assert (back.bos_token_id, back.eos_token_id, back.pad_token_id) == (EOT,) * 3
+    ids = text(50)
+    torch.testing.assert_close(model(ids).logits[0].double(), reference(model, ids[0])["log_p"], **CLOSE)
+    assert torch.equal(load_model(tmp_path)(ids).logits, model(ids).logits)
+    assert torch.equal(RevenaHybridTiny.from_pretrained(tmp_path)(ids).logits, model(ids).logits)
+
+
+def test_a_memory_that_does_not_exist_is_named():
+    """Neither another memory nor a setting that the memory does not have is taken without a word."""
+    with pytest.raises(ValueError, match="no memory 'bnak' here; there are: .*ltm"):
+        RevenaHybridTiny(config(memory="bnak"))
+    with pytest.raises(ValueError, match="slots is no setting of this memory"):
+        RevenaHybridTiny(config(memory_settings=dict(slots=9)))
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_folder_of_the_time_with_one_memory_loads(tmp_path, enabled):
+    """Then a config said ltm_enabled, and of the memory's kind nothing: it is the same model, with the same bits."""
+    model, ids = lively(), text(50)
+    model.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    for name in ("memory", "memory_enabled", "memory_settings", "n_inner"):
+        del written[name]
+    (tmp_path / "config.json").write_text(json.dumps(written | {"ltm_enabled": enabled}))
+    model.config.memory_enabled = enabled
+    for back in (load_model(tmp_path), RevenaHybridTiny.from_pretrained(tmp_path)):
+        assert back.config.memory_enabled is enabled and torch.equal(back(ids).logits, model(ids).logits)
+        back.save_pretrained(tmp_path / "again")
+        again = json.loads((tmp_path / "again" / "config.json").read_text())
+        assert again["memory_enabled"] is enabled and "ltm_enabled" not in again
+
+
+def no_config(folder):
+    (folder / "config.json").unlink()
+
+
+def half_a_config(folder):
+    (folder / "config.json").write_text("{")
+
+
+def no_weights(folder):
+    (folder / "model.safetensors").unlink()
+
+
+def half_the_weights(folder):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:9000])
+
+
+def another_models_config(folder):
+    lively(n_embd=32).save_pretrained(folder / "other")
+    (folder / "other" / "config.json").replace(folder / "config.json")
+
+
+def another_memory(folder):
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"memory_settings": {"slots": 9}}))
+
+
+@pytest.mark.parametrize("damage, says", [
+    (no_config, "config.json is missing; make it with"),
+    (half_a_config, "config.json is damaged"),
+    (no_weights, "model.safetensors is missing; make it with"),
+    (half_the_weights, "not a whole safetensors file"),
+    (another_models_config, "do not fit"),
+    (another_memory, "slots is no setting of this memory"),
+])
+def test_a_damaged_folder_is_one_clear_line(tmp_path, damage, says):
+    """`load_model` says what is wrong with a folder and which command makes it again."""
+    lively().save_pretrained(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(StageError, match=says) as error:
+        load_model(tmp_path, made_by="python train.py")
+    assert "\n" not in str(error.value) and "python train.py" in str(error.value)
+
+
+def test_tied_weights_are_stored_once(tmp_path):
+    """The output matrix is the embedding: one tensor in the file, and no other name for it."""
+    model = lively()
+    model.save_pretrained(tmp_path)
+    assert load_file(tmp_path / "model.safetensors").keys() == model.state_dict().keys()
+    assert sum(p.shape == model.backbone.embed.weight.shape for p in model.parameters()) == 1
+
+
+# ------------------------------------------------------------------------------------ compilers
 
 def test_a_compiler_that_fails_is_none(monkeypatch):
     """Whatever torch.compile needs and does not find, the stages go on without; on a CPU it is not even tried."""
@@ -693,10 +882,37 @@ def test_a_compiler_that_fails_is_none(monkeypatch):
     def no_c_compiler(function, **given):
         tried.append(given["options"]["deterministic"])
         raise RuntimeError("Failed to find C compiler")
+
+    def works(function, **given):
+        return lambda x: None
+
     monkeypatch.setattr(torch, "compile", no_c_compiler)
-    monkeypatch.setattr(torch, "ones", lambda *_, device: None)             # there need not be a GPU
-    assert not models.has_compiler(torch.device("cpu")) and tried == []
-    assert not models.has_compiler(torch.device("cuda", 7)) and tried == [True]
-    monkeypatch.setattr(torch, "compile", lambda function, **given: lambda x: None)
-    assert models.has_compiler(torch.device("cuda", 6)) and not models.has_compiler(torch.device("cuda", 7))
-    models.has_compiler.cache_clear()
+    monkeypatch.setattr(torch, "ones", lambda *_, device: None)         # there need not be a GPU
+    assert not stages.has_compiler(torch.device("cpu")) and tried == []
+    assert not stages.has_compiler(torch.device("cuda", 7)) and tried == [True]
+    monkeypatch.setattr(torch, "compile", works)
+    assert stages.has_compiler(torch.device("cuda", 6)) and not stages.has_compiler(torch.device("cuda", 7))
+    stages.has_compiler.cache_clear()
+
+
+# ------------------------------------------------------------------------------------ what travels with a checkpoint
+
+PLUMBING = {"argparse", "netrc", "queue", "signal", "subprocess", "threading", "wandb"}
+
+
+@pytest.mark.parametrize("name", ["models.py", "memories.py"])
+def test_the_code_of_a_checkpoint_is_models_alone(name):
+    """A file that travels in checkpoints imports nothing of the pipeline, anywhere in it."""
+    imported = set()
+    for node in ast.walk(ast.parse((stages.PROJECT / name).read_text())):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add((node.module or "").partition(".")[0])
+    assert "torch" in imported and not imported & (PLUMBING | {"stages", "train", "eval"})
+
+
+def test_stages_alone_does_not_import_torch():
+    """A stage that needs no torch does not wait for it."""
+    code = "import stages, sys; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=stages.PROJECT, check=True)
