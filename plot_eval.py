@@ -1,85 +1,174 @@
-"""Draw results.json: one look tells whether the memory helped.
+"""Draw results.json: one look tells which memory helps, at what cost, and where.
 
-  reads   ROOT/results.json (eval.py); of each checkpoint it names, the hash of model.safetensors and history.jsonl
-          (train.py: trained/<arm>/ and trained/seedN/<arm>/)
-  writes  ROOT/results.png; where results.json holds them, ROOT/results_controls.png (detail.controls) and
-          ROOT/results_memory.png (detail.memory: what the memory did on one document)
-  next    nothing: this is the last stage
+reads   results.json (eval.py); of each checkpoint it names, the hash of model.safetensors and history.jsonl
+writes  results.png; where results.json holds them, results_controls.png (detail.controls) and
+        results_memory.png (detail.memory: what the memory did on one document)
 
-Results of other checkpoints than those in ROOT are refused. The same results give the same picture, byte for byte.
-The pictures also go to wandb: offline unless you are logged in, and not at all with WANDB_MODE=disabled.
+    python plot_eval.py
+    python plot_eval.py --quick
+    python plot_eval.py --readme    only the tables in README.md, from results.json, results_arms.json (six arms,
+                                    chained) and results_bench.json (tests/bench.py)
 
-  python plot_eval.py
-  python plot_eval.py --quick
+Two arms give one picture, more of them another. Results of other checkpoints than those in the root are refused. The
+same results give the same picture, byte for byte, whatever matplotlib's settings are. The pictures also go to wandb:
+offline unless you are logged in, and not at all with WANDB_MODE=disabled.
 """
 
-import argparse
 import collections
+import contextlib
+import functools
 import io
 import itertools
 import json
+import os
 import re
 import string
+import tempfile
 import textwrap
 import time
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
-import matplotlib
 import numpy as np
-from matplotlib.colors import LinearSegmentedColormap
-from matplotlib.figure import Figure
-from matplotlib.font_manager import findfont, get_font
-from matplotlib.lines import Line2D
-from matplotlib.patches import FancyArrowPatch, Patch, Rectangle
 
-from models import StageError, Wandb, command, read_json, run_stage, sha256, write_atomic
+from stages import (ARMS, StageError, Wandb, command, default_root, parser_of, read_json, run_stage,
+                    sha256, write_atomic)
 
-PROJECT = Path(__file__).resolve().parent
-WIDTH, DPI = 9.0, 200       # inches, pixels per inch: sharp at twice the 900 pixels that a README gives
-INK, QUIET, NEUTRAL, FAINT, SHADE = "#1a1a1a", "#595959", "#a3a3a3", "#d9d9d9", "#f1f1f1"
-ARMS = {                    # colours apart for colour-blind eyes and, with hatch, marker and dash, in grey print
-    "baseline": dict(label="without memory (baseline)", color="#d98a2b", hatch="////", marker="s", line="--"),
-    "with_ltm": dict(label="with memory (with_ltm)", color="#17497a", hatch="", marker="o", line="-"),
+# matplotlib is imported where it is used: --help need not wait for it, and its settings are ours (own_settings)
+
+WIDTH = 9.0                     # inches
+DPI = 200                       # pixels per inch: sharp at twice the 900 pixels that a README gives
+INK = "#1a1a1a"
+QUIET = "#595959"
+NEUTRAL = "#a3a3a3"
+FAINT = "#d9d9d9"
+SHADE = "#f1f1f1"
+STYLE = {
+    "font.size": 9,
+    "text.color": INK,
+    "axes.edgecolor": QUIET,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.color": FAINT,
+    "grid.linewidth": 0.6,
+    "hatch.linewidth": 0.8,
+    "text.parse_math": False,   # a $ in a name is a $
 }
+
+REFERENCE = "baseline"          # what every other arm is compared with
+EXPLAINED = "with_ltm"          # the arm that detail.memory and detail.controls are about
 VERDICTS = {"helps": "helps", "hurts": "hurts", "inconclusive": "has no clear effect on"}
-SMOOTHING = 0.04            # share of the logged steps that one point of the smoothed hit rate averages
-RESAMPLES, SEED = 10_000, 0     # of the bootstrap over the repeats of the throughput measurement
-BLUE = ARMS["with_ltm"]["color"]
-MONO, LETTER = "DejaVu Sans Mono", 9.5      # font and size, in points, of the text in results_memory.png
-CELL = (0.08, 0.245)        # inches: width of a character (0.602 of its size, in whole pixels) and height of a line
-COLUMNS = 105               # characters in a line
-MOST_BITS = 16              # where the scale of a token's cost ends: about log2 of the vocabulary
-SOURCES, LEAST_SHARE = 3, 0.05      # how many of the stored tokens that a prediction drew on are shown, if they matter
-# what a token costs without the memory, in the baseline's colour; its brightness alone tells it, too
-SURPRISAL = LinearSegmentedColormap.from_list("surprisal", ["#ffffff", "#fae6cd", "#efbd80", "#d98a2b", "#8c500c"])
-STYLE = {"font.size": 9, "text.color": INK, "axes.edgecolor": QUIET, "axes.spines.top": False, "axes.axisbelow": True,
-         "axes.spines.right": False, "grid.color": FAINT, "grid.linewidth": 0.6, "hatch.color": "white",
-         "hatch.linewidth": 0.8, "text.parse_math": False}      # a $ in a name is a $
+SMOOTHING = 0.04                # share of the logged steps that one point of the smoothed hit rate averages
+RESAMPLES = 10_000              # of the bootstrap over the repeats of the throughput measurement
+SEED = 0
+
+# results_memory.png
+MONO = "DejaVu Sans Mono"
+LETTER = 9.5                    # points
+CELL = (0.08, 0.245)            # inches: width of a character (0.602 of its size, in whole pixels), height of a line
+COLUMNS = 105                   # characters in a line
+MOST_BITS = 16                  # where the scale of a token's cost ends: about log2 of the vocabulary
+SOURCES = 3                     # how many of the stored tokens that a prediction drew on are shown ..
+LEAST_SHARE = 0.05              # .. if they matter
 
 
-def verify(root, checkpoints, again):
+class Look(NamedTuple):
+    """How an arm is drawn: told apart by colour and brightness and, in print, by hatch, marker and dash."""
+
+    color: str
+    hatch: str
+    marker: str
+    line: object                # a linestyle of matplotlib's
+    edge: str = "white"         # of the hatch
+
+
+# in the order of ARMS; their brightness, 0.59, 0.25, 0.47, 0.83, 0.34, 0.70, 0.10 and 0.93, tells them apart in grey
+LOOKS = (
+    Look("#d98a2b", "////", "s", "--"),
+    Look("#17497a", "", "o", "-"),
+    Look("#2f9e77", "....", "^", "-."),
+    Look("#f0c4de", "xxxx", "D", ":", QUIET),
+    Look("#a8323e", "\\\\\\\\", "v", (0, (7, 2))),
+    Look("#7fc4e8", "----", "P", (0, (4, 1, 1, 1, 1, 1)), QUIET),
+    Look("#1f1a2b", "oo", "X", (0, (2, 1))),
+    Look("#f7f0b5", "||||", "p", (0, (8, 1, 1, 1)), QUIET),
+)
+BLUE = LOOKS[1].color
+
+
+def look_of(arm):
+    """The look of an arm: the same whichever others are drawn with it."""
+    return LOOKS[list(ARMS).index(arm) % len(LOOKS)]
+
+
+# ------------------------------------------------------------------------------------ what is drawn
+
+def arms_of(results):
+    """The arms of results.json in the order of ARMS; raises KeyError where one has no place there."""
+    there = results["detail"]["arms"]
+    unknown = [arm for arm in there if arm not in ARMS]
+    if unknown:
+        raise KeyError(f"{unknown[0]} is no arm of stages.py")
+    return [REFERENCE] + [arm for arm in ARMS if arm in there and arm != REFERENCE]
+
+
+def others_of(results):
+    """All arms but the baseline; raises ValueError where there are none."""
+    others = arms_of(results)[1:]
+    if not others:
+        raise ValueError("no arm but the baseline")
+    return others
+
+
+def label_of(results, arm):
+    """What an arm is called in a legend."""
+    return results["detail"]["arms"][arm]["label"]
+
+
+def short(results, arm):
+    """What an arm is called in a sentence: what stands before the colon of its label."""
+    return label_of(results, arm).partition(":")[0]
+
+
+def per_cent(ratio):
+    """A ratio as a change: 0.96 is -4.0."""
+    return 100 * (ratio - 1)
+
+
+def percent_bounds(results, part, arm):
+    """The interval of an arm's difference of BPC, in per cent of the baseline's."""
+    base = np.mean(part[REFERENCE]["per_seed"])
+    return [100 * bound / base for bound in part[arm]["difference"]["ci95"]]
+
+
+def verify(root, results, again):
     """[(arm, folder)] of all checkpoints, and those that are gone; raises StageError where one was changed since."""
-    folders, gone = [], []
-    for arm, entry in ((arm, entry) for arm in ARMS for entry in checkpoints[arm]):
-        name = Path(entry["folder"])
-        if name.is_absolute() or ".." in name.parts:
-            raise StageError(f"results.json names a folder outside of {root}: {name}; make it again with: {again}")
-        weights = root / name / "model.safetensors"
-        if not weights.is_file():
-            gone.append(str(name))
-        elif sha256(weights) != entry["sha256"]:
-            raise StageError(f"results.json is of another checkpoint than {weights}; rerun: {again}")
-        config = root / (name.parent.parent if name.parent.name == "checkpoints" else name) / "config.json"
-        if config.is_file() and sha256(config) != entry["config_sha256"]:
-            raise StageError(f"results.json is of another model than {config} describes; rerun: {again}")
-        folders.append((arm, root / name))
+    folders = []
+    gone = []
+    for arm in arms_of(results):
+        for entry in results["detail"]["arms"][arm]["checkpoints"]:
+            name = Path(entry["folder"])
+            if name.is_absolute() or ".." in name.parts:
+                raise StageError(f"results.json names a folder outside of {root}: {name}; make it again with: {again}")
+            weights = root / name / "model.safetensors"
+            if not weights.is_file():
+                gone.append(str(name))
+            elif sha256(weights) != entry["sha256"]:
+                raise StageError(f"results.json is of another checkpoint than {weights}; rerun: {again}")
+            home = name.parent.parent if name.parent.name == "checkpoints" else name
+            config = root / home / "config.json"
+            if config.is_file() and sha256(config) != entry["config_sha256"]:
+                raise StageError(f"results.json is of another model than {config} describes; rerun: {again}")
+            folders.append((arm, root / name))
     return folders, gone
 
 
 def hit_rates(path):
     """The memory's hit rate at each logged step of a history.jsonl, (2, N); nothing where there is none."""
-    rates, unread = {}, 0
+    rates = {}
+    unread = 0
     for line in path.read_bytes().splitlines() if path.is_file() else ():
         try:
             row = json.loads(line, parse_constant=int)                  # int("NaN") is a ValueError
@@ -91,11 +180,13 @@ def hit_rates(path):
     return np.array(sorted(rates.items()), float).reshape(-1, 2).T
 
 
+# ------------------------------------------------------------------------------------ parts of a picture
+
 def heading(axes, title, what):
     """A panel's title in bold, below it what is measured, in which unit, and which direction is good."""
     axes.set_title(what, loc="left", fontsize=8.5, color=QUIET, pad=7)
-    axes.annotate(title, (0, 1), (0, 21), xycoords="axes fraction", textcoords="offset points", weight="bold",
-                  fontsize=10.5)
+    axes.annotate(title, (0, 1), (0, 21), xycoords="axes fraction", textcoords="offset points",
+                  weight="bold", fontsize=10.5)
 
 
 def share(axes, title, what="share right, higher is better", chance=None):
@@ -105,22 +196,211 @@ def share(axes, title, what="share right, higher is better", chance=None):
     axes.grid(axis="y")
     if chance is not None:
         axes.axhline(chance, color=INK, linewidth=1, linestyle=":")
-        axes.annotate(f"chance {chance:.3g}", (0, chance), (3, 3), xycoords=axes.get_yaxis_transform(),
-                      textcoords="offset points", fontsize=8)
+        axes.annotate(f"chance {chance:.3g}", (0, chance), (3, 3), fontsize=8,
+                      xycoords=axes.get_yaxis_transform(), textcoords="offset points")
 
 
 def spread(values, bounds):
-    """[low, high] of each value as matplotlib's yerr, (2, N), which is never negative."""
+    """[low, high] of each value as matplotlib's errors, (2, N), which are never negative."""
     low, high = np.array(bounds, float).T
     return np.clip([values - low, high - values], 0, None)
 
 
+def filled(look):
+    """How a bar of an arm is filled: the keywords that matplotlib takes."""
+    return dict(facecolor=look.color, hatch=look.hatch, edgecolor=look.edge, linewidth=0)
+
+
+def stroke(look):
+    """How a curve of an arm is drawn."""
+    return dict(color=look.color, linestyle=look.line, marker=look.marker, markersize=5, linewidth=1.8)
+
+
+def distances_axis(axes, recall):
+    """An x axis of the distances from a fact to its question, with what attention reaches."""
+    places, window = recall["distances"], recall["window"]
+    low, high = min(places) / 1.15, max(places) * 1.15
+    axes.set_xscale("log", base=2)
+    axes.axvspan(low, window, color=SHADE, linewidth=0)
+    for place, label in (window, "attention window"), (recall.get("receptive_field") or 0, "receptive field"):
+        if low < place < high:
+            axes.axvline(place, color=QUIET, linewidth=1, linestyle="-.")
+            axes.text(place / 1.03, 0.95, f"{label} {place:,}", ha="right", va="center", fontsize=8,
+                      transform=axes.get_xaxis_transform())
+    axes.set_xlim(low, high)
+    axes.set_xticks(places, [f"{place:,}" for place in places], fontsize=8)
+    axes.minorticks_off()
+    axes.set_xlabel("tokens from fact to question")
+
+
+def draw_curve(axes, recall, arms):
+    """Recall over the distance between a fact and the question for it."""
+    distances_axis(axes, recall)
+    for arm in arms:
+        part = recall["arms"][arm]
+        values = part["forced_choice"]
+        axes.errorbar(recall["distances"], values, spread(values, part["forced_choice_ci95"]),
+                      capsize=2.5, **stroke(look_of(arm)))
+    share(axes, "Recall over distance", chance=recall["chance"])
+
+
+def draw_history(axes, folders, title, evaluated):
+    """Share of predictions that retrieved something, as training went on: the first seed in full, the others thin."""
+    drawn = set()
+    for arm, folder in folders:
+        steps, rates = hit_rates(folder / "history.jsonl")
+        if not len(steps):
+            continue
+        look, first = look_of(arm), arm not in drawn
+        half = int(len(steps) * SMOOTHING / 2)
+        smooth = [np.mean(rates[max(0, at - half):at + half + 1]) for at in range(len(steps))]
+        axes.plot(steps, rates, ".", color=look.color, markersize=4, alpha=0.2 * first, markeredgewidth=0)
+        axes.plot(steps, smooth, linestyle=look.line, color=look.color, linewidth=2 if first else 0.8)
+        drawn.add(arm)
+    if not drawn:
+        axes.text(0.5, 0.5, "no history.jsonl\nto draw it from", ha="center", color=QUIET,
+                  transform=axes.transAxes)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.locator_params(axis="x", nbins=4)
+    axes.set_xlabel("training step")
+    share(axes, title, f"share of predictions; in evaluation {evaluated:.2f}")
+
+
+def reach(far):
+    """The distances of long-range recall: 160-384, with the dash of a range."""
+    return f"{min(far['distances']):,}\u2013{max(far['distances']):,}"
+
+
+def and_list(names):
+    """Names as a sentence lists them: "a, b and c"."""
+    *most, last = names
+    return f"{', '.join(most)} and {last}" if most else last
+
+
+# ------------------------------------------------------------------------------------ the figure around the panels
+
+def numbers_of(results, arm, name):
+    """The two numbers that an arm stands on, beside the baseline's, in one line."""
+    bpc, recall = results["detail"]["bpc"], results["detail"]["recall"]
+    far, base, memory = recall["long_range"], results[REFERENCE], results[arm]
+    verdict = far["arms"][arm]["verdict"]
+    change = f"{per_cent(bpc[arm]['ratio']):+.1f}%, {bpc[arm]['verdict']}"
+    return (f"{name}: BPC {memory['bpc']:.3f} vs {base['bpc']:.3f} ({change}), "
+            f"recall {reach(far)} tokens back {memory['long_range_recall']:.2f} vs "
+            f"{base['long_range_recall']:.2f} (chance {recall['chance']:.3g}, {verdict})")
+
+
+def headline_of_two(results, arm):
+    """The verdict on the one memory."""
+    one = VERDICTS[results["detail"]["bpc"][arm]["verdict"]]
+    two = VERDICTS[results["detail"]["recall"]["long_range"]["arms"][arm]["verdict"]]
+    again = "" if one == two else f"{two} "
+    return f"Memory {one} compression and {again}long-range recall"
+
+
+def headline_of_many(results, others):
+    """Which memories help, and which hurt, by the verdicts: a sentence of clauses."""
+    parts = {"compression": results["detail"]["bpc"],
+             "long-range recall": results["detail"]["recall"]["long_range"]["arms"]}
+    clauses = {}                                            # {who does what: to what}
+    for verdict in ("helps", "hurts"):
+        for what, part in parts.items():
+            who = [short(results, arm) for arm in others if part[arm]["verdict"] == verdict]
+            if not who and verdict == "hurts":
+                continue
+            do = verdict if len(who) < 2 else verdict[:-1]
+            names = and_list(who) if who else "no memory"
+            clauses.setdefault(f"{names} {do}", []).append(what)
+    sentence = "; ".join(f"{clause} {and_list(whats)}" for clause, whats in clauses.items())
+    return sentence[0].upper() + sentence[1:]
+
+
+def headline(results):
+    """The verdict in one line, and the numbers it stands on in another: those of the arm of the fewest bits."""
+    bpc = results["detail"]["bpc"]
+    others = others_of(results)
+    for part in bpc, results["detail"]["recall"]["long_range"]["arms"]:
+        for arm in others:
+            VERDICTS[part[arm]["verdict"]]                  # KeyError: no verdict
+    if len(others) == 1:
+        return headline_of_two(results, others[0]), numbers_of(results, others[0], "With memory")
+    best = min(others, key=lambda arm: bpc[arm]["ratio"])
+    return headline_of_many(results, others), numbers_of(results, best, f"Best: {short(results, best)}")
+
+
+def provenance(results, gone, notes):
+    """Where the numbers come from, in a few sentences."""
+    detail = results["detail"]
+    data, run = detail["data"], detail["run"]
+    chained = ", chained rows" if run["settings"].get("chained") else ""
+    words = [
+        "Quick run. " * data["quick"] + f"Data: {textwrap.shorten(data['source'], 100)};",
+        f"{data['val_documents']:,} validation documents, {data['val_characters']:,} characters.",
+        f"Model: {detail['arms'][REFERENCE]['parameters'] / 1e6:.1f}M parameters,",
+        f"{run['steps']:,} training steps{chained}, seeds: {', '.join(map(str, run['seeds']))}.",
+        f"Hardware: {run['device']}, torch {run['torch']}, commit {run.get('commit', 'unknown')}.",
+        notes]
+    if gone:
+        words.append(f"Checkpoints gone, not compared: {textwrap.shorten(', '.join(gone), 100)}.")
+    return " ".join(words)
+
+
+def new_figure(height, results, gone, title, sentence, notes, badge=0.8):
+    """A figure `height` inches tall with title, sentence and, at its foot, where the numbers come from.
+
+    `badge`: how many inches down it says that this is a quick run, where it is one.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure((WIDTH, height))
+    figure.text(0.03, 1 - 0.14 / height, title, fontsize=14, weight="bold", va="top", linespacing=1.3)
+    down = 0.48 + 0.28 * title.count("\n")
+    figure.text(0.03, 1 - down / height, sentence, fontsize=9.5, va="top")
+    if results["detail"]["data"]["quick"]:
+        figure.text(0.97, 1 - badge / height, "QUICK RUN: shows that it runs, not what it is worth",
+                    weight="bold", color="white", ha="right", va="top",
+                    bbox=dict(facecolor=INK, edgecolor=INK))
+    words = textwrap.fill(provenance(results, gone, notes), 156)
+    figure.text(0.03, 0.1 / height, words, fontsize=7.5, color=QUIET, linespacing=1.35)
+    return figure
+
+
+class Page(NamedTuple):
+    """A figure on which axes are placed in inches from the left margin and from the top."""
+
+    figure: object
+
+    def panel(self, left, down, wide, high, **limits):
+        """Axes of some width and height."""
+        height = self.figure.get_figheight()
+        place = (0.03 + left / WIDTH, 1 - (down + high) / height, wide / WIDTH, high / height)
+        return self.figure.add_axes(place, **limits)
+
+    def text(self, left, down, columns, lines):
+        """Axes whose unit is a character's cell."""
+        axes = self.panel(left, down, columns * CELL[0], lines * CELL[1], xlim=(0, columns), ylim=(lines, 0))
+        axes.axis("off")
+        return axes
+
+
+def arms_legend(figure, results, arms, handle):
+    """The legend of some arms; handle(look) makes what stands before a label."""
+    handles = [handle(look_of(arm)) for arm in arms]
+    labels = [f"{textwrap.shorten(label_of(results, arm), 40)} ({arm})" for arm in arms]
+    figure.legend(handles, labels, loc="upper left", ncols=len(arms), frameon=False,
+                  bbox_to_anchor=(0.022, 1 - 0.66 / figure.get_figheight()))
+
+
+# ------------------------------------------------------------------------------------ results.png of two arms
+
 def draw_bars(axes, form, groups):
-    """Pairs of bars from zero. groups: {label: ({arm: (value, [low, high])}, note above the pair)}."""
-    for side, (arm, look) in zip((-0.2, 0.2), ARMS.items()):
-        values, bounds = zip(*(pair[arm] for pair, _ in groups.values()))
-        bars = axes.bar(np.arange(len(groups)) + side, values, 0.38, color=look["color"], hatch=look["hatch"],
-                        edgecolor="white", linewidth=0, yerr=spread(values, bounds), capsize=3, ecolor=INK)
+    """Bars side by side from zero. groups: {label: ({arm: (value, [low, high])}, note above the bars)}."""
+    arms = list(next(iter(groups.values()))[0])
+    for number, arm in enumerate(arms):
+        side = 0.4 * (number - (len(arms) - 1) / 2)
+        values, bounds = zip(*(bars[arm] for bars, _ in groups.values()))
+        bars = axes.bar(np.arange(len(groups)) + side, values, 0.38, yerr=spread(values, bounds),
+                        capsize=3, ecolor=INK, **filled(look_of(arm)))
         axes.bar_label(bars, fmt=form, padding=3)
     axes.set_ylim(0, axes.get_ylim()[1] * 1.4)
     for place, (_, note) in enumerate(groups.values()):
@@ -130,168 +410,331 @@ def draw_bars(axes, form, groups):
     axes.grid(axis="y")
 
 
-def draw_headline_bars(compression, recall, speed, results):
+def draw_compression_bars(axes, results, arms):
     """Documents differ, so an arm's interval of BPC is wide; the note is of the difference on the same documents."""
-    detail, groups, pair, rng = results["detail"], {}, {}, np.random.default_rng(SEED)
+    detail, groups = results["detail"], {}
     for label, part in (("whole documents", detail["bpc"]), ("128-token windows", detail["bpc_windows"])):
-        bpc = {arm: (np.mean(part[arm]["per_seed"]), part[arm]["ci95"]) for arm in ARMS}
-        low, high = (100 * bound / bpc["baseline"][0] for bound in part["difference"]["ci95"])
-        groups[label] = bpc, f"{100 * (part['ratio'] - 1):+.1f}%\n({low:+.1f} to {high:+.1f})"
-    draw_bars(compression, "{:.3f}", groups)
-    heading(compression, "Compression", "bits per character (BPC), lower is better")
-    far = detail["recall"]["long_range"]
-    draw_bars(recall, "{:.2f}", {f"{reach(far)} tokens back": (
-        {arm: (results[arm]["long_range_recall"], far[arm]["ci95"]) for arm in ARMS}, "")})
-    recall.set_xlim(-0.85, 0.45)
-    share(recall, "Long-range recall", chance=detail["recall"]["chance"])
-    for arm in ARMS:
-        runs = detail["tokens_per_sec"][arm]["runs"]
+        bpc = {arm: (np.mean(part[arm]["per_seed"]), part[arm]["ci95"]) for arm in arms}
+        low, high = percent_bounds(results, part, arms[-1])
+        change = per_cent(part[arms[-1]]["ratio"])
+        groups[label] = bpc, f"{change:+.1f}%\n({low:+.1f} to {high:+.1f})"
+    draw_bars(axes, "{:.3f}", groups)
+    heading(axes, "Compression", "bits per character (BPC), lower is better")
+
+
+def draw_recall_bars(axes, results, arms):
+    """Long-range recall, with the line of chance."""
+    recall = results["detail"]["recall"]
+    far = recall["long_range"]
+    bars = {arm: (results[arm]["long_range_recall"], far["arms"][arm]["ci95"]) for arm in arms}
+    draw_bars(axes, "{:.2f}", {f"{reach(far)} tokens back": (bars, "")})
+    axes.set_xlim(-0.85, 0.45)
+    share(axes, "Long-range recall", chance=recall["chance"])
+
+
+def draw_speed_bars(axes, results, arms):
+    """Evaluation's tokens a second; the note is of the same model with its memory off, timed in turn."""
+    speed, rng, bars = results["detail"]["tokens_per_sec"], np.random.default_rng(SEED), {}
+    for arm in arms:
+        runs = speed[arm]["runs"]
         medians = np.median(rng.choice(runs, (RESAMPLES, len(runs))), axis=1)
-        pair[arm] = results[arm]["tokens_per_sec"], np.percentile(medians, [2.5, 97.5])
-    draw_bars(speed, "{:,.0f}", {"evaluation": (pair, f"{100 * (detail['tokens_per_sec']['ratio'] - 1):+.1f}%")})
-    speed.yaxis.set_major_formatter("{x:,.0f}")
-    heading(speed, "Speed", "tokens/s, higher is better")
+        bars[arm] = results[arm]["tokens_per_sec"], np.percentile(medians, [2.5, 97.5])
+    note = f"{per_cent(speed[arms[-1]]['ratio']):+.1f}%"
+    draw_bars(axes, "{:,.0f}", {"evaluation": (bars, note)})
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    heading(axes, "Speed", "tokens/s, higher is better")
 
 
-def draw_curve(axes, recall):
-    """Recall over the distance between a fact and the question for it."""
-    places, window = recall["distances"], recall["window"]
-    low, high = min(places) / 1.15, max(places) * 1.15
-    axes.set_xscale("log", base=2)
-    axes.axvspan(low, window, color=SHADE, linewidth=0)
-    for place, label in (window, "attention window"), (recall.get("receptive_field") or 0, "receptive field"):
-        if low < place < high:
-            axes.axvline(place, color=QUIET, linewidth=1, linestyle="-.")
-            axes.text(place / 1.03, 1.1, f"{label} {place:,}", ha="right", va="center", fontsize=8)
-    for arm, look in ARMS.items():
-        values = recall[arm]["forced_choice"]
-        axes.errorbar(places, values, spread(values, recall[arm]["forced_choice_ci95"]), color=look["color"],
-                      linestyle=look["line"], marker=look["marker"], markersize=5, linewidth=1.8, capsize=2.5)
-    axes.set_xlim(low, high)
-    axes.set_xticks(places, [f"{place:,}" for place in places], fontsize=8)
-    axes.minorticks_off()
-    axes.set_xlabel("tokens from fact to question")
-    share(axes, "Recall over distance", chance=recall["chance"])
+def draw_two(results, folders, gone):
+    """results.png of the baseline and one memory."""
+    from matplotlib.patches import Patch
 
-
-def draw_hit_rate(axes, folders, evaluated):
-    """Share of predictions that retrieved something, as training went on: the first seed in full, the others thin."""
-    drawn = set()
-    for arm, folder in folders:
-        (steps, rates), look, first = hit_rates(folder / "history.jsonl"), ARMS[arm], arm not in drawn
-        if len(steps):
-            half = int(len(steps) * SMOOTHING / 2)
-            smooth = [np.mean(rates[max(0, at - half):at + half + 1]) for at in range(len(steps))]
-            axes.plot(steps, rates, ".", color=look["color"], markersize=4, alpha=0.2 * first, markeredgewidth=0)
-            axes.plot(steps, smooth, look["line"], color=look["color"], linewidth=2 if first else 0.8)
-            drawn.add(arm)
-    if not drawn:
-        axes.text(0.5, 0.5, "no history.jsonl\nto draw it from", ha="center", color=QUIET, transform=axes.transAxes)
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.locator_params(axis="x", nbins=4)
-    axes.set_xlabel("training step")
-    share(axes, "Memory hits in training", f"share of predictions; in evaluation {evaluated:.2f}")
-
-
-def reach(far):
-    return f"{min(far['distances']):,}\u2013{max(far['distances']):,}"
-
-
-def headline(results):
-    """The verdict in one line, and the numbers it stands on in another."""
-    bpc, recall = results["detail"]["bpc"], results["detail"]["recall"]
-    one, two = bpc["verdict"], recall["long_range"]["verdict"]
-    base, memory = (results[arm] for arm in ARMS)
-    return (f"Memory {VERDICTS[one]} compression and {VERDICTS[two] + ' ' if two != one else ''}long-range recall",
-            f"With memory: BPC {memory['bpc']:.3f} vs {base['bpc']:.3f} ({100 * (bpc['ratio'] - 1):+.1f}%, {one}), "
-            f"recall {reach(recall['long_range'])} tokens back {memory['long_range_recall']:.2f} vs "
-            f"{base['long_range_recall']:.2f} (chance {recall['chance']:.3g}, {two})")
-
-
-def new_figure(height, results, gone, title, sentence, notes, badge=0.8):
-    """A figure `height` inches tall with title, sentence and, at its foot, where the numbers come from.
-
-    `badge`: how many inches down it says that this is a quick run, where it is one.
-    """
-    figure, detail = Figure((WIDTH, height)), results["detail"]
-    data, run = detail["data"], detail["run"]
-    figure.text(0.03, 1 - 0.14 / height, title, fontsize=14, weight="bold", va="top")
-    figure.text(0.03, 1 - 0.48 / height, sentence, fontsize=9.5, va="top")
-    if data["quick"]:
-        figure.text(0.97, 1 - badge / height, "QUICK RUN: shows that it runs, not what it is worth", weight="bold",
-                    color="white", ha="right", va="top", bbox=dict(facecolor=INK, edgecolor=INK))
-    words = ("Quick run. " * data["quick"] + f"Data: {textwrap.shorten(data['source'], 100)}; "
-             f"{data['val_documents']:,} validation documents, "
-             f"{data['val_characters']:,} characters. Model: {run['parameters'] / 1e6:.1f}M parameters, "
-             f"{run['steps']:,} training steps, seeds: {', '.join(map(str, run['seeds']))}. Hardware: {run['device']}, "
-             f"torch {run['torch']}, commit {run.get('commit', 'unknown')}.{notes}"
-             + f" Checkpoints gone, not compared: {textwrap.shorten(', '.join(gone), 100)}." * bool(gone))
-    figure.text(0.03, 0.1 / height, textwrap.fill(words, 156), fontsize=7.5, color=QUIET, linespacing=1.35)
-    return figure
-
-
-def arms_legend(figure, handle):
-    """The legend of both arms; handle(look) makes what stands before a label."""
-    figure.legend([handle(look) for look in ARMS.values()], [look["label"] for look in ARMS.values()],
-                  loc="upper left", bbox_to_anchor=(0.022, 1 - 0.66 / figure.get_figheight()), ncols=2, frameon=False)
-
-
-def draw_results(results, folders, gone):
-    height, trials = 7.7, results["detail"]["recall"]["trials_per_distance"]
-    notes = (f" Recall: forced choice, {trials:,} questions per distance. Per cent: the change with memory. Error "
-             f"bars, brackets: 95% intervals.")
+    height, arms = 7.7, arms_of(results)
+    trials = results["detail"]["recall"]["trials_per_distance"]
+    notes = (f"Recall: forced choice, {trials:,} questions per distance. Per cent: the change with memory (of speed: "
+             f"by the same model with its memory off). Error bars, brackets: 95% intervals.")
     figure = new_figure(height, results, gone, *headline(results), notes)
-    arms_legend(figure, lambda look: Patch(facecolor=look["color"], hatch=look["hatch"], edgecolor="white",
-                                           linewidth=0))
+    arms_legend(figure, results, arms, lambda look: Patch(**filled(look)))
     panels = figure.subplot_mosaic("AAAAAA.BBBB..CCCC;DDDDDDDDDD.EEEEEE", gridspec_kw=dict(
         left=0.065, right=0.975, top=1 - 1.55 / height, bottom=1 / height, hspace=0.5, wspace=0))
-    draw_headline_bars(panels["A"], panels["B"], panels["C"], results)
-    draw_curve(panels["D"], results["detail"]["recall"])
-    draw_hit_rate(panels["E"], folders, results["with_ltm"]["memory_hit_rate"])
+    draw_compression_bars(panels["A"], results, arms)
+    draw_recall_bars(panels["B"], results, arms)
+    draw_speed_bars(panels["C"], results, arms)
+    draw_curve(panels["D"], results["detail"]["recall"], arms)
+    draw_history(panels["E"], folders, "Memory hits in training", results[arms[-1]]["memory_hit_rate"])
     return figure
+
+
+# ------------------------------------------------------------------------------------ results.png of more arms
+
+ROW = 0.38                      # inches of an arm's row in the table
+TABLE = {                       # columns: inches from the left edge, and their width
+    "bpc": (2.05, 1.0),
+    "change": (3.5, 1.75),
+    "recall": (5.5, 0.95),
+    "speed": (6.75, 0.85),
+    "size": (8.0, 0.9),
+}
+
+
+def bytes_said(count):
+    """A number of bytes in figures that are read at a glance."""
+    for unit in ("B", "kB", "MB"):
+        if count < 999.5:
+            break
+        count /= 1000
+    else:
+        unit = "GB"
+    return f"{count:.3g} {unit}"
+
+
+def count_said(count):
+    """A number of parameters: 1.05M, 104k, 6."""
+    for unit in ("", "k", "M"):
+        if count < 999.5:
+            break
+        count /= 1000
+    else:
+        unit = "G"
+    return f"{count:.3g}{unit}"
+
+
+def training_ratio(results, arm):
+    """Training's tokens a second by the baseline's; None where a history.jsonl is gone."""
+    training = results["detail"]["training"]
+    rate, base = training[arm]["tokens_per_sec"], training[REFERENCE]["tokens_per_sec"]
+    return rate / base if rate and base else None
+
+
+def draw_row_bars(axes, values, looks, form, high=0.62, shift=0.0):
+    """Bars from zero, one a row, with their values beside them; a value that is None is a dash."""
+    for place, (value, look) in enumerate(zip(values, looks)):
+        axes.barh(place + shift, value or 0, high, **filled(look))
+        said = "\u2013" if value is None else form.format(value)
+        axes.annotate(said, (value or 0, place + shift), (4, 0), textcoords="offset points", va="center",
+                      fontsize=8.5 if high > 0.5 else 7)
+
+
+def draw_names(axes, results, arms):
+    """Before each row the arm's mark, as in the curves, and its label."""
+    for place, arm in enumerate(arms):
+        axes.plot([0.02, 0.16], [place, place], markevery=[1], clip_on=False, **stroke(look_of(arm)))
+        name, _, what = label_of(results, arm).partition(":")
+        axes.text(0.24, place - 0.17 * bool(what), textwrap.shorten(name, 26), weight="bold", va="center")
+        axes.text(0.24, place + 0.22, textwrap.shorten(what, 30), fontsize=8, va="center", color=QUIET)
+    axes.set_xlim(0, 1.5)
+
+
+def verdict_ink(verdict):
+    """The weight and the ink in which a verdict is written."""
+    clear = verdict != "inconclusive"
+    return dict(weight="bold" if clear else "normal", color=INK if clear else QUIET)
+
+
+def draw_changes(axes, results, arms):
+    """Each arm's BPC in per cent of the baseline's with its interval, and the verdict beside it."""
+    bpc = results["detail"]["bpc"]
+    axes.axvline(0, color=look_of(REFERENCE).color, linewidth=1.6, linestyle=look_of(REFERENCE).line)
+    changes = {arm: per_cent(bpc[arm]["ratio"]) for arm in arms[1:]}
+    bounds = {arm: percent_bounds(results, bpc, arm) for arm in arms[1:]}
+    for place, arm in enumerate(arms[1:], 1):
+        error = spread(np.array([changes[arm]]), [bounds[arm]])
+        axes.errorbar(changes[arm], place, xerr=error, capsize=3, ecolor=INK, markeredgecolor=INK,
+                      **stroke(look_of(arm)))
+        verdict = bpc[arm]["verdict"]
+        said = "no clear effect" if verdict == "inconclusive" else VERDICTS[verdict]
+        axes.text(0.54, place - 0.17, f"{changes[arm]:+.1f}%", va="center", fontsize=9, weight="bold",
+                  transform=axes.get_yaxis_transform())
+        axes.text(0.54, place + 0.22, said, va="center", fontsize=8, **verdict_ink(verdict),
+                  transform=axes.get_yaxis_transform())
+    low = min(0.0, *(pair[0] for pair in bounds.values()))
+    high = max(0.0, *(pair[1] for pair in bounds.values()))
+    wide = (high - low) or 1.0
+    axes.set_xlim(low - 0.1 * wide, low - 0.1 * wide + 1.2 * wide / 0.48)   # the words stand in the right half
+    axes.locator_params(axis="x", nbins=5)
+    ticks = [tick for tick in axes.get_xticks() if low - 0.1 * wide <= tick <= high + 0.1 * wide]
+    axes.set_xticks(ticks, [f"{tick:+g}%" if tick else "0" for tick in ticks], fontsize=8)
+
+
+def draw_recalls(axes, results, arms):
+    """Each arm's long-range recall with its interval, the verdict below the number, and chance."""
+    recall = results["detail"]["recall"]
+    far = recall["long_range"]["arms"]
+    for place, arm in enumerate(arms):
+        value = results[arm]["long_range_recall"]
+        axes.barh(place, value, 0.62, xerr=spread(np.array([value]), [far[arm]["ci95"]]), capsize=2.5,
+                  ecolor=INK, **filled(look_of(arm)))
+        at = dict(transform=axes.get_yaxis_transform(), va="center")
+        axes.text(1.04, place - 0.17 * (arm != REFERENCE), f"{value:.2f}", weight="bold", **at)
+        if arm != REFERENCE:
+            verdict = far[arm]["verdict"]
+            said = "no effect" if verdict == "inconclusive" else VERDICTS[verdict]
+            axes.text(1.04, place + 0.22, said, fontsize=8, **verdict_ink(verdict), **at)
+    axes.axvline(recall["chance"], color=INK, linewidth=1, linestyle=":")
+    axes.set(xlim=(0, 1), xticks=[0, recall["chance"], 0.5, 1])
+    axes.set_xticklabels(["0", "chance", ".5", "1"], fontsize=8)
+
+
+def draw_sizes(axes, results, arms):
+    """What a memory adds: its parameters, and what a sequence carries along."""
+    for place, arm in enumerate(arms):
+        about = results["detail"]["arms"][arm]
+        parameters = f"+{count_said(about['memory_parameters'])}" if arm != REFERENCE else "\u2013"
+        state = bytes_said(about["state_bytes"]) if arm != REFERENCE else "\u2013"
+        axes.text(0, place - 0.17, f"{parameters} param.", va="center", fontsize=8.5)
+        axes.text(0, place + 0.22, f"{state} state", va="center", fontsize=8.5)
+    axes.set_xticks([])
+    axes.spines["bottom"].set_visible(False)
+
+
+def draw_table(page, down, results, arms):
+    """The table: an arm a row, a measure a column."""
+    detail, high = results["detail"], ROW * len(arms)
+    axes = {name: page.panel(left - 0.27, down, wide, high) for name, (left, wide) in TABLE.items()}
+    axes["names"] = page.panel(0, down, 1.75, high)
+    looks = [look_of(arm) for arm in arms]
+    draw_names(axes["names"], results, arms)
+    draw_row_bars(axes["bpc"], [results[arm]["bpc"] for arm in arms], looks, "{:.3f}")
+    draw_changes(axes["change"], results, arms)
+    draw_recalls(axes["recall"], results, arms)
+    speed = detail["tokens_per_sec"]
+    evaluation = [1.0] + [speed[arm]["ratio"] for arm in arms[1:]]
+    draw_row_bars(axes["speed"], evaluation, looks, "{:.2f} eval.", 0.34, -0.19)
+    draw_row_bars(axes["speed"], [training_ratio(results, arm) for arm in arms], looks, "{:.2f} train.", 0.34, 0.19)
+    axes["speed"].axvline(1, color=QUIET, linewidth=1)
+    axes["speed"].set_xlim(0, 1.05 * max(1.0, *evaluation))
+    draw_sizes(axes["size"], results, arms)
+    heading(axes["bpc"], "Compression", "BPC, lower is better")
+    heading(axes["change"], "Change", "of BPC, 95% interval")
+    heading(axes["recall"], "Recall", f"{reach(detail['recall']['long_range'])} tokens back")
+    heading(axes["speed"], "Speed", "\u00d7 without memory")
+    heading(axes["size"], "Size", "added")
+    for one in axes.values():
+        one.set(ylim=(len(arms) - 0.5, -0.5), yticks=[])
+        for place in range(1, len(arms)):
+            one.axhline(place - 0.5, color=FAINT, linewidth=0.6, zorder=0)
+    axes["names"].set_xticks([])
+    axes["names"].spines[["left", "bottom"]].set_visible(False)
+    axes["size"].spines["left"].set_visible(False)
+
+
+def draw_nats(axes, recall, arms):
+    """What the right value costs each arm, over the distance to it."""
+    distances_axis(axes, recall)
+    for arm in arms:
+        axes.plot(recall["distances"], recall["arms"][arm]["value_nats"], **stroke(look_of(arm)))
+    axes.set_ylim(0, axes.get_ylim()[1] * 1.16)
+    axes.grid(axis="y")
+    heading(axes, "Cost of the right value", "nats, lower is better")
+
+
+def draw_targets(axes, targets, others):
+    """By how many bits each arm differs from the baseline, by where the target was last seen in its document."""
+    wide = 0.84 / len(others)
+    for number, arm in enumerate(others):
+        side = (number - (len(others) - 1) / 2) * wide
+        gaps = [kind["arms"][arm] - kind["arms"][REFERENCE] for kind in targets.values()]
+        bars = axes.bar(np.arange(len(gaps)) + side, gaps, 0.9 * wide, **filled(look_of(arm)))
+        axes.bar_label(bars, fmt="{:+.2f}", padding=2, fontsize=7)
+    axes.axhline(0, color=look_of(REFERENCE).color, linewidth=1.6, linestyle=look_of(REFERENCE).line)
+    names = [f"{textwrap.fill(name, 26)}\n({kind['share_of_tokens']:.0%} of tokens)"
+             for name, kind in targets.items()]
+    axes.set_xticks(range(len(names)), names, fontsize=8.5)
+    axes.tick_params(axis="x", length=0)
+    axes.margins(y=0.15)
+    axes.grid(axis="y")
+    heading(axes, "Where it helps", "bits a token more or fewer than without memory, by where the token was "
+                                    "last seen; below zero is better")
+
+
+def draw_many(results, gone):
+    """results.png of the baseline and several memories: which help, at what cost, and where."""
+    detail, arms = results["detail"], arms_of(results)
+    title, sentence = headline(results)
+    title = textwrap.fill(title, 74)
+    quick = 0.32 * detail["data"]["quick"]
+    table = 1.5 + 0.28 * title.count("\n") + quick          # inches from the top down to the table ..
+    curves = table + ROW * len(arms) + 1.0                  # .. to the curves ..
+    where = curves + 2.2 + 1.15                             # .. and to the bars below them
+    height = where + 1.7 + 1.4
+    trials = detail["recall"]["trials_per_distance"]
+    notes = (f"Recall: forced choice, {trials:,} questions per distance. Verdicts: Holm over the memories. Speed: "
+             f"evaluation by the same model with its memory off, training by the baseline's. State: what a "
+             f"sequence carries beyond attention's keys and values. Error bars: 95% intervals.")
+    page = Page(new_figure(height, results, gone, title, sentence, notes, badge=table - 0.75 - quick))
+    draw_table(page, table, results, arms)
+    draw_curve(page.panel(0.33, curves, 3.9, 2.2), detail["recall"], arms)
+    draw_nats(page.panel(4.75, curves, 3.7, 2.2), detail["recall"], arms)
+    draw_targets(page.panel(0.33, where, 8.12, 1.7), detail["targets"], arms[1:])
+    return page.figure
+
+
+# ------------------------------------------------------------------------------------ results_controls.png
+
+def with_titles(controls):
+    """The rows of detail.controls, each group of them below a row with its name."""
+    rows = []
+    for row in controls:
+        if not rows or row.get("group") != rows[-1].get("group"):
+            rows.append({"name": row.get("group") or "", "group": row.get("group"), "title": True})
+        rows.append(row)
+    return rows
+
+
+def draw_control_bars(axes, rows, key, origin):
+    """One number of each control as a bar from `origin`, and in figures."""
+    for place, row in enumerate(rows):
+        value = row.get(key)
+        none = "" if "title" in row else "\u2013"
+        axes.barh(place, 0 if value is None else value - origin, 0.62, left=origin, color=NEUTRAL)
+        axes.text(1.02, place, none if value is None else f"{value:.3f}", va="center", fontsize=8,
+                  transform=axes.get_yaxis_transform())
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x")
 
 
 def draw_controls(results, gone):
     """A table of bars, group by group: each control's BPC by the baseline's, and its long-range recall."""
-    detail, rows = results["detail"], []
-    for row in detail["controls"]:
-        if not rows or row.get("group") != rows[-1].get("group"):
-            rows.append({"name": row.get("group") or "", "group": row.get("group"), "title": True})
-        rows.append(row)
+    from matplotlib.lines import Line2D
+
+    detail = results["detail"]
+    rows, arms = with_titles(detail["controls"]), (REFERENCE, EXPLAINED)
     height = 2.7 + 0.22 * len(rows)
     trials = max(row.get("trials") or 0 for row in detail["controls"])
-    notes = (f" Recall: forced choice, {trials:,} questions. Lines: all seeds; bars: seed {detail['run']['seeds'][0]}, "
-             f"the first, not trained again.")
-    figure = new_figure(height, results, gone, "Controls: what the gain depends on", headline(results)[1], notes)
-    arms_legend(figure, lambda look: Line2D([], [], color=look["color"], linestyle=look["line"]))
+    notes = (f"Recall: forced choice, {trials:,} questions. Lines: all seeds; bars: seed "
+             f"{detail['run']['seeds'][0]}, the first, not trained again.")
+    sentence = numbers_of(results, EXPLAINED, "With memory")
+    figure = new_figure(height, results, gone, "Controls: what the gain depends on", sentence, notes)
+    arms_legend(figure, results, arms, lambda look: Line2D([], [], color=look.color, linestyle=look.line))
     columns = figure.subplots(1, 2, sharey=True, gridspec_kw=dict(
         left=0.34, right=0.94, top=1 - 1.55 / height, bottom=0.95 / height, wspace=0.22))
-    arms = {"bpc_ratio": (1, detail["bpc"]["ratio"]), "recall": [results[arm]["long_range_recall"] for arm in ARMS]}
-    for axes, key, origin in zip(columns, arms, (1, 0)):
-        for place, row in enumerate(rows):
-            value, none = row.get(key), "" if "title" in row else "\u2013"
-            axes.barh(place, 0 if value is None else value - origin, 0.62, left=origin, color=NEUTRAL)
-            axes.text(1.02, place, none if value is None else f"{value:.3f}", va="center", fontsize=8,
-                      transform=axes.get_yaxis_transform())
-        for look, value in zip(ARMS.values(), arms[key]):
-            axes.axvline(value, color=look["color"], linestyle=look["line"], linewidth=1.6)
-        axes.tick_params(axis="y", length=0)
-        axes.grid(axis="x")
-    axes.set(xlim=(0, 1.02), ylim=(len(rows) - 0.4, -0.6))
-    axes.set_yticks(range(len(rows)), [textwrap.shorten(row["name"], 42) for row in rows], fontsize=8.5)
+    lines = {"bpc_ratio": (1, detail["bpc"][EXPLAINED]["ratio"]),
+             "recall": [results[arm]["long_range_recall"] for arm in arms]}
+    for axes, key, origin in zip(columns, lines, (1, 0)):
+        draw_control_bars(axes, rows, key, origin)
+        for arm, value in zip(arms, lines[key]):
+            axes.axvline(value, color=look_of(arm).color, linestyle=look_of(arm).line, linewidth=1.6)
+    columns[1].set(xlim=(0, 1.02), ylim=(len(rows) - 0.4, -0.6))
+    columns[1].set_yticks(range(len(rows)), [textwrap.shorten(row["name"], 42) for row in rows])
     for label, row in zip(columns[0].get_yticklabels(), rows):
         label.set(weight="bold" if "title" in row else "normal", fontsize=8.5)
+    chance = f"chance {detail['recall']['chance']:.3g}"
     heading(columns[0], "BPC by the baseline's", "left of 1 is better than the baseline")
-    heading(columns[1], "Long-range recall", f"share right, higher is better; chance {detail['recall']['chance']:.3g}")
+    heading(columns[1], "Long-range recall", f"share right, higher is better; {chance}")
     return figure
 
+
+# ------------------------------------------------------------------------------------ results_memory.png
 
 def flow(texts):
     """The texts run on in lines of COLUMNS: [[(line, column, character)] of each], what the font lacks as a box.
 
     A line ends between words, and at newlines past its middle; a word longer than a line goes on in the next.
     """
-    glyphs, line, column, cells = get_font(findfont(MONO)).get_charmap(), 0, 0, []
+    from matplotlib.font_manager import findfont, get_font
+
+    glyphs = get_font(findfont(MONO)).get_charmap()
+    line, column, cells = 0, 0, []
     for word in re.findall(r"[^\S\n]*\S+\n*|\s+", "".join(texts)):
         if column and column + len(word) > COLUMNS:
             line, column = line + 1, 0
@@ -299,7 +742,8 @@ def flow(texts):
             if column == COLUMNS:
                 line, column = line + 1, 0
             shown = "\u00b6" if letter == "\n" else " " if letter.isspace() else letter
-            cells.append((line, column, shown if shown.isprintable() and ord(shown) in glyphs else "\u25a1"))
+            drawn = shown.isprintable() and ord(shown) in glyphs
+            cells.append((line, column, shown if drawn else "\u25a1"))
             column += column > 0 or shown != " "                # a line begins with its first word
         if "\n" in word and column > COLUMNS / 2:
             line, column = line + 1, 0
@@ -315,14 +759,25 @@ def spans(cells):
     return [(line, *columns) for line, columns in found.items()]
 
 
+@functools.cache
+def surprisal_colors():
+    """What a token costs without the memory, in the baseline's colour; its brightness alone tells it, too."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list("surprisal", ["#ffffff", "#fae6cd", "#efbd80", "#d98a2b", "#8c500c"])
+
+
 def draw_token(axes, cells, bits, stored):
     """A token on a ground that is the darker the more bits it cost (None: unknown), underlined where it was stored."""
-    ground = SURPRISAL(min((bits or 0) / MOST_BITS, 1.0))
+    from matplotlib.patches import Rectangle
+
+    ground = surprisal_colors()(min((bits or 0) / MOST_BITS, 1.0))
     ink = "white" if np.dot(ground[:3], (0.299, 0.587, 0.114)) < 0.45 else "black"
     for line, start, stop in spans(cells):
-        axes.add_patch(Rectangle((start, line + 0.17), stop - start, 0.67, color=ground, linewidth=0))
+        wide = stop - start
+        axes.add_patch(Rectangle((start, line + 0.17), wide, 0.67, color=ground, linewidth=0))
         if stored:
-            axes.add_patch(Rectangle((start + 0.1, line + 0.86), stop - start - 0.2, 0.07, color=BLUE, linewidth=0))
+            axes.add_patch(Rectangle((start + 0.1, line + 0.86), wide - 0.2, 0.07, color=BLUE, linewidth=0))
         word = "".join(letter for at, _, letter in cells if at == line).strip(" ")
         axes.text(start, line + 0.67, word, family=MONO, fontsize=LETTER, color=ink,
                   alpha=1 if word.strip("\u00b6") else 0.5)
@@ -330,13 +785,15 @@ def draw_token(axes, cells, bits, stored):
 
 def chip(axes, x, y, letter, predicted):
     """The letter of a prediction in a disc: a dark one for the prediction itself, a light one for what it drew on."""
-    axes.text(x, y, letter, fontsize=6.5, weight="bold", ha="center", va="center", zorder=6,
-              color="white" if predicted else BLUE, bbox=dict(
-                  boxstyle="circle,pad=0.22", facecolor=BLUE if predicted else "white", edgecolor=BLUE, linewidth=1))
+    ink, ground = ("white", BLUE) if predicted else (BLUE, "white")
+    disc = dict(boxstyle="circle,pad=0.22", facecolor=ground, edgecolor=BLUE, linewidth=1)
+    axes.text(x, y, letter, fontsize=6.5, weight="bold", ha="center", va="center", zorder=6, color=ink, bbox=disc)
 
 
 def frame(axes, cells, letter, predicted, beside=0):
     """A box around a token, with the letter of its prediction; `beside`: letters that stand there already."""
+    from matplotlib.patches import Rectangle
+
     for line, start, stop in spans(cells):
         axes.add_patch(Rectangle((start - 0.15, line + 0.1), stop - start + 0.3, 0.84, fill=False, zorder=5,
                                  edgecolor=BLUE, linewidth=1.8 if predicted else 1.2))
@@ -346,14 +803,17 @@ def frame(axes, cells, letter, predicted, beside=0):
 
 def arrow(axes, start, stop, bend):
     """An arrow, edged in white, over the grounds of the text, but under its letters."""
+    from matplotlib.patches import FancyArrowPatch
+
+    form = dict(connectionstyle=f"arc3,rad={bend}", arrowstyle="-|>", shrinkA=0, shrinkB=0, mutation_scale=9)
     for width, color, height in (3, "white", 2.4), (1.4, BLUE, 2.5):
-        axes.add_patch(FancyArrowPatch(start, stop, connectionstyle=f"arc3,rad={bend}", arrowstyle="-|>", shrinkA=0,
-                                       shrinkB=0, mutation_scale=9, linewidth=width, color=color, zorder=height))
+        axes.add_patch(FancyArrowPatch(start, stop, linewidth=width, color=color, zorder=height, **form))
 
 
 def heaviest(read):
     """The stored tokens that are shown for a prediction: the first in any case, others where they matter."""
-    return [source for rank, source in enumerate(read["from"][:SOURCES]) if not rank or source["share"] >= LEAST_SHARE]
+    return [source for rank, source in enumerate(read["from"][:SOURCES])
+            if not rank or source["share"] >= LEAST_SHARE]
 
 
 def draw_reads(axes, reads, texts):
@@ -371,7 +831,7 @@ def draw_reads(axes, reads, texts):
 
 def draw_scale(axes, threshold):
     """The grounds by bits, with the `threshold` above which a token is stored."""
-    axes.imshow(np.linspace(0, 1, 256)[None], cmap=SURPRISAL, extent=(0, MOST_BITS, 0, 1), aspect="auto")
+    axes.imshow(np.linspace(0, 1, 256)[None], cmap=surprisal_colors(), extent=(0, MOST_BITS, 0, 1), aspect="auto")
     axes.set(yticks=[], xticks=[0, threshold, 8, 12, MOST_BITS])
     axes.xaxis.set_major_formatter("{x:g}")
     axes.axvline(threshold, color=INK, linewidth=1)
@@ -379,7 +839,9 @@ def draw_scale(axes, threshold):
 
 def draw_key(axes, threshold):
     """What the marks in the text mean, in two lines of cells."""
-    spell = lambda line, column: [(line, column + at, letter) for at, letter in enumerate("token")]
+    def spell(line, column):
+        return [(line, column + at, letter) for at, letter in enumerate("token")]
+
     for line, column, more in (0, 1, 1), (1, 1, 1), (1, 11, -2):
         draw_token(axes, spell(line, column), threshold + more, more > 0)
     frame(axes, spell(1, 1), "A", False)
@@ -389,27 +851,48 @@ def draw_key(axes, threshold):
     axes.text(18, 1.67, "prediction A, and the stored token it drew on")
 
 
+def draw_cost_bars(axes, rows, tokens):
+    """The bits of each prediction without and with the memory, in pairs of bars."""
+    looks = (look_of(REFERENCE), look_of(EXPLAINED))
+    for side, key, look, said in zip((-0.19, 0.19), ("bits", "bits_mixture"), looks, ("memory off", "memory on")):
+        drawn = axes.barh(np.arange(len(rows)) + side, [tokens[at][key] for at in rows], 0.34, **filled(look))
+        first = axes.bar_label(drawn, fmt="{:.1f}", padding=3, fontsize=8.5)[0]
+        first.set_text(f"{first.get_text()} {said}")
+    axes.axvline(0, color=QUIET, linewidth=1)
+
+
 def draw_costs(words, bars, found, reads, tokens, texts):
     """A row for each prediction: the token, its bits without and with the memory, and the stored tokens it drew on."""
-    for side, key, look in zip((-0.19, 0.19), ("bits", "bits_mixture"), ARMS.values()):
-        drawn = bars.barh(np.arange(len(reads)) + side, [tokens[read["at"]][key] for read in reads], 0.34,
-                          color=look["color"], hatch=look["hatch"], edgecolor="white", linewidth=0)
-        first, *labels = bars.bar_label(drawn, fmt="{:.1f}", padding=3, fontsize=8.5)
-        first.set_text(f"{first.get_text()} {'memory on' if key == 'bits_mixture' else 'memory off'}")
+    draw_cost_bars(bars, [read["at"] for read in reads], tokens)
     for row, (letter, read) in enumerate(zip(string.ascii_uppercase, reads)):
         chip(words, 0.08, row, letter, True)
         word = "".join(shown for _, _, shown in texts[read["at"]]).strip()
         words.text(0.22, row, word if len(word) < 15 else word[:14] + "\u2026", family=MONO, va="center")
-        found.text(0, row, "\n".join(f"{read['at'] - source['at']:,} tokens back: share {source['share']:.2g}, "
-                                     f"cosine {source['cosine']:.2f}" for source in heaviest(read)),
-                   fontsize=8.5, va="center")
+        lines = [f"{read['at'] - source['at']:,} tokens back: share {source['share']:.2g}, "
+                 f"cosine {source['cosine']:.2f}" for source in heaviest(read)]
+        found.text(0, row, "\n".join(lines), fontsize=8.5, va="center")
     for axes in words, bars, found:
         axes.set(ylim=(len(reads) - 0.5, -0.5), xticks=[], yticks=[])
         axes.spines[["bottom", "left"]].set_visible(False)
-    bars.axvline(0, color=QUIET, linewidth=1)
     heading(words, "Prediction", "the token that came")
     heading(bars, "What it cost", "bits, lower is better")
     heading(found, "What it drew on from memory", "share of all probability; cosine of the addresses")
+
+
+def check_reads(reads, tokens):
+    """Raise ValueError where a read is outside of the text."""
+    for read in reads:
+        sources = [source["at"] for source in read["from"]]
+        if not all(0 <= at < read["at"] < len(tokens) for at in [0, *sources]):
+            raise ValueError("detail.memory.reads: one is outside of the text, or draws on a later token")
+
+
+def said_of(memory):
+    """What the picture of a memory shows, in one sentence."""
+    back = [read["at"] - source["at"] for read in memory["reads"] for source in heaviest(read)]
+    found = f"the memory, along the arrows, up to {max(back):,}." if back else "nothing was drawn from memory."
+    return (f"The start of validation document {memory['document']:,}. Attention reaches {memory['window']:,} "
+            f"tokens back; {found}")
 
 
 def draw_memory(results, gone):
@@ -420,91 +903,111 @@ def draw_memory(results, gone):
     """
     memory = results["detail"]["memory"]
     tokens, reads, threshold = memory["tokens"], memory["reads"], memory["threshold"]
-    if not all(0 <= at < read["at"] < len(tokens) for read in reads for at in [0, *(x["at"] for x in read["from"])]):
-        raise ValueError("detail.memory.reads: one is outside of the text, or draws on a later token")
-    back = [read["at"] - source["at"] for read in reads for source in heaviest(read)]
+    check_reads(reads, tokens)
     texts = flow([token["text"] for token in tokens])
     places = texts[:]
     for at in reversed(range(len(texts) - 1)):          # a character of several tokens is the text of the last of them
         places[at] = places[at] or places[at + 1]
     lines = 1 + max(line for cells in texts for line, _, _ in cells)
-    row, head, foot = 0.42, 1.6 + 0.3 * results["detail"]["data"]["quick"], 0.6 + 0.75 * bool(reads)
+    head = 1.6 + 0.3 * results["detail"]["data"]["quick"]
     under = head + lines * CELL[1]                      # inches from the top down to the end of the text
+    row, foot = 0.42, 0.6 + 0.75 * bool(reads)
     height = under + foot + row * len(reads)
-    figure = new_figure(
-        height, results, gone, "What the memory keeps, and what it finds again",
-        f"The start of validation document {memory['document']:,}. Attention reaches {memory['window']:,} tokens back; "
-        + (f"the memory, along the arrows, up to {max(back):,}." if back else "nothing was drawn from memory."),
-        " Cost: -log2 of the token's probability, of one model with its memory off and on.", badge=1.52)
-
-    def panel(left, down, wide, high, **limits):
-        """Axes at so many inches from the left margin and from the top."""
-        return figure.add_axes((0.03 + left / WIDTH, 1 - (down + high) / height, wide / WIDTH, high / height), **limits)
-
-    def page(left, down, columns, lines):
-        """Axes whose unit is a character's cell."""
-        axes = panel(left, down, columns * CELL[0], lines * CELL[1], xlim=(0, columns), ylim=(lines, 0))
-        axes.axis("off")
-        return axes
-
-    figure.text(0.03, 1 - 0.96 / height, "cost of a token, memory off, bits")
-    draw_scale(panel(0, 1.04, 2.1, 0.15), threshold)
-    draw_key(page(3.2, 0.82, 65, 2), threshold)
-    text = page(0, head, COLUMNS, lines)
+    notes = "Cost: -log2 of the token's probability, of one model with its memory off and on."
+    title = "What the memory keeps, and what it finds again"
+    page = Page(new_figure(height, results, gone, title, said_of(memory), notes, badge=1.52))
+    page.figure.text(0.03, 1 - 0.96 / height, "cost of a token, memory off, bits")
+    draw_scale(page.panel(0, 1.04, 2.1, 0.15), threshold)
+    draw_key(page.text(3.2, 0.82, 65, 2), threshold)
+    text = page.text(0, head, COLUMNS, lines)
     for token, cells in zip(tokens, texts):
         draw_token(text, cells, token["bits"], token["stored"])
     draw_reads(text, reads, places)
     if reads:
         most = max(tokens[read["at"]][key] for read in reads for key in ("bits", "bits_mixture"))
-        draw_costs(*(panel(left, under + 0.65, wide, row * len(reads), xlim=(0, end))
-                     for left, wide, end in ((0, 1.5, 1.5), (1.6, 2.1, most), (5.2, 3.2, 3.2))), reads, tokens, places)
-    return figure
+        columns = [page.panel(left, under + 0.65, wide, row * len(reads), xlim=(0, end))
+                   for left, wide, end in ((0, 1.5, 1.5), (1.6, 2.1, most), (5.2, 3.2, 3.2))]
+        draw_costs(*columns, reads, tokens, places)
+    return page.figure
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", type=Path, metavar="DIR",
-                        help="folder of results.json (default: the project folder; with --quick its quick/)")
-    parser.add_argument("--quick", action="store_true", help="draw the quick run")
-    flags = parser.parse_args(argv)
-    root, start = flags.root or (PROJECT / "quick" if flags.quick else PROJECT), time.monotonic()
-    again = command("eval.py", root, flags.quick)
+# ------------------------------------------------------------------------------------ the stage
 
-    results, figures = read_json(root / "results.json", again), {}
-    matplotlib.use("Agg")
-    try:
-        json.dumps(results, allow_nan=False)                    # NaN is for no picture
-        data, run = results["detail"]["data"], results["detail"]["run"]
-        seed, config = run["seeds"][0], {**run, "data": data}
-        folders, gone = verify(root, run["checkpoints"], again)
-        # whatever the user's matplotlibrc says
-        with matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE}), warnings.catch_warnings():
-            warnings.simplefilter("error", RuntimeWarning)              # the mean of nothing, a division by zero
-            warnings.filterwarnings("ignore", "Glyph .* missing")       # a name in a script that the font lacks
-            figures[root / "results.png"] = draw_results(results, folders, gone)
-            if results["detail"].get("controls"):
-                figures[root / "results_controls.png"] = draw_controls(results, gone)
-            if results["detail"].get("memory"):
-                figures[root / "results_memory.png"] = draw_memory(results, gone)
-            pictures = {path: io.BytesIO() for path in figures}
-            for path, figure in figures.items():
-                figure.savefig(pictures[path], format="png", dpi=DPI, metadata={"Software": None})
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeWarning) as error:
-        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise StageError(f"{root}/results.json lacks a field or has a wrong one ({why}); make it again with: {again}"
-                         ) from None
+def own_settings():
+    """matplotlib, imported with none of the user's settings: a broken one of them would end the stage.
+
+    It reads the first matplotlibrc it finds, and it looks for it here first: in a folder that holds an empty one.
+    """
+    os.environ["MPLBACKEND"] = "agg"
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        Path("matplotlibrc").touch()
+        import matplotlib
+    # it may have been imported before
+    return matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE})
+
+
+def draw(root, results, folders, gone):
+    """{path: PNG} of all pictures."""
+    detail, figures, pictures = results["detail"], {}, {}
+    with own_settings(), warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)              # the mean of nothing, a division by zero
+        warnings.filterwarnings("ignore", "Glyph .* missing")       # a name in a script that the font lacks
+        if len(arms_of(results)) == 2:
+            figures[root / "results.png"] = draw_two(results, folders, gone)
+        else:
+            figures[root / "results.png"] = draw_many(results, gone)
+        if detail.get("controls"):
+            figures[root / "results_controls.png"] = draw_controls(results, gone)
+        if detail.get("memory"):
+            figures[root / "results_memory.png"] = draw_memory(results, gone)
+        for path, figure in figures.items():
+            file = io.BytesIO()
+            figure.savefig(file, format="png", dpi=DPI, metadata={"Software": None})
+            pictures[path] = file.getvalue()
+    return pictures
+
+
+def warn(root, pictures, gone, again):
+    """Name the checkpoints that are gone, and pictures that are older than the results."""
     if gone:
         print(f"warning: gone, so not compared with results.json: {', '.join(gone)}")
     for name, flag in ("results_controls.png", " --controls"), ("results_memory.png", ""):
         if root / name not in pictures and (root / name).exists():
             print(f"warning: {root / name} is of an earlier evaluation; for a new one: {again}{flag}")
+
+
+def plot(root, quick):
+    """Draw all pictures of a root, and give them to wandb."""
+    start, again = time.monotonic(), command("eval.py", root, quick)
+    results = read_json(root / "results.json", again)
+    try:
+        json.dumps(results, allow_nan=False)                        # NaN is for no picture
+        seed = results["detail"]["run"]["seeds"][0]
+        config = {**results["detail"]["run"], "data": results["detail"]["data"]}
+        folders, gone = verify(root, results, again)
+        pictures, sentence = draw(root, results, folders, gone), headline(results)[1]
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeWarning) as error:
+        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise StageError(f"{root}/results.json lacks a field or has a wrong one ({why}); "
+                         f"make it again with: {again}") from None
+    warn(root, pictures, gone, again)
     for path, picture in pictures.items():
-        write_atomic(path, picture.getvalue())
-    print(headline(results)[1])
+        write_atomic(path, picture)
+    print(sentence)
     print(f"wrote {', '.join(map(str, pictures))} in {time.monotonic() - start:.1f} s", flush=True)
-    wandb = Wandb(root, seed, "eval", config, __file__, lambda what: print(f"warning: {what}; {root} has the pictures"))
+
+    def left_out(what):
+        print(f"warning: {what}; {root} has the pictures")
+
+    wandb = Wandb(root, seed, "eval", config, left_out)
     wandb.log_pictures(list(pictures))
     wandb.finish()
+
+
+def main(argv=None):
+    parser = parser_of(__doc__, "folder of results.json (default: this one; with --quick its quick/)")
+    flags = parser.parse_args(argv)
+    plot(default_root(flags.root, flags.quick), flags.quick)
 
 
 if __name__ == "__main__":

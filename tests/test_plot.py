@@ -17,13 +17,29 @@ from matplotlib.image import imread
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
-import models                                               # noqa: E402
 import plot_eval                                            # noqa: E402
-from models import StageError, sha256                       # noqa: E402
+import stages                                               # noqa: E402
+from stages import ARMS, SPECIFIED, StageError, sha256      # noqa: E402
 
 DISTANCES = [32, 64, 96, 160, 192, 256, 320, 384, 512, 1024]
-RECALL = {"baseline": [0.55, 0.48, 0.41, 0.13, 0.12, 0.13, 0.125, 0.12, 0.13, 0.12],
-          "with_ltm": [0.99, 0.99, 0.985, 0.98, 0.98, 0.97, 0.95, 0.92, 0.31, 0.13]}
+FAR = slice(3, 8)
+SEVERAL = list(ARMS)[:6]
+SHARES = {          # of right answers, by distance
+    "baseline": [0.55, 0.48, 0.41, 0.13, 0.12, 0.13, 0.125, 0.12, 0.13, 0.12],
+    "with_ltm": [0.99, 0.99, 0.985, 0.98, 0.98, 0.97, 0.95, 0.92, 0.31, 0.13],
+    "with_store": [0.97, 0.96, 0.95, 0.90, 0.90, 0.88, 0.86, 0.85, 0.80, 0.61],
+    "with_bank": [0.56, 0.48, 0.40, 0.13, 0.13, 0.12, 0.13, 0.12, 0.12, 0.13],
+    "with_mag": [0.71, 0.65, 0.58, 0.33, 0.31, 0.25, 0.21, 0.18, 0.14, 0.12],
+    "with_gru": [0.50, 0.44, 0.36, 0.11, 0.10, 0.10, 0.10, 0.09, 0.11, 0.12],
+}
+BPC = {"baseline": 1.628, "with_ltm": 1.566, "with_store": 1.552, "with_bank": 1.627, "with_mag": 1.601,
+       "with_gru": 1.641}
+VERDICT = {"with_bank": "inconclusive", "with_gru": "hurts"}
+SPEED = {"baseline": 1.0, "with_ltm": 0.95, "with_store": 0.61, "with_bank": 0.97, "with_mag": 0.33, "with_gru": 0.88}
+SIZE = {"baseline": (0, 0), "with_ltm": (1_045_024, 281_134), "with_store": (2_104_000, 41_000_000),
+        "with_bank": (1_048_576, 0), "with_mag": (3_150_336, 6_300_000), "with_gru": (1_576_448, 6_144)}
+TARGETS = {"new in the document": 0.40, "last seen inside the window": 0.42,
+           "last seen beyond the window, in memory": 0.13, "last seen beyond both": 0.05}
 
 
 def wilson(share, trials=3000, z=1.96):
@@ -32,12 +48,17 @@ def wilson(share, trials=3000, z=1.96):
     return [middle - half, middle + half]
 
 
-def bpc(base, memory, verdict="helps"):
-    per_seed = {"baseline": [base - 0.001, base, base + 0.001], "with_ltm": [memory - 0.001, memory, memory + 0.001]}
-    return {**{arm: {"per_seed": values, "ci95": [values[1] - 0.021, values[1] + 0.022]}
-               for arm, values in per_seed.items()},
-            "difference": {"mean": memory - base, "ci95": [memory - base - 0.003, memory - base + 0.003]},
-            "ratio": memory / base, "verdict": verdict}
+def bpc(arms, factor=1.0):
+    """detail.bpc: of every arm, and of all but the baseline the difference to it."""
+    part = {}
+    for arm in arms:
+        gap = (BPC[arm] - BPC["baseline"]) * factor
+        middle = BPC["baseline"] + gap
+        part[arm] = {"per_seed": [middle - 0.001, middle, middle + 0.001], "ci95": [middle - 0.021, middle + 0.022]}
+        if arm != "baseline":
+            part[arm] |= {"difference": {"mean": gap, "ci95": [gap - 0.003, gap + 0.003]}, "p": 1e-4, "p_holm": 1e-4,
+                          "ratio": middle / BPC["baseline"], "verdict": VERDICT.get(arm, "helps")}
+    return part
 
 
 def controls():
@@ -67,33 +88,82 @@ def memory():
             "reads": [{"at": at, "from": drew(*places)} for at, places in reads]}
 
 
-def synthetic(seeds=3):
-    curves = {arm: {"forced_choice": shares, "forced_choice_ci95": [wilson(share) for share in shares],
-                    "top1": [share * 0.7 for share in shares], "top1_ci95": [wilson(share * 0.7) for share in shares],
-                    "by_format": {name: shares for name in ("pair", "colon", "sentence")}}
-              for arm, shares in RECALL.items()}
-    far = {arm: float(np.mean(shares[3:8])) for arm, shares in RECALL.items()}
-    speed = {"baseline": [412_000, 415_300, 409_900, 413_800, 411_000],
-             "with_ltm": [377_000, 379_500, 374_100, 380_900, 376_200]}
-    whole = bpc(1.628, 1.566)
+def curve(arm):
+    """detail.recall.arms of one arm."""
+    shares, part = SHARES[arm], {}
+    for name, factor in (("forced_choice", 1), ("top1", 0.7), ("stored", 0.9), ("retrieved", 0.8)):
+        part[name] = [factor * share for share in shares]
+        part[f"{name}_ci95"] = [wilson(factor * share) for share in shares]
+    return part | {"value_nats": [0.3 - 4 * math.log(share) for share in shares],
+                   "by_format": {name: shares for name in ("pair", "colon", "sentence")}}
+
+
+def long_range(arms):
+    """detail.recall.long_range."""
+    part = {}
+    for arm in arms:
+        mean = float(np.mean(SHARES[arm][FAR]))
+        part[arm] = {"mean": mean, "ci95": wilson(mean), "per_seed": [mean], "top1": 0.7 * mean,
+                     "top1_ci95": wilson(0.7 * mean), "value_nats": 2.0}
+        if arm != "baseline":
+            gap = mean - part["baseline"]["mean"]
+            clear = "helps" if gap > 0.05 else "hurts" if gap < -0.02 else "inconclusive"
+            part[arm] |= {"difference": {"mean": gap, "ci95": [gap - 0.02, gap + 0.02]}, "p_holm": 0.01,
+                          "verdict": clear}
+    return {"distances": DISTANCES[FAR], "arms": part}
+
+
+def speed(arms):
+    """detail.tokens_per_sec."""
+    part = {}
+    for arm in arms:
+        runs = [SPEED[arm] * rate for rate in (412_000, 415_300, 409_900, 413_800, 411_000)]
+        part[arm] = {"median": float(np.median(runs)), "runs": runs}
+        if arm != "baseline":
+            part[arm] |= {"off_runs": [412_000] * 5, "ratio": SPEED[arm], "verdict": "hurts",
+                          "ratio_ci95": [SPEED[arm] - 0.01, SPEED[arm] + 0.01]}
+    return part
+
+
+def about(arm):
+    """detail.arms of one arm; its checkpoints are filled in where they are made."""
+    parameters, state = SIZE[arm]
+    return {"label": ARMS[arm].label, "parameters": 71_612_345 + parameters, "memory_parameters": parameters,
+            "state_bytes": state, "hit_means": "", "settings": {}, "checkpoints": []}
+
+
+def targets(arms):
+    """detail.targets."""
+    kinds = {}
+    for number, (kind, share) in enumerate(TARGETS.items()):
+        gains = {arm: 4 * (BPC[arm] - BPC["baseline"]) * (number - 0.4) for arm in arms}
+        kinds[kind] = {"share_of_tokens": share, "arms": {arm: 8.0 + gain for arm, gain in gains.items()},
+                       "share_of_gain": {arm: 0.25 for arm in arms if arm != "baseline"}}
+    return kinds
+
+
+def synthetic(arms=SPECIFIED, seeds=3):
+    """results.json as eval.py writes it."""
+    whole, far, rates = bpc(arms), long_range(arms), speed(arms)
+    hits = {arm: 0.0 if arm == "baseline" else 0.41 for arm in arms}
     return {
-        **{arm: {"bpc": whole[arm]["per_seed"][1], "long_range_recall": far[arm],
-                 "tokens_per_sec": float(np.median(speed[arm])),
-                 "memory_hit_rate": 0.41 if arm == "with_ltm" else 0.0} for arm in RECALL},
+        **{arm: {"bpc": whole[arm]["per_seed"][1], "long_range_recall": far["arms"][arm]["mean"],
+                 "tokens_per_sec": rates[arm]["median"], "memory_hit_rate": hits[arm]} for arm in arms},
         "detail": {
+            "arms": {arm: about(arm) for arm in arms},
             "data": {"source": "Skylion007/openwebtext", "quick": False, "val_documents": 1000, "val_tokens": 812_345,
                      "val_characters": 3_712_345, "val_sha256": "0" * 64},
-            "run": {"device": "NVIDIA H100 80GB HBM3", "torch": "2.13.0", "seeds": list(range(seeds)), "steps": 10_000,
-                    "parameters": 71_612_345, "checkpoints": {arm: [] for arm in RECALL}},
-            "bpc": whole, "bpc_windows": bpc(1.6657, 1.615),
+            "run": {"device": "NVIDIA H100 80GB HBM3", "torch": "2.13.0", "commit": "1234567",
+                    "seeds": list(range(seeds)), "steps": 10_000, "settings": {"batch": 8, "chained": 0.0}},
+            "bpc": whole, "bpc_windows": bpc(arms, 0.6),
             "recall": {"chance": 0.125, "window": 128, "receptive_field": 1017, "distances": DISTANCES,
-                       "trials_per_distance": 3000, **curves, "mcnemar_p": [1e-9] * 10,
-                       "long_range": {"distances": DISTANCES[3:8], "verdict": "helps",
-                                      **{arm: {"mean": far[arm], "ci95": wilson(far[arm])} for arm in RECALL}}},
-            "tokens_per_sec": {"ratio": 377_000 / 412_000, **{
-                arm: {"median": float(np.median(speed[arm])), "runs": speed[arm]} for arm in RECALL}},
-            "memory_hit_rate": {"baseline": 0.0, "with_ltm": 0.41, "routed_token_ratio": 0.58},
-            "controls": controls(), "memory": memory()}}
+                       "trials_per_distance": 3000, "seeds": seeds, "arms": {arm: curve(arm) for arm in arms},
+                       "long_range": far},
+            "tokens_per_sec": rates,
+            "training": {arm: {"tokens_per_sec": 369_000 * SPEED[arm] ** 2, "loss": 4.0} for arm in arms},
+            "memory_hit_rate": {arm: {"mean": hits[arm], "per_seed": [hits[arm]], "routed_token_ratio": 0.58}
+                                for arm in arms},
+            "targets": targets(arms), "controls": controls(), "memory": memory()}}
 
 
 @pytest.fixture
@@ -105,19 +175,19 @@ def root(tmp_path):
 def build(root, results):
     rng = np.random.default_rng(0)
     for seed in results["detail"]["run"]["seeds"]:
-        for arm in RECALL:
-            folder = (f"trained/seed{seed}/" if seed else "trained/") + arm
-            (root / folder).mkdir(parents=True)
-            (root / folder / "model.safetensors").write_bytes(f"weights of {folder}".encode())
-            (root / folder / "config.json").write_text(json.dumps({"made by": folder}))
-            results["detail"]["run"]["checkpoints"][arm].append(
-                {"seed": seed, "folder": folder, "sha256": sha256(root / folder / "model.safetensors"), "step": 10_000,
-                 "config_sha256": sha256(root / folder / "config.json")})
-            with open(root / folder / "history.jsonl", "w") as history:
+        for arm, its in results["detail"]["arms"].items():
+            folder = stages.arm_folder(root, seed, arm)
+            folder.mkdir(parents=True)
+            (folder / "model.safetensors").write_bytes(f"weights of {seed} {arm}".encode())
+            (folder / "config.json").write_text(json.dumps({"made by": arm}))
+            its["checkpoints"].append(
+                {"seed": seed, "folder": str(folder.relative_to(root)), "sha256": sha256(folder / "model.safetensors"),
+                 "step": 10_000, "config_sha256": sha256(folder / "config.json")})
+            with open(folder / "history.jsonl", "w") as history:
                 for step in range(10, 10_001, 10):
                     rate = 0.42 - 0.4 * math.exp(-step / 900) + 0.01 * seed + rng.normal(0, 0.03)
-                    history.write(json.dumps({"step": step, "loss": 5.0, "LTM_enabled": arm == "with_ltm",
-                                              "ltm_hit_rate": max(0, rate) if arm == "with_ltm" else 0.0}) + "\n")
+                    history.write(json.dumps({"step": step, "loss": 5.0,
+                                              "ltm_hit_rate": max(0, rate) if arm != "baseline" else 0.0}) + "\n")
     write(root, results)
     return root
 
