@@ -216,10 +216,29 @@ def stroke(look):
     return dict(color=look.color, linestyle=look.line, marker=look.marker, markersize=5, linewidth=1.8)
 
 
+def inches(axes):
+    """How wide a panel is."""
+    return axes.get_position().width * WIDTH
+
+
+def beside(axes, place, *lines):
+    """Words to the right of a row's drawing, one line or two: [(words, how they look)]."""
+    middle = (len(lines) - 1) / 2
+    for number, (words, look) in enumerate(lines):
+        axes.text(1 + BESIDE / inches(axes), place + 0.4 * (number - middle) + 0.03, words, va="center",
+                  transform=axes.get_yaxis_transform(), **look)
+
+
 def distances_axis(axes, recall):
     """An x axis of the distances from a fact to its question, with what attention reaches."""
     places, window = recall["distances"], recall["window"]
     low, high = min(places) / 1.15, max(places) * 1.15
+    octave = inches(axes) / np.log2(high / low)
+    labels, last = [], 0.0
+    for place in places:                                    # numbers that would touch are left out
+        free = np.log2(place) * octave - last > 0.22
+        labels.append(f"{place:,}" if free else "")
+        last = np.log2(place) * octave if free else last
     axes.set_xscale("log", base=2)
     axes.axvspan(low, window, color=SHADE, linewidth=0)
     for place, label in (window, "attention window"), (recall.get("receptive_field") or 0, "receptive field"):
@@ -228,7 +247,7 @@ def distances_axis(axes, recall):
             axes.text(place / 1.03, 0.95, f"{label} {place:,}", ha="right", va="center", fontsize=8,
                       transform=axes.get_xaxis_transform())
     axes.set_xlim(low, high)
-    axes.set_xticks(places, [f"{place:,}" for place in places], fontsize=8)
+    axes.set_xticks(places, labels, fontsize=8 if inches(axes) > 4.5 else 7)
     axes.minorticks_off()
     axes.set_xlabel("tokens from fact to question")
 
@@ -325,7 +344,7 @@ def headline(results):
     if len(others) == 1:
         return headline_of_two(results, others[0]), numbers_of(results, others[0], "With memory")
     best = min(others, key=lambda arm: bpc[arm]["ratio"])
-    return headline_of_many(results, others), numbers_of(results, best, f"Best: {short(results, best)}")
+    return headline_of_many(results, others), numbers_of(results, best, f"Best, {short(results, best)}")
 
 
 def provenance(results, gone, notes):
@@ -468,13 +487,15 @@ def draw_two(results, folders, gone):
 # ------------------------------------------------------------------------------------ results.png of more arms
 
 ROW = 0.38                      # inches of an arm's row in the table
-TABLE = {                       # columns: inches from the left edge, and their width
-    "bpc": (2.05, 1.0),
-    "change": (3.5, 1.75),
-    "recall": (5.5, 0.95),
-    "speed": (6.75, 0.85),
-    "size": (8.0, 0.9),
+TABLE = {                       # its columns: inches from the left margin, and the width of what is drawn
+    "names": (0.0, 1.5),
+    "bpc": (1.4, 0.5),
+    "change": (2.5, 0.95),
+    "recall": (4.55, 0.75),
+    "speed": (6.28, 0.6),
+    "size": (7.65, 0.8),
 }
+BESIDE = 0.07                   # inches from there to the words
 
 
 def bytes_said(count):
@@ -506,116 +527,127 @@ def training_ratio(results, arm):
     return rate / base if rate and base else None
 
 
-def draw_row_bars(axes, values, looks, form, high=0.62, shift=0.0):
-    """Bars from zero, one a row, with their values beside them; a value that is None is a dash."""
-    for place, (value, look) in enumerate(zip(values, looks)):
-        axes.barh(place + shift, value or 0, high, **filled(look))
-        said = "\u2013" if value is None else form.format(value)
-        axes.annotate(said, (value or 0, place + shift), (4, 0), textcoords="offset points", va="center",
-                      fontsize=8.5 if high > 0.5 else 7)
+def said_verdict(value, verdict, none):
+    """A number and its verdict: in bold where it is clear; `none` says that it is not."""
+    if verdict == "inconclusive":
+        return f"{value} {none}", dict(color=QUIET, fontsize=8.5)
+    return f"{value} {VERDICTS[verdict]}", dict(weight="bold", fontsize=8.5)
+
+
+SMALL = dict(fontsize=8, color=QUIET)
 
 
 def draw_names(axes, results, arms):
     """Before each row the arm's mark, as in the curves, and its label."""
     for place, arm in enumerate(arms):
-        axes.plot([0.02, 0.16], [place, place], markevery=[1], clip_on=False, **stroke(look_of(arm)))
+        axes.plot([0.0, 0.14, 0.28], [place] * 3, markevery=[1], clip_on=False, **stroke(look_of(arm)))
         name, _, what = label_of(results, arm).partition(":")
-        axes.text(0.24, place - 0.17 * bool(what), textwrap.shorten(name, 26), weight="bold", va="center")
-        axes.text(0.24, place + 0.22, textwrap.shorten(what, 30), fontsize=8, va="center", color=QUIET)
-    axes.set_xlim(0, 1.5)
+        axes.text(0.34, place - 0.17 * bool(what), textwrap.shorten(name, 24), weight="bold", va="center")
+        axes.text(0.34, place + 0.23, textwrap.shorten(what, 24), va="center", **SMALL)
+    axes.set(xlim=(0, 1.5), xticks=[])
+    axes.spines[["left", "bottom"]].set_visible(False)
 
 
-def verdict_ink(verdict):
-    """The weight and the ink in which a verdict is written."""
-    clear = verdict != "inconclusive"
-    return dict(weight="bold" if clear else "normal", color=INK if clear else QUIET)
+def draw_bpc(axes, results, arms):
+    """Each arm's bits per character, from zero: how small the differences are, is part of the answer."""
+    for place, arm in enumerate(arms):
+        axes.barh(place, results[arm]["bpc"], 0.6, **filled(look_of(arm)))
+        beside(axes, place, (f"{results[arm]['bpc']:.3f}", {}))
+    axes.set_xlim(0, max(results[arm]["bpc"] for arm in arms))
+    axes.locator_params(axis="x", nbins=2)
+    heading(axes, "BPC", "bits per char.")
 
 
 def draw_changes(axes, results, arms):
     """Each arm's BPC in per cent of the baseline's with its interval, and the verdict beside it."""
-    bpc = results["detail"]["bpc"]
-    axes.axvline(0, color=look_of(REFERENCE).color, linewidth=1.6, linestyle=look_of(REFERENCE).line)
-    changes = {arm: per_cent(bpc[arm]["ratio"]) for arm in arms[1:]}
-    bounds = {arm: percent_bounds(results, bpc, arm) for arm in arms[1:]}
+    bpc, base = results["detail"]["bpc"], look_of(REFERENCE)
+    axes.axvline(0, color=base.color, linewidth=1.6, linestyle=base.line)
+    edges = [0.0]
     for place, arm in enumerate(arms[1:], 1):
-        error = spread(np.array([changes[arm]]), [bounds[arm]])
-        axes.errorbar(changes[arm], place, xerr=error, capsize=3, ecolor=INK, markeredgecolor=INK,
+        change = per_cent(bpc[arm]["ratio"])
+        low, high = percent_bounds(results, bpc, arm)
+        axes.errorbar(change, place, xerr=spread(np.array([change]), [[low, high]]), capsize=3.5, ecolor=INK,
                       **stroke(look_of(arm)))
-        verdict = bpc[arm]["verdict"]
-        said = "no clear effect" if verdict == "inconclusive" else VERDICTS[verdict]
-        axes.text(0.54, place - 0.17, f"{changes[arm]:+.1f}%", va="center", fontsize=9, weight="bold",
-                  transform=axes.get_yaxis_transform())
-        axes.text(0.54, place + 0.22, said, va="center", fontsize=8, **verdict_ink(verdict),
-                  transform=axes.get_yaxis_transform())
-    low = min(0.0, *(pair[0] for pair in bounds.values()))
-    high = max(0.0, *(pair[1] for pair in bounds.values()))
-    wide = (high - low) or 1.0
-    axes.set_xlim(low - 0.1 * wide, low - 0.1 * wide + 1.2 * wide / 0.48)   # the words stand in the right half
-    axes.locator_params(axis="x", nbins=5)
-    ticks = [tick for tick in axes.get_xticks() if low - 0.1 * wide <= tick <= high + 0.1 * wide]
-    axes.set_xticks(ticks, [f"{tick:+g}%" if tick else "0" for tick in ticks], fontsize=8)
+        beside(axes, place, said_verdict(f"{change:+.1f}%", bpc[arm]["verdict"], "unclear"),
+               (f"{low:+.1f} to {high:+.1f}", SMALL))
+        edges += [low, high]
+    beside(axes, 0, ("reference", SMALL))
+    room = 0.12 * (max(edges) - min(edges)) or 1.0
+    axes.set_xlim(min(edges) - room, max(edges) + room)
+    axes.locator_params(axis="x", nbins=2)
+    axes.xaxis.set_major_formatter("{x:g}%")
+    heading(axes, "Change of BPC", "lower is better; 95%")
 
 
 def draw_recalls(axes, results, arms):
-    """Each arm's long-range recall with its interval, the verdict below the number, and chance."""
+    """Each arm's long-range recall with its interval, the verdict beside the number, and chance."""
     recall = results["detail"]["recall"]
     far = recall["long_range"]["arms"]
     for place, arm in enumerate(arms):
-        value = results[arm]["long_range_recall"]
-        axes.barh(place, value, 0.62, xerr=spread(np.array([value]), [far[arm]["ci95"]]), capsize=2.5,
-                  ecolor=INK, **filled(look_of(arm)))
-        at = dict(transform=axes.get_yaxis_transform(), va="center")
-        axes.text(1.04, place - 0.17 * (arm != REFERENCE), f"{value:.2f}", weight="bold", **at)
+        value, (low, high) = results[arm]["long_range_recall"], far[arm]["ci95"]
+        axes.barh(place, value, 0.6, xerr=spread(np.array([value]), [[low, high]]), capsize=2.5, ecolor=INK,
+                  **filled(look_of(arm)))
+        said = (f"{value:.2f}", {})
         if arm != REFERENCE:
-            verdict = far[arm]["verdict"]
-            said = "no effect" if verdict == "inconclusive" else VERDICTS[verdict]
-            axes.text(1.04, place + 0.22, said, fontsize=8, **verdict_ink(verdict), **at)
+            said = said_verdict(f"{value:.2f}", far[arm]["verdict"], "unclear")
+        beside(axes, place, said, (f"{low:.2f} to {high:.2f}", SMALL))
     axes.axvline(recall["chance"], color=INK, linewidth=1, linestyle=":")
-    axes.set(xlim=(0, 1), xticks=[0, recall["chance"], 0.5, 1])
-    axes.set_xticklabels(["0", "chance", ".5", "1"], fontsize=8)
+    axes.set(xlim=(0, 1))
+    axes.set_xticks([recall["chance"], 1], ["chance", "1"])
+    heading(axes, "Long-range recall", f"right, {reach(recall['long_range'])} back")
+
+
+def draw_speeds(axes, results, arms):
+    """Speed by that without memory: of evaluation above, of training below."""
+    speed = results["detail"]["tokens_per_sec"]
+    most = 1.0
+    for place, arm in enumerate(arms):
+        evaluation = 1.0 if arm == REFERENCE else speed[arm]["ratio"]
+        training, lines = training_ratio(results, arm), []
+        for side, value, what in (-0.2, evaluation, "eval."), (0.2, training, "train."):
+            axes.barh(place + side, value or 0, 0.32, **filled(look_of(arm)))
+            lines.append(("\u2013" if value is None else f"{value:.2f} {what}", dict(fontsize=8)))
+            most = max(most, value or 0)
+        beside(axes, place, *lines)
+    axes.axvline(1, color=look_of(REFERENCE).color, linewidth=1.6, linestyle=look_of(REFERENCE).line)
+    axes.set_xlim(0, most)
+    axes.set_xticks([0, 1], ["0", "\u00d71"])
+    heading(axes, "Speed", "higher is better")
 
 
 def draw_sizes(axes, results, arms):
     """What a memory adds: its parameters, and what a sequence carries along."""
     for place, arm in enumerate(arms):
         about = results["detail"]["arms"][arm]
-        parameters = f"+{count_said(about['memory_parameters'])}" if arm != REFERENCE else "\u2013"
-        state = bytes_said(about["state_bytes"]) if arm != REFERENCE else "\u2013"
-        axes.text(0, place - 0.17, f"{parameters} param.", va="center", fontsize=8.5)
-        axes.text(0, place + 0.22, f"{state} state", va="center", fontsize=8.5)
+        lines = f"{count_said(about['parameters'])} param.", "no state"
+        if arm != REFERENCE:
+            lines = (f"+{count_said(about['memory_parameters'])} param.",
+                     f"{bytes_said(about['state_bytes'])} state" if about["state_bytes"] else "no state")
+        for side, words in zip((-0.17, 0.23), lines):
+            axes.text(0, place + side, words, va="center", fontsize=8)
     axes.set_xticks([])
-    axes.spines["bottom"].set_visible(False)
+    axes.spines[["left", "bottom"]].set_visible(False)
+    heading(axes, "Size", "what it adds")
 
 
 def draw_table(page, down, results, arms):
     """The table: an arm a row, a measure a column."""
-    detail, high = results["detail"], ROW * len(arms)
-    axes = {name: page.panel(left - 0.27, down, wide, high) for name, (left, wide) in TABLE.items()}
-    axes["names"] = page.panel(0, down, 1.75, high)
-    looks = [look_of(arm) for arm in arms]
+    high = ROW * len(arms)
+    axes = {name: page.panel(left, down, wide, high) for name, (left, wide) in TABLE.items()}
     draw_names(axes["names"], results, arms)
-    draw_row_bars(axes["bpc"], [results[arm]["bpc"] for arm in arms], looks, "{:.3f}")
+    draw_bpc(axes["bpc"], results, arms)
     draw_changes(axes["change"], results, arms)
     draw_recalls(axes["recall"], results, arms)
-    speed = detail["tokens_per_sec"]
-    evaluation = [1.0] + [speed[arm]["ratio"] for arm in arms[1:]]
-    draw_row_bars(axes["speed"], evaluation, looks, "{:.2f} eval.", 0.34, -0.19)
-    draw_row_bars(axes["speed"], [training_ratio(results, arm) for arm in arms], looks, "{:.2f} train.", 0.34, 0.19)
-    axes["speed"].axvline(1, color=QUIET, linewidth=1)
-    axes["speed"].set_xlim(0, 1.05 * max(1.0, *evaluation))
+    draw_speeds(axes["speed"], results, arms)
     draw_sizes(axes["size"], results, arms)
-    heading(axes["bpc"], "Compression", "BPC, lower is better")
-    heading(axes["change"], "Change", "of BPC, 95% interval")
-    heading(axes["recall"], "Recall", f"{reach(detail['recall']['long_range'])} tokens back")
-    heading(axes["speed"], "Speed", "\u00d7 without memory")
-    heading(axes["size"], "Size", "added")
     for one in axes.values():
         one.set(ylim=(len(arms) - 0.5, -0.5), yticks=[])
-        for place in range(1, len(arms)):
-            one.axhline(place - 0.5, color=FAINT, linewidth=0.6, zorder=0)
-    axes["names"].set_xticks([])
-    axes["names"].spines[["left", "bottom"]].set_visible(False)
-    axes["size"].spines["left"].set_visible(False)
+        one.tick_params(axis="x", labelsize=8)
+        one.patch.set_visible(False)                        # words reach past their panels
+    rules = page.panel(0, down, WIDTH - 0.54, high, ylim=(len(arms), 0), zorder=-1)
+    rules.hlines(range(1, len(arms)), 0, 1, color=FAINT, linewidth=0.6)
+    rules.set_xlim(0, 1)
+    rules.axis("off")
 
 
 def draw_nats(axes, recall, arms):
@@ -635,7 +667,8 @@ def draw_targets(axes, targets, others):
         side = (number - (len(others) - 1) / 2) * wide
         gaps = [kind["arms"][arm] - kind["arms"][REFERENCE] for kind in targets.values()]
         bars = axes.bar(np.arange(len(gaps)) + side, gaps, 0.9 * wide, **filled(look_of(arm)))
-        axes.bar_label(bars, fmt="{:+.2f}", padding=2, fontsize=7)
+        said = [f"{gap:+.2f}" if abs(gap) >= 0.005 else "0" for gap in gaps]
+        axes.bar_label(bars, said, padding=2, fontsize=7.5)
     axes.axhline(0, color=look_of(REFERENCE).color, linewidth=1.6, linestyle=look_of(REFERENCE).line)
     names = [f"{textwrap.fill(name, 26)}\n({kind['share_of_tokens']:.0%} of tokens)"
              for name, kind in targets.items()]
@@ -653,15 +686,16 @@ def draw_many(results, gone):
     title, sentence = headline(results)
     title = textwrap.fill(title, 74)
     quick = 0.32 * detail["data"]["quick"]
-    table = 1.5 + 0.28 * title.count("\n") + quick          # inches from the top down to the table ..
+    table = 1.38 + 0.28 * title.count("\n") + quick          # inches from the top down to the table ..
     curves = table + ROW * len(arms) + 1.0                  # .. to the curves ..
     where = curves + 2.2 + 1.15                             # .. and to the bars below them
     height = where + 1.7 + 1.4
     trials = detail["recall"]["trials_per_distance"]
-    notes = (f"Recall: forced choice, {trials:,} questions per distance. Verdicts: Holm over the memories. Speed: "
+    notes = (f"Recall: forced choice, {trials:,} questions per distance. "
+             f"Verdicts: Holm over the memories, unclear: neither. Speed: "
              f"evaluation by the same model with its memory off, training by the baseline's. State: what a "
              f"sequence carries beyond attention's keys and values. Error bars: 95% intervals.")
-    page = Page(new_figure(height, results, gone, title, sentence, notes, badge=table - 0.75 - quick))
+    page = Page(new_figure(height, results, gone, title, sentence, notes, badge=table - 0.6 - quick))
     draw_table(page, table, results, arms)
     draw_curve(page.panel(0.33, curves, 3.9, 2.2), detail["recall"], arms)
     draw_nats(page.panel(4.75, curves, 3.7, 2.2), detail["recall"], arms)
