@@ -1,21 +1,23 @@
 """Answer the question: bits per character and long-range recall of every arm, on the same text and questions.
 
-reads   data/val.bin, data/meta.json, trained/baseline/, trained/with_ltm/, .. (and trained/seedN/ where there are more)
-writes  trained/<arm>/evaluation.safetensors    what was measured of an arm, and of which weights, code and data
-        results.json                            the tables, assembled from these files alone
+reads   data/val.bin, data/meta.json
+        trained/baseline/, trained/with_ltm/, .. (and trained/seedN/ where there are more)
+writes  trained/<arm>/evaluation.safetensors   what was measured of an arm, and of which weights, code and data
+        results.json                           the tables, assembled from these files alone
 
     python eval.py                  what the README reports
-    python eval.py --controls       the same, and what the gain depends on: other thresholds, sizes, models (first seed)
+    python eval.py --controls       the same, and what the gain depends on (first seed)
     python eval.py --quick          the small models under quick/
 
-An arm is measured once: again only where its weights, the code, the data or the settings below have changed since. So
-arms may be trained and measured on different days and machines: bring an arm's manifest.json and
-evaluation.safetensors here, and its weights may stay where they are.
+An arm is measured once: again only where its weights, the code, the data or the settings below have
+changed since. So arms may be trained and measured on different days and machines: bring an arm's
+manifest.json and evaluation.safetensors here, and its weights may stay where they are.
 
-bpc                 bits of all validation tokens / their characters; whole documents, memory empty at each start
-long_range_recall   8 facts planted in real text, one asked for 160 to 384 tokens later, beyond the 128-token window:
-                    how often the right value is the likeliest of the 8 (chance 1/8)
-memory_hit_rate     share of predictions that the memory had a hand in: each memory's `hit_means` says how
+bpc                 bits of all validation tokens / their characters; whole documents, memory empty
+                    at each start
+long_range_recall   8 facts planted in real text, one asked for 160 to 384 tokens later, beyond the
+                    128-token window: how often the right value is the likeliest of the 8 (chance 1/8)
+memory_hit_rate     share of predictions that the memory had a hand in: its `hit_means` says how
 tokens_per_sec      scoring those documents; the same model with its memory off is timed in turn
 """
 
@@ -43,10 +45,10 @@ from tqdm import tqdm
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from models import EOT, GPT, Address, Final, LongTermMemory, Memory, Reading, mix
-from stages import (ARMS, PROJECT, SPECIFIED, StageError, arm_flag, arm_folder, characters_per_token, command, commit,
-                    compiled, default_root, device_name, documents, has_compiler, load_model, load_split,
-                    load_tokenizer, lower_precision, parser_of, pick_device, read_json, read_manifest, run_stage, seal,
-                    sha256, write_atomic, write_json)
+from stages import (ARMS, PROJECT, SPECIFIED, StageError, arm_flag, arm_folder, characters_per_token,
+                    command, commit, compiled, default_root, device_name, documents, has_compiler,
+                    load_model, load_split, load_tokenizer, lower_precision, parser_of, pick_device,
+                    read_json, read_manifest, run_stage, seal, sha256, write_atomic, write_json)
 
 FORMATS = {                     # how a fact is written; the question stops before the value
     "pair": (" {key}", " {value}", "."),
@@ -59,44 +61,51 @@ FORMATS = {                     # how a fact is written; the question stops befo
 class Settings:
     """What is asked of every arm, and how often; edit it here."""
 
-    pack: int = 128                 # rows of 128 tokens scored at once; a control takes up to 2.5 GB of GPU memory
-    lane: int = 16                  # rows of a lane of them: the longest document
-    facts: int = 8                  # planted in a sequence; their values are the choices
-    trials: int = 336               # questions per distance and format
+    pack: int = 128             # rows of 128 tokens scored at once; takes up to 2.5 GB of a GPU
+    lane: int = 16              # rows of a lane of them: the longest document
+    facts: int = 8              # planted in a sequence; their values are the choices
+    trials: int = 336           # questions per distance and format
     forms: tuple = tuple(FORMATS)
-    distances: tuple = (32, 64, 96, 160, 192, 256, 320, 384, 512, 1024)     # tokens from the value to its repetition
+    # tokens from the value of a fact to the place to repeat it, and those beyond the window
+    distances: tuple = (32, 64, 96, 160, 192, 256, 320, 384, 512, 1024)
     long_range: tuple = (160, 192, 256, 320, 384)
-    lead: int = 64                  # tokens of real text before the facts
-    distractors: tuple = (0, 8, 64, 300)    # facts more between the one asked for and the question; 300 evict it
-    distracted: int = 256           # tokens from the value to its repetition, where the distractors fit in there
-    dialogues: int = 64             # of three turns: facts, other text, a question
-    turn: int = 100                 # tokens of a turn
-    together: int = 16              # dialogues at a time: each token has a distribution over the vocabulary
-    repeats: int = 5                # timed passes, memory on and off in turn, over ..
-    timed: int = 16                 # .. so many packs
-    shown: int = 420                # the picture of a memory: tokens of a document, ..
-    reads: int = 4                  # .. what it read in how many places, ..
-    sources: int = 3                # .. and how many items of each
-    seed: int = 0                   # of questions, bootstrap and controls: the same for every model
-    bootstrap: int = 10_000         # resamples of seeds and documents
-    control_trials: int = 96        # questions per distance and format for each control
-    fitted: int = 200               # documents of train.bin that the caches' few parameters are fitted to
+    lead: int = 64              # tokens of real text before the facts
+    # facts more between the one asked for and the question; 300 evict it
+    distractors: tuple = (0, 8, 64, 300)
+    distracted: int = 256       # the distance there, where they fit into it
+    dialogues: int = 64         # of three turns: facts, other text, a question
+    turn: int = 100             # tokens of a turn
+    together: int = 16          # dialogues at a time: each token has log p of the whole vocabulary
+    repeats: int = 5            # timed passes, memory on and off in turn, over ..
+    timed: int = 16             # .. so many packs
+    shown: int = 420            # the picture of a memory: tokens of a document, ..
+    reads: int = 4              # .. what it read in how many places, ..
+    sources: int = 3            # .. and how many items of each
+    seed: int = 0               # of questions, bootstrap and controls: the same for every model
+    bootstrap: int = 10_000     # resamples of seeds and documents
+    control_trials: int = 96    # questions per distance and format for each control
+    fitted: int = 200           # documents of train.bin that the caches' parameters are fitted to
 
     def of_an_arm(self):
         """The settings on which it depends what is measured of an arm: {name: value}."""
-        later = ("bootstrap", "control_trials", "fitted")
-        return {name: value for name, value in dataclasses.asdict(self).items() if name not in later}
+        later = "bootstrap", "control_trials", "fitted"
+        return {name: value for name, value in jsonable(self).items() if name not in later}
+
+
+def jsonable(settings):
+    """Settings as a JSON file gives them back: {name: value}."""
+    return json.loads(json.dumps(dataclasses.asdict(settings)))
 
 
 FULL = Settings()
-QUICK = Settings(pack=16, trials=8, distances=(64, 160, 256), long_range=(160, 256), distractors=(0, 64), dialogues=6,
-                 timed=1, fitted=6)
+QUICK = Settings(pack=16, trials=8, distances=(64, 160, 256), long_range=(160, 256), distractors=(0, 64),
+                 dialogues=6, timed=1, fitted=6)
 
 REFERENCE = "baseline"          # what every other arm is compared with
 SIGNIFICANT = 0.05
 
 
-# ------------------------------------------------------------------------------------ text in packs of rows
+# ------------------------------------------------------------ text in packs of rows
 
 class Pack(NamedTuple):
     """Several sequences laid out as lanes of rows; what is left over is rows of EOT."""
@@ -116,7 +125,8 @@ def rows_of(sequence, width):
 def lanes_of(sequences, width, rows):
     """Share sequences out among lanes of `rows` rows: for each lane the numbers of its sequences.
 
-    Longest first, each into the fullest lane that has room for it. One that is longer than a lane has its own.
+    Longest first, each into the fullest lane that has room for it. One that is longer than
+    a lane has its own.
     """
     lanes = []
     with_room = [[] for _ in range(rows + 1)]               # the lanes that have so many rows left
@@ -134,7 +144,8 @@ def lanes_of(sequences, width, rows):
 
 
 def lay_out(sequences, lanes, rows, width):
-    """(tokens, targets, opens, places) of a Pack of these lanes of `rows` rows; an empty lane holds nothing."""
+    """(tokens, targets, opens, places) of a Pack of these lanes of `rows` rows; an empty
+    lane holds nothing."""
     tokens = np.full(len(lanes) * rows * width, EOT, np.int64)
     targets = tokens.copy()
     opens = np.ones((len(lanes), rows), bool)
@@ -156,8 +167,8 @@ def lay_out(sequences, lanes, rows, width):
 def packs(sequences, width, device, settings, shape=None):
     """Lay sequences out in Packs of lanes that no sequence crosses.
 
-    `shape`: (lanes, rows of a lane), by default settings.pack rows in lanes of settings.lane. A sequence longer than
-    a lane has a pack of its own.
+    `shape`: (lanes, rows of a lane), by default settings.pack rows in lanes of
+    settings.lane. A sequence longer than a lane has a pack of its own.
     """
     usual = settings.pack // settings.lane, settings.lane
     count, rows = shape or usual
@@ -181,14 +192,16 @@ def packs(sequences, width, device, settings, shape=None):
         yield emit(waiting, rows, (count, rows) == usual)
 
 
-# ------------------------------------------------------------------------------------ scores
+# ------------------------------------------------------------ scores
 
 @functools.cache
 def compiled_method(name):
-    """A method of the models as one graph: their weights are its inputs, so it is compiled once for all of a kind."""
+    """A method of the models as one graph: their weights are its inputs, so it is compiled
+    once for all of a kind."""
     from torch._dynamo import config
 
-    # one graph for each kind of memory; beyond its usual limit, dynamo would go on without a word and without a graph
+    # one graph for each kind of memory; beyond its usual limit dynamo goes on without one, and
+    # without a word
     limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
     setattr(config, limit, 64)
 
@@ -199,7 +212,8 @@ def compiled_method(name):
 
 
 def fast(name, model, pack, *given):
-    """model.name(*given); on a GPU compiled, where the pack has the usual shape and the memory is one of the arms'."""
+    """model.name(*given); on a GPU compiled, where the pack has the usual shape and the
+    memory is one of the arms'."""
     memory = getattr(model, "memory", None)
     if pack.usual and type(memory) in Memory.kinds.values() and has_compiler(model.device):
         return compiled_method(name)(model, *given)
@@ -216,18 +230,20 @@ def memory_off(model):
 
 def states(model, pack):
     """Final states (N, C, D) of a pack, and what the memory noted."""
-    if model.config.stm_window is None:                                # GPT: each row is a whole sequence
+    if model.config.stm_window is None:  # GPT: each row is a whole sequence
         return model.states(pack.tokens)
     if not model.active.places and model.config.memory_enabled:
-        model = memory_off(model)               # a memory at the output has the baseline's states, and so its graph
+        model = memory_off(model)  # at the output only: the states are the baseline's, and so is the graph
     return fast("states", model, pack, pack.tokens, pack.opens)
 
 
 def score(pack, *variants):
-    """Scores of a pack's targets by each of some models that differ in nothing but their memory at the output.
+    """Scores of a pack's targets by each of some models that differ in nothing but their
+    memory at the output.
 
-    The parts of model.score one by one: the arms have the first two in common, so that these are compiled once. What
-    only one of several variants does is not compiled: that would take longer than it saves.
+    The parts of model.score one by one: the arms have the first two in common, so that
+    these are compiled once. What only one of several variants does is not compiled: that
+    would take longer than it saves.
     """
     model = variants[0]
     h, notes = states(model, pack)
@@ -258,7 +274,7 @@ def score_text(model, sequences, width, settings, note=None):
     kept = Tally(*([None] * len(sequences) for _ in Tally._fields))
     for pack in packs(sequences, width, model.device, settings):
         scores, = score(pack, model)
-        found = [x.flatten().cpu().numpy() for x in (scores.log_p, scores.log_p_stm, scores.hit, scores.stored)]
+        found = [getattr(scores, name).flatten().cpu().numpy() for name in Tally._fields]
         for i, first, length in pack.places:
             for field, values in zip(kept, found):
                 field[i] = values[first:first + length - 1].copy()
@@ -268,7 +284,8 @@ def score_text(model, sequences, width, settings, note=None):
 
 
 def counted_targets(rows):
-    """Which targets of rows (N, C) count where each is taken alone, so that each token counts once: (N, C - 1)."""
+    """Which targets of rows (N, C) count where each is taken alone, so that each token
+    counts once: (N, C - 1)."""
     width = rows.shape[1]
     fresh = (rows[:, :1] == EOT) | (np.arange(1, width) >= width // 2)
     return fresh & (rows[:, 1:] != EOT)
@@ -280,13 +297,15 @@ def score_windows(model, rows, settings):
     return np.stack(tally.log_p)
 
 
-# ------------------------------------------------------------------------------------ questions
+# ------------------------------------------------------------ questions
 
 @functools.cache
 def single_words(tokenizer):
-    """Tokens that are one lower-case English-looking word of four letters or more with its space before it."""
+    """Tokens that are one lower-case English-looking word of four letters or more with its
+    space before it."""
     def is_word(text):
-        return text[0] == "Ġ" and len(text) > 4 and text[1:].isascii() and text[1:].isalpha() and text[1:].islower()
+        word = text[1:]
+        return text[0] == "Ġ" and len(word) > 3 and word.isascii() and word.isalpha() and word.islower()
 
     words = [(word, index) for word, index in tokenizer.get_vocab().items() if is_word(word)]
     return np.array([index for _, index in sorted(words)])
@@ -344,8 +363,8 @@ def scatter(text, facts, draw):
 
 
 def distracted_distance(tokenizer, name, extra, settings):
-    """The distance at which `extra` distractors are asked over: settings.distracted, or the least with room for
-    them."""
+    """The distance at which `extra` distractors are asked over: settings.distracted, or the
+    least with room for them."""
     return max(settings.distracted, (settings.facts + extra) * form_of(tokenizer, name).size)
 
 
@@ -356,10 +375,11 @@ def text_needed(tokenizer, name, distance, extra, settings):
 
 
 def before_and_after(facts, room, draw, most):
-    """Share the facts but the first out, before it and after it: (early, late, room left between it and the question).
+    """Share the facts but the first out, before it and after it: (early, late, room left
+    between it and the question).
 
-    Half of the `most` first ones stand after it, as far as they fit; the distractors, which come after those, all do,
-    as far as they fit, or are left out.
+    Half of the `most` first ones stand after it, as far as they fit; the distractors, which
+    come after those, all do, as far as they fit, or are left out.
     """
     early, late = [], []
     for number, other in enumerate(facts[1:]):
@@ -373,12 +393,14 @@ def before_and_after(facts, room, draw, most):
 
 
 def questions(texts, tokenizer, name, distance, count, settings, extra=0):
-    """`count` Questions: facts planted in real text, the value of one asked for `distance` tokens after it stood.
+    """`count` Questions: facts planted in real text, the value of one asked for `distance`
+    tokens after it stood.
 
-    Example (pair): "EOT ..text.. lamp seven. ..text.. door north. ..text.. lamp" -> " seven"; 8 such facts, half of
-    the others after the one asked for, as far as they fit. Keys and values are single tokens from disjoint sets.
-    `extra` facts more, distractors that are never asked for, stand between the one asked for and the question, as many
-    as fit. Texts that are too short are passed over; there has to be one that is not.
+    Example (pair): "EOT ..text.. lamp seven. ..text.. door north. ..text.. lamp" ->
+    " seven"; 8 such facts, half of the others after the one asked for, as far as they fit.
+    Keys and values are single tokens from disjoint sets. `extra` facts more, distractors
+    that are never asked for, stand between the one asked for and the question, as many as
+    fit. Texts that are too short are passed over; there has to be one that is not.
     """
     draw = np.random.default_rng((settings.seed, list(FORMATS).index(name), distance, extra))
     form, lead = form_of(tokenizer, name), settings.lead
@@ -390,27 +412,28 @@ def questions(texts, tokenizer, name, distance, count, settings, extra=0):
         own_keys = draw.choice(keys, settings.facts + extra, replace=False)
         own_values = draw.choice(values, settings.facts + extra, replace=False)
         facts = [form.fact(key, value) for key, value in zip(own_keys, own_values)]
-        room = distance - 1 - len(form.closing) - form.asked           # tokens free between the fact and the question
+        room = distance - 1 - len(form.closing) - form.asked    # between the fact and the question
         early, late, room = before_and_after(facts, room, draw, settings.facts)
         text = long_enough[draw.integers(len(long_enough))][1:]
         offset = draw.integers(0, len(text) - lead - room + 1)
         real = text[offset:offset + lead + room]
         head = np.concatenate(([EOT], scatter(real[:lead], early, draw)))
         place = len(head) + form.asked
-        tokens = np.concatenate((head, facts[0], scatter(real[lead:], late, draw), facts[0][:form.asked]))
+        tail = scatter(real[lead:], late, draw)
+        tokens = np.concatenate((head, facts[0], tail, facts[0][:form.asked]))
         assert len(tokens) - place == distance
         made.append(Question(tokens, own_values[:settings.facts], place, len(tokens) - form.asked))
     return made
 
 
 class Dialogues(NamedTuple):
-    turns: np.ndarray           # (count, 3, tokens of a turn): facts, other text, a question at the end
+    turns: np.ndarray  # (count, 3, tokens of a turn): facts, other text, a question at the end
     choices: np.ndarray         # (count, facts) values planted, the right one first
 
 
 def make_dialogues(texts, tokenizer, settings):
-    """Dialogues of three turns of the same document, facts planted in the first and asked for in the third; None where
-    no document is long enough."""
+    """Dialogues of three turns of the same document, facts planted in the first and asked
+    for in the third; None where no document is long enough."""
     draw = np.random.default_rng((settings.seed, 3))
     keys, values = keys_and_values(tokenizer, settings)
     turn, facts = settings.turn, settings.facts
@@ -421,14 +444,17 @@ def make_dialogues(texts, tokenizer, settings):
     for number in range(settings.dialogues):
         form = form_of(tokenizer, settings.forms[number % len(settings.forms)])
         own_values = draw.choice(values, facts, replace=False)
-        planted = [form.fact(*pair) for pair in zip(draw.choice(keys, facts, replace=False), own_values)]
+        own_keys = draw.choice(keys, facts, replace=False)
+        planted = [form.fact(key, value) for key, value in zip(own_keys, own_values)]
         free = turn - 1 - facts * form.size
         assert free >= 0, "a turn has no room for its facts: see turn and facts in Settings"
         text = long_enough[draw.integers(len(long_enough))][1:]
         offset = draw.integers(0, len(text) - 3 * turn + 1)
-        first, second, third = np.split(text[offset:offset + free + 2 * turn - form.asked], (free, free + turn))
+        real = text[offset:offset + free + 2 * turn - form.asked]
+        first, second, third = np.split(real, (free, free + turn))
         shuffled = [planted[i] for i in draw.permutation(facts)]
-        turns.append([[EOT, *scatter(first, shuffled, draw)], second, [*third, *planted[0][:form.asked]]])
+        question = planted[0][:form.asked]
+        turns.append([[EOT, *scatter(first, shuffled, draw)], second, [*third, *question]])
         choices.append(own_values)
     return Dialogues(np.array(turns, np.int64), np.array(choices))
 
@@ -464,63 +490,68 @@ class Exam(NamedTuple):
 
 
 def room_for(texts, tokenizer, settings):
-    """The distances and distractors that the documents are long enough for: (distances, {distractors: {form:
-    distance}}); what is left out is said.
-
-    Raises StageError where no long-range distance is left.
+    """The distances and distractors that the documents are long enough for: (distances,
+    {distractors: {form: distance}}); what is left out is said.
     """
     longest = max(map(len, texts)) - 1
 
-    def missing(cells):
-        needed = [text_needed(tokenizer, *cell, settings) for cell in cells]
-        return max(0, *needed) - longest if max(needed) > longest else 0
+    def enough(cells, what):
+        most = max(text_needed(tokenizer, *cell, settings) for cell in cells)
+        if most > longest:
+            tqdm.write(f"note: recall {what} is left out: the longest validation document is "
+                       f"{most - longest:,} tokens too short for it")
+        return most <= longest
 
     kept, kept_distractors = [], {}
     for distance in settings.distances:
-        lacking = missing([(form, distance, 0) for form in settings.forms])
-        if lacking <= 0:
+        if enough([(form, distance, 0) for form in settings.forms], f"over {distance:,} tokens"):
             kept.append(distance)
-            continue
-        tqdm.write(f"note: recall at {distance:,} tokens is left out: the longest validation document has "
-                   f"{longest:,} tokens, {lacking:,} too few")
     for extra in settings.distractors:
-        distances = {form: distracted_distance(tokenizer, form, extra, settings) for form in settings.forms}
-        lacking = missing([(form, distance, extra) for form, distance in distances.items()])
-        if lacking <= 0:
+        distances = {form: distracted_distance(tokenizer, form, extra, settings)
+                     for form in settings.forms}
+        cells = [(form, distance, extra) for form, distance in distances.items()]
+        if enough(cells, f"with {extra} distractors"):
             kept_distractors[extra] = distances
-            continue
-        tqdm.write(f"note: recall over {extra} distractors is left out: the longest validation document has "
-                   f"{longest:,} tokens, {lacking:,} too few")
     return kept, kept_distractors
 
 
+def digest_of_questions(cells):
+    """SHA-256 of what is asked and of the choices."""
+    digest = hashlib.sha256()
+    for question in itertools.chain(*cells):
+        digest.update(question.tokens.tobytes())
+        digest.update(question.choices.tobytes())
+    return digest.hexdigest()
+
+
 def make_exam(root, rows, meta, tokenizer, settings, quick):
-    """The Exam; raises StageError where the documents are too short to ask over any long-range distance."""
+    """The Exam; raises StageError where the documents are too short to ask over any
+    long-range distance."""
     texts = [text for text in documents(rows) if len(text) > 1]
     distances, distractors = room_for(texts, tokenizer, settings)
     if not set(distances) & set(settings.long_range):
-        least = min(text_needed(tokenizer, form, min(settings.long_range), 0, settings) for form in settings.forms)
-        raise StageError(f"no validation document has the {least + 1:,} tokens that the shortest long-range question "
-                         f"takes; prepare more text, or longer ones: {command('prepare_data.py', root, quick)} "
-                         f"--documents N")
+        nearest = min(settings.long_range)
+        least = max(text_needed(tokenizer, form, nearest, 0, settings) for form in settings.forms)
+        again = command("prepare_data.py", root, quick)
+        raise StageError(f"no validation document has the {least:,} tokens that recall over {nearest} tokens "
+                         f"takes; prepare more text, or longer ones: {again} --text FILE")
     cells = [(form, distance, 0) for form in settings.forms for distance in distances]
-    cells += [(form, distance, extra) for extra, row in distractors.items() for form, distance in row.items()]
-    asked = {(form, distance, extra): questions(texts, tokenizer, form, distance, settings.trials, settings, extra)
-             for form, distance, extra in dict.fromkeys(cells)}
+    for extra, row in distractors.items():
+        cells += [(form, distance, extra) for form, distance in row.items()]
+    asked = {}
+    for form, distance, extra in dict.fromkeys(cells):
+        asked[form, distance, extra] = questions(texts, tokenizer, form, distance, settings.trials,
+                                                 settings, extra)
     dialogues = make_dialogues(texts, tokenizer, settings)
     if dialogues is None:
         tqdm.write(f"note: dialogues are left out: no validation document has {3 * settings.turn:,} tokens")
-    digest = hashlib.sha256()
-    for cell in asked.values():
-        for question in cell:
-            digest.update(question.tokens.tobytes())
-            digest.update(question.choices.tobytes())
-    identity = {"val": meta["splits"]["val"]["sha256"], "questions": digest.hexdigest()}
-    return Exam(settings, tokenizer, texts, rows, characters_per_token(tokenizer), asked, distances, distractors,
-                dialogues, identity)
+    identity = {"val": meta["splits"]["val"]["sha256"],
+                "questions": digest_of_questions(asked.values())}
+    return Exam(settings, tokenizer, texts, rows, characters_per_token(tokenizer), asked, distances,
+                distractors, dialogues, identity)
 
 
-# ------------------------------------------------------------------------------------ answers
+# ------------------------------------------------------------ answers
 
 OUTCOMES = ("forced_choice", "top1", "stored", "retrieved")
 
@@ -529,11 +560,17 @@ class Answers(NamedTuple):
     outcomes: np.ndarray        # (4, questions) bool, rows as OUTCOMES
     value_nats: np.ndarray      # (questions,) float32, -log p of the right value
 
+    @classmethod
+    def of(cls, count):
+        """Room for the answers to so many questions."""
+        return cls(np.zeros((len(OUTCOMES), count), bool), np.zeros(count, np.float32))
+
 
 def picked(log_p, choices, right):
     """Whether the likeliest of the choices (B, facts) is the right one (B,), given log p (B, V).
 
-    In order of their ids: where two are equally likely (bfloat16 has few digits) the right one has no advantage.
+    In order of their ids: where two are equally likely (bfloat16 has few digits) the right
+    one has no advantage.
     """
     choices = choices.sort(1).values
     likeliest = log_p.gather(1, choices).argmax(1, keepdim=True)
@@ -541,7 +578,8 @@ def picked(log_p, choices, right):
 
 
 def wipe(pack, asked):
-    """The pack without the targets that come before the questions: what is no target is not stored."""
+    """The pack without the targets that come before the questions: what is no target is not
+    stored."""
     kept = torch.zeros_like(pack.targets, dtype=torch.bool).flatten()
     for i, first, length in pack.places:
         kept[first + asked[i].begin - 1:first + length - 1] = True
@@ -550,7 +588,8 @@ def wipe(pack, asked):
 
 
 def last_word(model, final, row, column, log_p_stm, truth, fact):
-    """At the asked positions (row, column), each (B,): log p (B, V), whether the right value was stored, and retrieved.
+    """At the asked positions (row, column), each (B,): log p (B, V), whether the right
+    value was stored, and retrieved.
 
     `log_p_stm` (B, V): of the backbone. `fact`: flat position whose target is the right value.
     """
@@ -569,12 +608,14 @@ def last_word(model, final, row, column, log_p_stm, truth, fact):
 
 @torch.no_grad()
 def answer(variants, asked, width, settings, wiped=False, shape=None, note=None):
-    """What models that differ in their memory at the output only say to some questions: Answers of each.
+    """What models that differ in their memory at the output only say to some questions:
+    Answers of each.
 
     `wiped`: nothing that came before the question is in memory. width, shape: as in `packs`.
     """
     model, device = variants[0], variants[0].device
-    said = [Answers(np.zeros((len(OUTCOMES), len(asked)), bool), np.zeros(len(asked), np.float32)) for _ in variants]
+    said = [Answers.of(len(asked)) for _ in variants]
+    log_p = log_z = None
     for pack in packs([question.tokens for question in asked], width, device, settings, shape):
         if wiped:
             pack = wipe(pack, asked)
@@ -582,14 +623,15 @@ def answer(variants, asked, width, settings, wiped=False, shape=None, note=None)
         h, _ = states(model, pack)
         row, column = (torch.from_numpy(x).to(device) for x in divmod(first + length - 1, width))
         log_p_stm = model.logits(h[row, column]).log_softmax(-1)
-        log_p, log_z = fast("log_p", model, pack, h, pack.targets) if model.config.memory_enabled else (None, None)
+        if model.config.memory_enabled:
+            log_p, log_z = fast("log_p", model, pack, h, pack.targets)
         final = Final(h, pack.tokens, pack.targets, log_p, log_z, model.embed_detached, pack.opens)
         choices = torch.from_numpy(np.stack([asked[i].choices for i in numbers])).to(device)
         truth = choices[:, 0]
         fact = torch.tensor([f + asked[i].place - 1 for i, f in zip(numbers, first)], device=device)
         for variant, answers in zip(variants, said):
-            p, stored, retrieved = last_word(variant, final, row, column, log_p_stm, truth, fact)
-            found = torch.stack((picked(p, choices, truth), p.argmax(1) == truth, stored, retrieved))
+            p, *known = last_word(variant, final, row, column, log_p_stm, truth, fact)
+            found = torch.stack((picked(p, choices, truth), p.argmax(1) == truth, *known))
             answers.outcomes[:, numbers] = found.cpu().numpy()
             answers.value_nats[numbers] = -p.gather(1, truth[:, None])[:, 0].cpu().numpy()
         if note:
@@ -599,7 +641,8 @@ def answer(variants, asked, width, settings, wiped=False, shape=None, note=None)
 
 @torch.no_grad()
 def take_turns(model, dialogues, persistent, settings):
-    """What the model says at the end of the last turns, streaming: forced choice (count,) bool, value_nats (count,).
+    """What the model says at the end of the last turns, streaming: forced choice (count,)
+    bool, value_nats (count,).
 
     One RevenaCache goes through all turns; unless it is `persistent` it is cleared before each.
     """
@@ -621,7 +664,8 @@ def take_turns(model, dialogues, persistent, settings):
 
 @torch.no_grad()
 def throughput(models, exam):
-    """Tokens per second that each of {name: model} scores documents, in turn: {name: (repeats,) float64}."""
+    """Tokens per second that each of {name: model} scores documents, in turn: {name:
+    (repeats,) float64}."""
     settings, width = exam.settings, exam.rows.shape[1]
     device = next(iter(models.values())).device
     ready = list(itertools.islice(packs(exam.texts, width, device, settings), settings.timed))
@@ -640,15 +684,17 @@ def throughput(models, exam):
     return {name: np.array(values) for name, values in runs.items()}
 
 
-# ------------------------------------------------------------------------------------ what was measured of an arm
+# ------------------------------------------------------------ what was measured of an arm
 
 class Measured(NamedTuple):
     """The content of an evaluation.safetensors.
 
-    tensors: log_p (T,) float32, hit, stored (T,) bool of all targets of the documents; windows (W,) float32 log p of
-        the rows' counted targets; outcomes (4, Q) bool, value_nats (Q,) of the questions; speed_on, speed_off
-        (repeats,), the second empty where there is no memory to switch off; turns_forced_choice (2, dialogues) bool,
-        turns_value_nats (2, dialogues), persistent and ephemeral.
+    tensors:
+        log_p (T,) float32, hit (T,), stored (T,) bool: of all targets of the documents
+        windows (W,) float32: log p of the rows' counted targets
+        outcomes (4, Q) bool, value_nats (Q,): of the questions
+        speed_on, speed_off (repeats,): the second empty where there is no memory to switch off
+        turns_forced_choice (2, dialogues) bool, turns_value_nats: persistent and ephemeral
     facts: of what, by what and where it was measured; see `expected_of` and `facts_of`.
     """
 
@@ -698,10 +744,11 @@ def code_of(memory):
 
 
 def expected_of(found, exam):
-    """What the facts of a file have to be for it to speak of this arm, this code, these data and these settings."""
+    """What the facts of a file have to be for it to speak of this arm, this code, these
+    data and these settings."""
     return {"arm": found.arm, "seed": found.seed, "weights": found.weights, "config": found.config,
-            "training": found.settings, "code": code_of(ARMS[found.arm].memory), "data": exam.identity,
-            "evaluation": json.loads(json.dumps(exam.settings.of_an_arm()))}
+            "training": found.settings, "code": code_of(ARMS[found.arm].memory),
+            "data": exam.identity, "evaluation": exam.settings.of_an_arm()}
 
 
 STALE = {
@@ -724,41 +771,50 @@ def why_measure(measured, expected):
         if known == wanted:
             continue
         if name == "code":
-            changed = [file for file in wanted if file not in (known or {}) or known[file] != wanted[file]]
+            changed = [file for file, digest in wanted.items() if (known or {}).get(file) != digest]
             return f"{' and '.join(changed)} changed since"
         return STALE[name]
     return None
 
 
+def settings_of(model):
+    """The settings of a model's memory: {name: value}."""
+    memory, config = model.active, model.config
+    if isinstance(memory, LongTermMemory):
+        return {name: value for name, value in vars(config).items() if name.startswith("ltm_")}
+    return memory.set
+
+
 def facts_of(model, device):
     """What the tables say of an arm beside what is measured."""
     config, memory = model.config, model.active
-    own = {} if not config.memory_enabled else memory.set if memory.own else {
-        name: value for name, value in vars(config).items() if name.startswith("ltm_")}
     backbone = sum(p.numel() for p in model.backbone.parameters())
     of_memory = sum(p.numel() for p in memory.parameters())
     state = memory.empty(1, model.device)
-    return {"parameters": backbone + of_memory, "memory_parameters": of_memory,
-            "state_bytes": sum(x.numel() * x.element_size() for x in state.values()),
-            "hit_means": memory.hit_means if config.memory_enabled else "", "memory_settings": own,
-            "window": config.stm_window, "layers": config.n_layer, "slots": config.ltm_slots,
-            "threshold": config.ltm_surprisal_bits, "device": device_name(device), "torch": torch.__version__,
-            "transformers": transformers.__version__, "python": platform.python_version(), "commit": commit()}
+    about = {"parameters": backbone + of_memory, "memory_parameters": of_memory,
+             "state_bytes": sum(x.numel() * x.element_size() for x in state.values()),
+             "hit_means": memory.hit_means if config.memory_enabled else "",
+             "memory_settings": settings_of(model)}
+    shape = {"window": config.stm_window, "layers": config.n_layer, "slots": config.ltm_slots,
+             "threshold": config.ltm_surprisal_bits}
+    run = {"device": device_name(device), "torch": torch.__version__,
+           "transformers": transformers.__version__, "python": platform.python_version(),
+           "commit": commit()}
+    return about | shape | run
 
 
 def measure(model, exam, note=None):
-    """Score the documents, the rows alone and the questions, hold the dialogues, take the time: (tensors, facts of
-    the picture)."""
+    """Score the documents, the rows alone and the questions, hold the dialogues, take the
+    time: (tensors, facts of the picture)."""
     settings, width = exam.settings, exam.rows.shape[1]
     tally = score_text(model, exam.texts, width, settings, note)
     windows = score_windows(model, exam.rows, settings)[counted_targets(exam.rows)]
     answers, = answer([model], exam.questions, width, settings, note=note)
-    tensors = {"log_p": np.concatenate(tally.log_p), "hit": np.concatenate(tally.hit),
-               "stored": np.concatenate(tally.stored), "windows": windows, "outcomes": answers.outcomes,
-               "value_nats": answers.value_nats}
+    tensors = {name: np.concatenate(getattr(tally, name)) for name in ("log_p", "hit", "stored")}
+    tensors |= {"windows": windows, "outcomes": answers.outcomes, "value_nats": answers.value_nats}
     if exam.dialogues:
-        turns = [take_turns(model, exam.dialogues, persistent, settings) for persistent in (True, False)]
-        forced, nats = map(np.stack, zip(*turns))
+        kept, cleared = (take_turns(model, exam.dialogues, how, settings) for how in (True, False))
+        forced, nats = map(np.stack, zip(kept, cleared))
         tensors |= {"turns_forced_choice": forced, "turns_value_nats": nats}
     models = {"on": model} | ({"off": memory_off(model)} if model.config.memory_enabled else {})
     runs = throughput(models, exam)
@@ -770,10 +826,11 @@ def measure(model, exam, note=None):
 
 
 def measured_arm(found, exam, place):
-    """The Found and the Measured of a trained arm: read from its file or, where that does not hold, measured and
-    written.
+    """The Found and the Measured of a trained arm: read from its file or, where that does
+    not hold, measured and written.
 
-    Raises StageError where it has to be measured and the weights are elsewhere, or where a number is NaN.
+    Raises StageError where it has to be measured and the weights are elsewhere, or where a
+    number is NaN.
     """
     path = found.folder / "evaluation.safetensors"
     measured = read_measured(path)
@@ -781,8 +838,9 @@ def measured_arm(found, exam, place):
     if reason is None:
         return found, measured
     if found.source is None:
-        raise StageError(f"{path} can't be compared ({reason}) and there are no weights here to measure again; where "
-                         f"they are, run: {command('eval.py', place.root, place.quick)}")
+        again = command("eval.py", place.root, place.quick)
+        raise StageError(f"{path} can't be compared ({reason}) and there are no weights here to measure "
+                         f"again; where they are, run: {again}")
     print(f"measuring {found.folder.relative_to(place.root)}: {reason}", flush=True)
     model, found = load_arm(found.seed, found.arm, place)
     total = len(exam.texts) + len(exam.questions)
@@ -790,8 +848,9 @@ def measured_arm(found, exam, place):
         tensors, seen = measure(model, exam, bar.update)
     numbers = [x for x in tensors.values() if x.dtype.kind == "f"]
     if not all(np.isfinite(x).all() for x in numbers):
-        raise StageError(f"a metric of {found.folder} is NaN or infinite: the weights are not sane; train again: "
-                         f"{train_command(found.seed, found.arm, place)} --fresh")
+        again = train_command(found.seed, found.arm, place)
+        raise StageError(f"a metric of {found.folder} is NaN or infinite: the weights are not sane; "
+                         f"train again: {again} --fresh")
     facts = expected_of(found, exam) | facts_of(model, place.device) | seen
     facts["folder"], facts["step"] = str(found.source.relative_to(place.root)), found.step
     tensors = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
@@ -799,7 +858,7 @@ def measured_arm(found, exam, place):
     return found, read_measured(path)
 
 
-# ------------------------------------------------------------------------------------ which arms there are
+# ------------------------------------------------------------ which arms there are
 
 class Place(NamedTuple):
     """Where the arms are."""
@@ -828,7 +887,8 @@ def train_command(seed, arm, place, flags=""):
 
 
 def newest_checkpoint(folder):
-    """(folder, hash of the weights, step) of the newest checkpoint that is whole; None: there is none."""
+    """(folder, hash of the weights, step) of the newest checkpoint that is whole; None:
+    there is none."""
     def age(path):
         return len(path.name), path.name
 
@@ -843,46 +903,50 @@ def newest_checkpoint(folder):
 def find_arm(seed, arm, place):
     """The Found of one trained arm, config and weights verified by its manifest.
 
-    Damaged weights are named, and the newest whole checkpoint is used; without any, what was measured of weights that
-    the manifest knows. Raises StageError where none of these is there.
+    Damaged weights are named, and the newest whole checkpoint is used; without any, what
+    was measured of weights that the manifest knows. Raises StageError where none of these
+    is there.
     """
     folder, made_by = arm_folder(place.root, seed, arm), train_command(seed, arm, place)
     weights = folder / "model.safetensors"
-    # the hash first: a training at work names new weights in the manifest before it puts them in place
+    # the hash first: a training at work names new weights in the manifest before they are in place
     digest = sha256(weights) if weights.is_file() else None
     manifest = read_json(folder / "manifest.json", made_by)
     known, settings = manifest.get("weights"), manifest.get("settings")
-    if not isinstance(settings, dict) or not isinstance(known, dict) or any(type(n) is not int for n in known.values()):
+    whole = isinstance(settings, dict) and isinstance(known, dict)
+    if not whole or any(type(step) is not int for step in known.values()):
         raise StageError(f"{folder / 'manifest.json'} is damaged; train again: {made_by} --fresh")
     checkpoint = None if digest in known else newest_checkpoint(folder)
     if digest is None and checkpoint is None:
         measured = read_measured(folder / "evaluation.safetensors")
         if measured and measured.facts["weights"] in known:
-            digest = measured.facts["weights"]
-            return Found(seed, arm, folder, None, digest, manifest.get("config"), known[digest], settings)
+            digest, config = measured.facts["weights"], manifest.get("config")
+            return Found(seed, arm, folder, None, digest, config, known[digest], settings)
     config = folder / "config.json"
     if not config.is_file() or sha256(config) != manifest.get("config"):
-        raise StageError(f"{config} is missing or not the file its manifest names; put that back, or train again: "
-                         f"{made_by} --fresh")
+        raise StageError(f"{config} is missing or not the file its manifest names; put that back, or "
+                         f"train again: {made_by} --fresh")
     if digest in known:
         return Found(seed, arm, folder, folder, digest, manifest["config"], known[digest], settings)
     if checkpoint is None:
-        raise StageError(f"{weights} is not the file its manifest names, and no whole checkpoint is left; "
-                         f"train again: {made_by} --fresh")
+        raise StageError(f"{weights} is not the file its manifest names, and no whole checkpoint is "
+                         f"left; train again: {made_by} --fresh")
     source, digest, step = checkpoint
     tqdm.write(f"{weights} is damaged; using {source} instead")
     return Found(seed, arm, folder, source, digest, manifest["config"], step, settings)
 
 
 def load_arm(seed, arm, place):
-    """(model, Found) of one trained arm; raises StageError where its weights are NaN, infinite or not there."""
+    """(model, Found) of one trained arm; raises StageError where its weights are NaN,
+    infinite or not there."""
     found, made_by = find_arm(seed, arm, place), train_command(seed, arm, place)
     weights = found.source / "model.safetensors"
     model = load_model(found.folder, place.device, made_by, weights=weights)
     if sha256(weights) != found.weights:
-        return load_arm(seed, arm, place)                              # training has replaced them in between
+        return load_arm(seed, arm, place)  # training has replaced them in between
     if not all(p.isfinite().all() for p in model.parameters()):
-        raise StageError(f"{weights} holds weights that are NaN or infinite; train again: {made_by} --fresh")
+        raise StageError(f"{weights} holds weights that are NaN or infinite; "
+                         f"train again: {made_by} --fresh")
     if found.step != found.settings.get("steps"):
         tqdm.write(f"note: {found.folder} is at step {found.step} of {found.settings.get('steps')}")
     return lower_precision(model), found
@@ -903,11 +967,12 @@ def trained_arms(root):
              for arm in ARMS if arm != REFERENCE}
     found = {arm: own for arm, own in found.items() if own}
     if not found:
-        return dict.fromkeys(SPECIFIED, (0,))                          # find_arm says what is missing
+        return dict.fromkeys(SPECIFIED, (0,))  # find_arm says what is missing
     return {REFERENCE: tuple(sorted(set().union(*found.values())))} | found
 
 
-OWN = ("arm", "seed", "memory", "memory_settings", "backbone", "replay", "init", "init_config")    # of a training
+# what trainings that are compared may differ in
+OWN = ("arm", "seed", "memory", "memory_settings", "backbone", "replay", "init", "init_config")
 
 
 def shared_settings(found):
@@ -915,38 +980,50 @@ def shared_settings(found):
     return {name: value for name, value in found.settings.items() if name not in OWN}
 
 
+def retrain(one, like, differing, place):
+    """The command that trains an arm again as another one was, or all where that takes other
+    code."""
+    if not set(differing) <= {"steps", "chained"}:
+        memories = "" if one.arm in SPECIFIED else " --memories"
+        return command(f"./run_all.sh{memories} --fresh", place.root, place.quick)
+    flags = f" --steps {like['steps']}"
+    if like.get("chained"):
+        flags += f" --chained {like['chained']:g}"
+    return f"{train_command(one.seed, one.arm, place, flags)} --fresh"
+
+
 def check_comparable(found, meta, place):
-    """Raise StageError where the arm is not the only thing that differs: the data, the settings, the steps taken and,
-    within a seed, the initial weights of the specification's arms have to be the same."""
+    """Raise StageError where the arm is not the only thing that differs: the data, the
+    settings, the steps taken and, within a seed, the initial weights of the specification's
+    arms have to be the same."""
     first, inits = found[0], {}
+    theirs = shared_settings(first)
     for one in found:
-        name = one.folder.relative_to(place.root)
+        name, mine = one.folder.relative_to(place.root), shared_settings(one)
         if one.settings.get("data") != meta["splits"]["train"]["sha256"]:
-            raise StageError(f"{name} was trained on other data than {place.root}/data now holds; put that data back, "
-                             f"or train again: {train_command(one.seed, one.arm, place)} --fresh")
-        mine, theirs = shared_settings(one), shared_settings(first)
-        differing = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
-        if one.arm in SPECIFIED and inits.setdefault(one.seed, one.settings.get("init")) != one.settings.get("init"):
+            again = train_command(one.seed, one.arm, place)
+            raise StageError(f"{name} was trained on other data than {place.root}/data now holds; put that "
+                             f"data back, or train again: {again} --fresh")
+        differing = sorted(key for key in mine | theirs if mine.get(key) != theirs.get(key))
+        init = one.settings.get("init")
+        if one.arm in SPECIFIED and inits.setdefault(one.seed, init) != init:
             differing.append("initial weights")
-        if not differing:
-            continue
-        again = command("./run_all.sh --fresh", place.root, place.quick)
-        if set(differing) <= {"steps", "chained"}:
-            flags = f" --chained {theirs['chained']:g}" if theirs.get("chained") else ""
-            flags += f" --steps {theirs['steps']}"
-            again = f"{train_command(one.seed, one.arm, place, flags)} --fresh"
-        raise StageError(f"{name} was trained differently from {first.folder.relative_to(place.root)} "
-                         f"({', '.join(differing)}); train again: {again}")
+        if differing:
+            raise StageError(f"{name} was trained differently from {first.folder.relative_to(place.root)} "
+                             f"({', '.join(differing)}); train again: "
+                             f"{retrain(one, theirs, differing, place)}")
     furthest = max(one.step for one in found)
     for one in found:
         if one.step != furthest:
-            raise StageError(f"{(one.source or one.folder).relative_to(place.root)} is at step {one.step}, not at "
-                             f"{furthest} as others are; go on with: {train_command(one.seed, one.arm, place)} --resume")
+            name = (one.source or one.folder).relative_to(place.root)
+            again = train_command(one.seed, one.arm, place)
+            raise StageError(f"{name} is at step {one.step}, not at {furthest} as others are; go on with: "
+                             f"{again} --resume")
 
 
 def gather(exam, meta, place):
-    """What was measured of every trained arm, measured now where it has to be: ({(arm, seed): Measured}, {arm:
-    seeds}).
+    """What was measured of every trained arm, measured now where it has to be: ({(arm,
+    seed): Measured}, {arm: seeds}).
 
     Raises StageError where arms can't be compared.
     """
@@ -956,18 +1033,21 @@ def gather(exam, meta, place):
     measured = {}
     for number, one in enumerate(found):
         found[number], measured[one.arm, one.seed] = measured_arm(one, exam, place)
-    check_comparable(found, meta, place)                               # a training may have gone on beside this
+    check_comparable(found, meta, place)  # a training may have gone on beside this
     return measured, arms
 
 
-# ------------------------------------------------------------------------------------ statistics
+# ------------------------------------------------------------ statistics
 
 def wilson(successes, trials):
     """95% interval of a proportion (Wilson 1927): [low, high]."""
     z, share = 1.959964, successes / trials
-    centre = (share + z * z / (2 * trials)) / (1 + z * z / trials)
-    half = z / (1 + z * z / trials) * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
-    return [max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))]      # none or all: exactly 0 or 1
+    stretch = 1 + z * z / trials
+    centre = (share + z * z / (2 * trials)) / stretch
+    variance = share * (1 - share) / trials + z * z / (4 * trials * trials)
+    half = z / stretch * math.sqrt(variance)
+    # none or all: exactly 0 or 1
+    return [max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))]
 
 
 def mcnemar(first, second):
@@ -980,10 +1060,12 @@ def mcnemar(first, second):
 
 
 def paired_difference(first, second):
-    """Share of `second` minus that of `first`, paired bool arrays (seeds, questions): {"mean", "ci95"}.
+    """Share of `second` minus that of `first`, paired bool arrays (seeds, questions):
+    {"mean", "ci95"}.
 
-    The interval is Wald's after half an observation is added to each of the four cells (Agresti & Min 2005), so none is
-    ever a point. The seeds' answers to a question are not independent: together they count as one.
+    The interval is Wald's after half an observation is added to each of the four cells
+    (Agresti & Min 2005), so none is ever a point. The seeds' answers to a question are not
+    independent: together they count as one.
     """
     n = first.shape[1]
     only, other = ((one & ~two).sum() / len(one) for one, two in ((first, second), (second, first)))
@@ -993,7 +1075,8 @@ def paired_difference(first, second):
 
 
 def holm(p):
-    """{name: p} adjusted for being several (Holm 1979): the smallest times their number, the next times one less .."""
+    """{name: p} adjusted for being several (Holm 1979): the smallest times their number,
+    the next times one less .."""
     adjusted, highest = {}, 0.0
     for rank, name in enumerate(sorted(p, key=p.get)):
         highest = max(highest, min(1.0, (len(p) - rank) * p[name]))
@@ -1007,7 +1090,8 @@ def interval(samples):
 
 
 def two_sided(samples):
-    """Two-sided p of bootstrap samples of a difference: how much of them lies beyond zero, both ways.
+    """Two-sided p of bootstrap samples of a difference: how much of them lies beyond zero,
+    both ways.
 
     It is below 0.05 where the middle 95% exclude zero; never 0, which no number of samples shows.
     """
@@ -1016,10 +1100,13 @@ def two_sided(samples):
 
 
 def resample(bits, seeds, characters, settings):
-    """Bits per character of each arm, and of the baseline on the arm's seeds, documents and seeds drawn again.
+    """Bits per character of each arm, and of the baseline on the arm's seeds, documents and
+    seeds drawn again.
 
-    All arms by the same draws; where an arm lacks seeds that the baseline has, its seeds are drawn by themselves.
-    Args: as `paired_bootstrap`. Returns: {arm: (2, settings.bootstrap)}, its own and the baseline's.
+    All arms by the same draws; where an arm lacks seeds that the baseline has, its seeds
+    are drawn by themselves.
+    Args: as `paired_bootstrap`. Returns: {arm: (2, settings.bootstrap)}, its own and the
+    baseline's.
     """
     draw, apart = (np.random.default_rng(seed) for seed in (settings.seed, (settings.seed, 1)))
     every, count = seeds[REFERENCE], len(characters)
@@ -1034,20 +1121,24 @@ def resample(bits, seeds, characters, settings):
         for arm, own in sums.items():
             theirs = sums[REFERENCE][[every.index(seed) for seed in seeds[arm]]]
             drawn = which[seeds[arm]]
-            samples[arm][:, b] = own[drawn].sum() / (total * len(drawn)), theirs[drawn].sum() / (total * len(drawn))
+            whole = total * len(drawn)
+            samples[arm][:, b] = own[drawn].sum() / whole, theirs[drawn].sum() / whole
     return samples
 
 
 def paired_bootstrap(bits, seeds, characters, settings):
-    """Bits per character of each arm and its difference from the baseline, seeds and documents resampled together.
+    """Bits per character of each arm and its difference from the baseline, seeds and
+    documents resampled together.
 
     Args: bits {arm: (seeds, documents)}, seeds {arm: their numbers}, characters (documents,).
-    Returns: {arm: {"per_seed", "ci95"} and, but for the baseline, "difference": {"mean", "ci95"}, "ratio", "p",
-    "p_holm", "verdict"}.
+    Returns: {arm: {"per_seed", "ci95"} and, but for the baseline, "difference": {"mean",
+    "ci95"}, "ratio", "p", "p_holm", "verdict"}.
     """
     samples = resample(bits, seeds, characters, settings)
-    result = {arm: {"per_seed": (own.sum(1) / characters.sum()).tolist(), "ci95": interval(samples[arm][0])}
-              for arm, own in bits.items()}
+    result = {}
+    for arm, own in bits.items():
+        per_seed = own.sum(1) / characters.sum()
+        result[arm] = {"per_seed": per_seed.tolist(), "ci95": interval(samples[arm][0])}
     of_baseline = dict(zip(seeds[REFERENCE], result[REFERENCE]["per_seed"]))
     others = [arm for arm in bits if arm != REFERENCE]
     for arm in others:
@@ -1057,19 +1148,26 @@ def paired_bootstrap(bits, seeds, characters, settings):
         result[arm]["difference"] = {"mean": mean - baseline, "ci95": interval(own - theirs)}
         result[arm]["ratio"] = mean / baseline
         result[arm]["p"] = two_sided(own - theirs)
-    adjusted = holm({arm: result[arm]["p"] for arm in others})
-    for arm, p in adjusted.items():
-        better = result[arm]["difference"]["mean"] < 0
-        result[arm]["p_holm"] = p
-        result[arm]["verdict"] = "inconclusive" if p > SIGNIFICANT else "helps" if better else "hurts"
+    for arm, p in holm({arm: result[arm]["p"] for arm in others}).items():
+        sign = np.sign(result[arm]["difference"]["mean"])
+        result[arm] |= {"p_holm": p, "verdict": verdict(p <= SIGNIFICANT, -sign)}
     return result
 
 
-def kinds_of_target(tokens, stored, window, slots):
-    """For each target of a document: 0 new in it, 1 last seen inside the window, 2 beyond it but in memory, 3 neither.
+def verdict(clear, sign):
+    """In a word: whether a difference is clear, and which way it goes (1: for the better)."""
+    if not clear:
+        return "inconclusive"
+    return "helps" if sign > 0 else "hurts"
 
-    `window`: positions that attention sees, so that the target's own distance from what it sees goes up to this.
-    `stored` (len(tokens) - 1,): whether each target was stored; it is in memory until `slots` more have been.
+
+def kinds_of_target(tokens, stored, window, slots):
+    """For each target of a document: 0 new in it, 1 last seen inside the window, 2 beyond
+    it but in memory, 3 neither.
+
+    `window`: positions that attention sees, so that the target's own distance from what it
+    sees goes up to this. `stored` (len(tokens) - 1,): whether each target was stored; it is
+    in memory until `slots` more have been.
     """
     count = np.concatenate(([0], np.cumsum(stored)))
     last, kept, kinds = {}, {}, np.empty(len(tokens) - 1, int)
@@ -1088,7 +1186,7 @@ def kinds_of_target(tokens, stored, window, slots):
     return kinds
 
 
-# ------------------------------------------------------------------------------------ the tables
+# ------------------------------------------------------------ the tables
 
 class Evidence(NamedTuple):
     """What was measured of all arms, and of what."""
@@ -1141,7 +1239,8 @@ def summarise_bpc(evidence):
 
 
 class Recall:
-    """The recall part of results.json: means over formats and seeds, the same questions for every arm."""
+    """The recall part of results.json: means over formats and seeds, the same questions for
+    every arm."""
 
     def __init__(self, evidence):
         self.evidence, self.exam = evidence, evidence.exam
@@ -1152,7 +1251,8 @@ class Recall:
 
     def at(self, distances, forms=None):
         """The cells of some distances without distractors."""
-        return [(form, distance, 0) for form in forms or self.exam.settings.forms for distance in distances]
+        forms = forms or self.exam.settings.forms
+        return [(form, distance, 0) for form in forms for distance in distances]
 
     def gather(self, arm, outcome, cells, seeds=None):
         """One of the OUTCOMES on some cells: bool (seeds, questions)."""
@@ -1163,7 +1263,8 @@ class Recall:
     def share(self, arm, outcome, cells):
         """The mean, and Wilson's interval: the seeds' answers to a question count as one."""
         right = self.gather(arm, outcome, cells)
-        return {"mean": float(right.mean()), "ci95": wilson(right.sum() / len(right), right.shape[1])}
+        seeds, count = right.shape
+        return {"mean": float(right.mean()), "ci95": wilson(right.sum() / seeds, count)}
 
     def by_format(self, arm, outcome, distances):
         """{form: share} over some distances."""
@@ -1177,8 +1278,8 @@ class Recall:
 
     def value_nats(self, arm, cells):
         """Mean -ln p of the right value."""
-        return float(np.mean([self.nats[arm, seed][cell] for seed in self.evidence.seeds[arm] for cell in cells],
-                             dtype=np.float64))
+        found = [self.nats[arm, seed][cell] for seed in self.evidence.seeds[arm] for cell in cells]
+        return float(np.mean(found, dtype=np.float64))
 
     def pair(self, arm, distances):
         """Right answers of the baseline and of an arm, on the arm's seeds."""
@@ -1192,7 +1293,8 @@ class Recall:
 
     def curve(self, arm):
         """One arm, a value for each distance."""
-        cells = [self.at([distance]) for distance in self.exam.distances]
+        distances = self.exam.distances
+        cells = [self.at([distance]) for distance in distances]
         part = {}
         for name in OUTCOMES:
             shares = [self.share(arm, name, some) for some in cells]
@@ -1200,11 +1302,11 @@ class Recall:
             part[f"{name}_ci95"] = [share["ci95"] for share in shares]
         part["value_nats"] = [self.value_nats(arm, some) for some in cells]
         for outcome, name in (("forced_choice", "by_format"), ("top1", "top1_by_format")):
-            by_distance = [self.by_format(arm, outcome, [distance]) for distance in self.exam.distances]
-            part[name] = {form: [shares[form] for shares in by_distance] for form in self.exam.settings.forms}
+            each = [self.by_format(arm, outcome, [distance]) for distance in distances]
+            part[name] = {form: [one[form] for one in each] for form in self.exam.settings.forms}
         part["retrieved_of_answered"] = [self.of_answered(arm, some) for some in cells]
         if arm != REFERENCE:
-            part["mcnemar_p"] = [self.test(arm, [distance]) for distance in self.exam.distances]
+            part["mcnemar_p"] = [self.test(arm, [distance]) for distance in distances]
         return part
 
     def long_range(self):
@@ -1213,75 +1315,96 @@ class Recall:
         cells = self.at(far)
         for arm in self.evidence.seeds:
             top = self.share(arm, "top1", cells)
+            per_seed = self.gather(arm, "forced_choice", cells).mean(1)
             arms[arm] = self.share(arm, "forced_choice", cells) | {
-                "per_seed": self.gather(arm, "forced_choice", cells).mean(1).tolist(),
-                "top1": top["mean"], "top1_ci95": top["ci95"], "value_nats": self.value_nats(arm, cells),
+                "per_seed": per_seed.tolist(),
+                "top1": top["mean"],
+                "top1_ci95": top["ci95"],
+                "value_nats": self.value_nats(arm, cells),
                 "by_format": self.by_format(arm, "forced_choice", far),
                 "retrieved_of_answered": self.of_answered(arm, cells)}
         tests = {arm: self.test(arm, far) for arm in self.evidence.others}
         for arm, p in holm(tests).items():
             first, second = self.pair(arm, far)
-            signs = set(np.sign(second.mean(1) - first.mean(1)))
-            clear = p <= SIGNIFICANT and len(signs) == 1
-            arms[arm] |= {"difference": paired_difference(first, second), "mcnemar_p": tests[arm], "p_holm": p,
-                          "verdict": "inconclusive" if not clear else "helps" if signs == {1} else "hurts"}
+            signs = np.sign(second.mean(1) - first.mean(1))
+            clear = p <= SIGNIFICANT and len(set(signs)) == 1
+            arms[arm] |= {
+                "difference": paired_difference(first, second),
+                "mcnemar_p": tests[arm],
+                "p_holm": p,
+                "verdict": verdict(clear, signs[0])}
         return {"distances": far, "arms": arms}
 
     def distracted(self, extra, distances):
         """A row for so many distractors."""
-        cells, arms = [(form, distance, extra) for form, distance in distances.items()], {}
+        cells = [(form, distance, extra) for form, distance in distances.items()]
+        arms = {}
         for arm in self.evidence.seeds:
             shares = {name: self.share(arm, name, cells) for name in OUTCOMES}
+            by_format = {cell[0]: self.share(arm, "forced_choice", [cell])["mean"]
+                         for cell in cells}
             arms[arm] = {name: share["mean"] for name, share in shares.items()} | {
-                "ci95": shares["forced_choice"]["ci95"], "retrieved_of_answered": self.of_answered(arm, cells),
-                "by_format": {cell[0]: self.share(arm, "forced_choice", [cell])["mean"] for cell in cells}}
+                "ci95": shares["forced_choice"]["ci95"],
+                "retrieved_of_answered": self.of_answered(arm, cells),
+                "by_format": by_format}
         return {"facts": extra, "distance": distances, "arms": arms}
 
     def summary(self):
         """All of it."""
         settings, facts = self.exam.settings, self.evidence.first(REFERENCE).facts
-        return {"chance": 1 / settings.facts, "window": facts["window"],
-                "receptive_field": facts["layers"] * (facts["window"] - 1) + 1, "distances": self.exam.distances,
+        window, arms = facts["window"], self.evidence.seeds
+        return {"chance": 1 / settings.facts,
+                "window": window,
+                "receptive_field": facts["layers"] * (window - 1) + 1,
+                "distances": self.exam.distances,
                 "trials_per_distance": len(settings.forms) * settings.trials,
-                "seeds": len(self.evidence.seeds[REFERENCE]),
-                "arms": {arm: self.curve(arm) for arm in self.evidence.seeds}, "long_range": self.long_range(),
+                "seeds": len(arms[REFERENCE]),
+                "arms": {arm: self.curve(arm) for arm in arms},
+                "long_range": self.long_range(),
                 "distractors": [self.distracted(*row) for row in self.exam.distractors.items()]}
 
 
 def summarise_turns(evidence):
-    """What each arm knows in the third turn of a dialogue of what was said in the first, its cache kept or cleared
-    between turns; None where there was no text for dialogues."""
+    """What each arm knows in the third turn of a dialogue of what was said in the first,
+    its cache kept or cleared between turns; None where there was no text for dialogues."""
     if evidence.exam.dialogues is None:
         return None
     summary = {}
     for arm in evidence.seeds:
-        right = np.stack([one.tensors["turns_forced_choice"] for one in evidence.of(arm)])     # (seeds, 2, dialogues)
+        right = np.stack([one.tensors["turns_forced_choice"] for one in evidence.of(arm)])
         nats = np.stack([one.tensors["turns_value_nats"] for one in evidence.of(arm)])
+        seeds, _, trials = right.shape
         summary[arm] = {}
         for number, name in enumerate(("persistent", "ephemeral")):
             mine = right[:, number]
-            summary[arm][name] = {"forced_choice": float(mine.mean()),
-                                  "forced_choice_ci95": wilson(mine.sum() / len(mine), mine.shape[1]),
-                                  "value_nats": float(nats[:, number].mean(dtype=np.float64))}
-        summary[arm]["trials"] = right.shape[2]
+            summary[arm][name] = {
+                "forced_choice": float(mine.mean()),
+                "forced_choice_ci95": wilson(mine.sum() / seeds, trials),
+                "value_nats": float(nats[:, number].mean(dtype=np.float64))}
+        summary[arm]["trials"] = trials
     return summary
 
 
 def summarise_speed(on, off, settings):
-    """The throughput of one arm, and by that of the same model with its memory off, timed in turn."""
+    """The throughput of one arm, and by that of the same model with its memory off, timed
+    in turn."""
     on, off = np.asarray(on), np.asarray(off)
-    part = {"median": statistics.median(on.tolist()), "runs": on.tolist()}
+    part = {"median": float(np.median(on)), "runs": on.tolist()}
     if not len(off):
         return part
-    chosen = np.random.default_rng(settings.seed).integers(0, len(on), (settings.bootstrap, len(on)))
-    low, high = interval(np.median(on[chosen], axis=1) / np.median(off[chosen], axis=1))
-    return part | {"off_runs": off.tolist(), "ratio": part["median"] / statistics.median(off.tolist()),
+    draw = np.random.default_rng(settings.seed)
+    chosen = draw.integers(0, len(on), (settings.bootstrap, len(on)))
+    ratios = np.median(on[chosen], axis=1) / np.median(off[chosen], axis=1)
+    low, high = interval(ratios)
+    return part | {"off_runs": off.tolist(),
+                   "ratio": part["median"] / float(np.median(off)),
                    "ratio_ci95": [low, high],
-                   "verdict": "helps" if low > 1 else "hurts" if high < 1 else "inconclusive"}
+                   "verdict": verdict(low > 1 or high < 1, low - 1)}
 
 
 def summarise_training(folder):
-    """What history.jsonl of a training says: median tokens a second, and the last loss; null where it says nothing."""
+    """What history.jsonl of a training says: median tokens a second, and the last loss;
+    null where it says nothing."""
     rates, loss = [], None
     path = folder / "history.jsonl"
     for line in path.read_bytes().splitlines() if path.is_file() else ():
@@ -1309,13 +1432,14 @@ def position_of_bits(evidence):
     return {"edges": [low for _, low, _ in inside] + [inside[-1][2]], "arms": arms}
 
 
-KINDS = ("new in the document", "last seen inside the window", "last seen beyond the window, in memory",
-         "last seen beyond both")
+KINDS = ("new in the document", "last seen inside the window",
+         "last seen beyond the window, in memory", "last seen beyond both")
 
 
 def kinds_of_all(evidence):
-    """The kind of every target, the same for all arms (T,): what is in memory is what the LTM's first seed stored or,
-    where there is no LTM, what would be stored by the baseline's surprisal."""
+    """The kind of every target, the same for all arms (T,): what is in memory is what the
+    LTM's first seed stored or, where there is no LTM, what would be stored by the
+    baseline's surprisal."""
     texts, facts = evidence.exam.texts, evidence.first(REFERENCE).facts
     if "with_ltm" in evidence.seeds:
         facts = evidence.first("with_ltm").facts
@@ -1328,33 +1452,39 @@ def kinds_of_all(evidence):
 
 
 def targets_of_gain(evidence):
-    """Where the gain in bits comes from, by what kind of target it is: {kind: {"share_of_tokens", "arms",
-    "share_of_gain"}}."""
+    """Where the gain in bits comes from, by what kind of target it is: {kind:
+    {"share_of_tokens", "arms", "share_of_gain"}}."""
     kinds = kinds_of_all(evidence)
     own = {arm: evidence.bits(evidence.of(arm)) for arm in evidence.seeds}
     gain = {arm: evidence.bits(evidence.paired(arm)) - own[arm] for arm in evidence.others}
     targets = {}
     for number, name in enumerate(KINDS):
         kind = kinds == number
-        targets[name] = {
-            "share_of_tokens": float(kind.mean()),
-            "arms": {arm: float(x[kind].mean()) if kind.any() else 0.0 for arm, x in own.items()},
-            "share_of_gain": {arm: float(x[kind].sum() / (x.sum() or 1.0)) for arm, x in gain.items()}}
+        costs = {arm: float(x[kind].mean()) if kind.any() else 0.0 for arm, x in own.items()}
+        shares = {arm: float(x[kind].sum() / (x.sum() or 1.0)) for arm, x in gain.items()}
+        targets[name] = {"share_of_tokens": float(kind.mean()), "arms": costs,
+                         "share_of_gain": shares}
     return targets
+
+
+def about_checkpoint(seed, facts):
+    """Which weights were measured, where, by which code."""
+    return {"seed": seed, "folder": facts["folder"], "sha256": facts["weights"],
+            "config_sha256": facts["config"], "step": facts["step"],
+            "measured_on": facts["device"], "commit": facts["commit"]}
 
 
 def about_arm(evidence, arm):
     """What an arm is, and which checkpoints were measured."""
     facts = evidence.first(arm).facts
-    checkpoints = []
-    for seed, one in zip(evidence.seeds[arm], evidence.of(arm)):
-        its = one.facts
-        checkpoints.append({"seed": seed, "folder": its["folder"], "sha256": its["weights"],
-                            "config_sha256": its["config"], "step": its["step"], "measured_on": its["device"],
-                            "commit": its["commit"]})
-    return {"label": ARMS[arm].label, "parameters": facts["parameters"],
-            "memory_parameters": facts["memory_parameters"], "state_bytes": facts["state_bytes"],
-            "hit_means": facts["hit_means"], "settings": facts["memory_settings"], "checkpoints": checkpoints}
+    measured = zip(evidence.seeds[arm], evidence.of(arm))
+    return {"label": ARMS[arm].label,
+            "parameters": facts["parameters"],
+            "memory_parameters": facts["memory_parameters"],
+            "state_bytes": facts["state_bytes"],
+            "hit_means": facts["hit_means"],
+            "settings": facts["memory_settings"],
+            "checkpoints": [about_checkpoint(seed, one.facts) for seed, one in measured]}
 
 
 def about_run(evidence):
@@ -1367,47 +1497,75 @@ def about_run(evidence):
     first = everything[0]
     training = {name: value for name, value in first["training"].items() if name not in OWN}
     versions = {name: all_of(name) for name in ("device", "torch", "transformers", "python")}
-    return versions | {"commit": commit(), "seeds": list(evidence.seeds[REFERENCE]), "steps": first["step"],
-                       "settings": training, "evaluation": seal(dataclasses.asdict(evidence.exam.settings))}
+    return versions | {"commit": commit(),
+                       "seeds": list(evidence.seeds[REFERENCE]),
+                       "steps": first["step"],
+                       "settings": training,
+                       "evaluation": seal(jsonable(evidence.exam.settings))}
+
+
+def about_data(exam, meta):
+    """The validation text."""
+    return {"source": meta["source"],
+            "quick": bool(meta["quick"]),
+            "val_documents": len(exam.texts),
+            "val_tokens": sum(len(text) - 1 for text in exam.texts),
+            "val_characters": int(sum(exam.per_token[text].sum() for text in exam.texts)),
+            "val_sha256": exam.identity["val"]}
+
+
+def summarise_hits(evidence, arm):
+    """memory_hit_rate of one arm, and the share of targets that it stored (LTM)."""
+    per_seed = [float(one.tensors["hit"].mean()) for one in evidence.of(arm)]
+    stored = [float(one.tensors["stored"].mean()) for one in evidence.of(arm)]
+    return {"mean": statistics.fmean(per_seed), "per_seed": per_seed,
+            "routed_token_ratio": statistics.fmean(stored)}
 
 
 def assemble(evidence, meta, root):
     """results.json, from what was measured of the arms."""
-    exam, settings = evidence.exam, evidence.exam.settings
+    arms, settings = evidence.seeds, evidence.exam.settings
     bpc, windows = summarise_bpc(evidence)
     recall = Recall(evidence).summary()
     far = recall["long_range"]["arms"]
-    speed, hits, training = {}, {}, {}
-    for arm in evidence.seeds:
+    hits = {arm: summarise_hits(evidence, arm) for arm in arms}
+    speed, training = {}, {}
+    for arm, seeds in arms.items():
         tensors = evidence.first(arm).tensors
         speed[arm] = summarise_speed(tensors["speed_on"], tensors["speed_off"], settings)
-        each = [float(one.tensors["hit"].mean()) for one in evidence.of(arm)]
-        routed = [float(one.tensors["stored"].mean()) for one in evidence.of(arm)]
-        hits[arm] = {"mean": statistics.fmean(each), "per_seed": each, "routed_token_ratio": statistics.fmean(routed)}
-        training[arm] = summarise_training(arm_folder(root, evidence.seeds[arm][0], arm))
-    results = {arm: {"bpc": statistics.fmean(bpc[arm]["per_seed"]), "long_range_recall": far[arm]["mean"],
-                     "memory_hit_rate": hits[arm]["mean"], "tokens_per_sec": speed[arm]["median"]}
-               for arm in evidence.seeds}
-    data = {"source": meta["source"], "quick": bool(meta["quick"]), "val_documents": len(exam.texts),
-            "val_tokens": sum(len(text) - 1 for text in exam.texts),
-            "val_characters": int(sum(exam.per_token[text].sum() for text in exam.texts)),
-            "val_sha256": exam.identity["val"]}
-    detail = {"arms": {arm: about_arm(evidence, arm) for arm in evidence.seeds}, "data": data,
-              "run": about_run(evidence), "bpc": bpc, "bpc_windows": windows, "recall": recall,
-              "turns": summarise_turns(evidence), "tokens_per_sec": speed, "training": training,
-              "memory_hit_rate": hits, "position": position_of_bits(evidence), "targets": targets_of_gain(evidence)}
-    if "with_ltm" in evidence.seeds:
+        training[arm] = summarise_training(arm_folder(root, seeds[0], arm))
+    results = {}
+    for arm in arms:
+        results[arm] = {"bpc": statistics.fmean(bpc[arm]["per_seed"]),
+                        "long_range_recall": far[arm]["mean"],
+                        "memory_hit_rate": hits[arm]["mean"],
+                        "tokens_per_sec": speed[arm]["median"]}
+    detail = {"arms": {arm: about_arm(evidence, arm) for arm in arms},
+              "data": about_data(evidence.exam, meta),
+              "run": about_run(evidence),
+              "bpc": bpc,
+              "bpc_windows": windows,
+              "recall": recall,
+              "turns": summarise_turns(evidence),
+              "tokens_per_sec": speed,
+              "training": training,
+              "memory_hit_rate": hits,
+              "position": position_of_bits(evidence),
+              "targets": targets_of_gain(evidence)}
+    if "with_ltm" in arms:
         detail["memory"] = evidence.first("with_ltm").facts["observation"]
     return results | {"detail": detail}
 
 
-# ------------------------------------------------------------------------------------ one memory at work
+# ------------------------------------------------------------ one memory at work
 
 def pieces(tokenizer, tokens):
-    """The text that each token adds; a character spread over several tokens stands in the last of them."""
+    """The text that each token adds; a character spread over several tokens stands in the
+    last of them."""
     byte_of = {letter: byte for byte, letter in bytes_to_unicode().items()}
     decode = codecs.getincrementaldecoder("utf-8")("replace").decode
-    return [decode(bytes(map(byte_of.get, word))) for word in tokenizer.convert_ids_to_tokens(tokens)]
+    words = tokenizer.convert_ids_to_tokens(tokens)
+    return [decode(bytes(map(byte_of.get, word))) for word in words]
 
 
 def words_of(tokenizer):
@@ -1417,14 +1575,16 @@ def words_of(tokenizer):
 
 
 def worth_showing(texts, tally, config, is_word, settings):
-    """The number of a document to show: of those long enough (of all, if none is), the first in which settings.reads
-    words gain a bit or more although the window has lost sight of them; if there is none, that with the most."""
+    """The number of a document to show: of those long enough (of all, if none is), the
+    first in which settings.reads words gain a bit or more although the window has lost
+    sight of them; if there is none, that with the most."""
     shown = settings.shown
 
     def lost_and_found(i):
         tokens = texts[i][:shown + 1]
         gain = (bits(tally.log_p_stm[i]) - bits(tally.log_p[i]))[:shown]
-        kinds = kinds_of_target(tokens, tally.stored[i][:shown], config.stm_window, config.ltm_slots)
+        stored = tally.stored[i][:shown]
+        kinds = kinds_of_target(tokens, stored, config.stm_window, config.ltm_slots)
         found = (kinds == 2) & (gain >= 1) & is_word[tokens[1:]]
         return min(settings.reads, len(set(tokens[1:][found].tolist())))
 
@@ -1433,8 +1593,9 @@ def worth_showing(texts, tally, config, is_word, settings):
 
 
 def reads_of(model, ids, gains, sources):
-    """What the memory found where it gained: [(gain, place, items of the right token, heaviest first)], of those
-    whose heaviest item lies beyond the window. ids (1, T); gains [(gain, place)]."""
+    """What the memory found where it gained: [(gain, place, items of the right token,
+    heaviest first)], of those whose heaviest item lies beyond the window. ids (1, T); gains
+    [(gain, place)]."""
     cache, found = model.new_cache(), []
     for gain, at in sorted(gains, key=lambda pair: pair[1]):
         model(ids[:, cache.length:at + 1], past_key_values=cache, logits_to_keep=1)
@@ -1449,8 +1610,9 @@ def reads_of(model, ids, gains, sources):
 def observe(model, texts, tally, tokenizer, settings):
     """What the memory did in the first settings.shown tokens of one document, for results.json.
 
-    The reads: the words that gained most, of those that the window has lost and whose heaviest item lies beyond it; no
-    word twice. All in float32, the reads off a RevenaCache.
+    The reads: the words that gained most, of those that the window has lost and whose
+    heaviest item lies beyond it; no word twice. All in float32, the reads off a
+    RevenaCache.
     """
     config, window = model.config, model.config.stm_window
     is_word = words_of(tokenizer)
@@ -1464,11 +1626,14 @@ def observe(model, texts, tally, tokenizer, settings):
 
     alone, mixture, tokens = cost(memory_off(model)), cost(model), ids[0, 1:].tolist()
     words = pieces(tokenizer, tokens)
-    gains = sorted((mixed - without, at) for at, (without, mixed) in enumerate(zip(alone, mixture))
-                   if at >= window and mixed < without and is_word[tokens[at]]
-                   and tokens[at] not in tokens[at - window:at])
+    gains = []
+    for at, (without, mixed) in enumerate(zip(alone, mixture)):
+        lost = at >= window and tokens[at] not in tokens[at - window:at]
+        if lost and mixed < without and is_word[tokens[at]]:
+            gains.append((mixed - without, at))
+    reads = reads_of(model, ids, sorted(gains)[:64], settings.sources)
     chosen = {}
-    for _, at, found in sorted(reads_of(model, ids, gains[:64], settings.sources), key=lambda read: read[:2]):
+    for _, at, found in sorted(reads, key=lambda read: read[:2]):
         if len(chosen) < settings.reads:
             chosen.setdefault(words[at].strip().lower(), {"at": at, "from": found})
     threshold = config.ltm_surprisal_bits
@@ -1478,10 +1643,11 @@ def observe(model, texts, tally, tokenizer, settings):
             "reads": sorted(chosen.values(), key=lambda read: read["at"])}
 
 
-# ------------------------------------------------------------------------------------ controls
+# ------------------------------------------------------------ controls
 
 def altered(model, memory_class=None, model_class=None, **settings):
-    """A model of the same weights, not copied, with another memory, as another class or with other settings.
+    """A model of the same weights, not copied, with another memory, as another class or
+    with other settings.
 
     memory_class: a LongTermMemory of another kind, or what makes one of a config.
     """
@@ -1498,7 +1664,8 @@ def altered(model, memory_class=None, model_class=None, **settings):
 
 
 class OtherReads(LongTermMemory):
-    """What is retrieved and the odds of looking up are changed: change(Reading, odds) gives both."""
+    """What is retrieved and the odds of looking up are changed: change(Reading, odds) gives
+    both."""
 
     def __init__(self, config, change):
         super().__init__(config)
@@ -1545,22 +1712,25 @@ class RandomTokens(LongTermMemory):
 
 
 class ShuffledValues(LongTermMemory):
-    """The values of the items of a sequence change places: at a key, there may even be one that is yet to come."""
+    """The values of the items of a sequence change places: at a key, there may even be one
+    that is yet to come."""
 
     def candidates(self, address, targets, stored, opens=None):
         items = stored.flatten().nonzero()[:, 0]
         sequence = opens.flatten().cumsum(0)[items // targets.size(1)]
-        order = torch.randperm(len(items), generator=torch.Generator().manual_seed(FULL.seed)).to(items.device)
+        generator = torch.Generator().manual_seed(FULL.seed)
+        order = torch.randperm(len(items), generator=generator).to(items.device)
         order = order[sequence[order].argsort(stable=True)]
         values = targets.flatten().index_copy(0, items, targets.flatten()[items[order]])
         return super().candidates(address, values.view_as(targets), stored, opens)
 
 
 class NeuralCache(LongTermMemory):
-    """Grave et al. 2017: (1 - share) p_stm + share p_cache, p_cache = softmax_i(theta h_t . h_i) over the last tokens.
+    """Grave et al. 2017: (1 - share) p_stm + share p_cache, p_cache = softmax_i(theta h_t .
+    h_i) over the last tokens.
 
-    That is the mixture of the LTM where the items, all tokens, weigh share / (1 - share) p_cache. The size is
-    config.ltm_slots.
+    That is the mixture of the LTM where the items, all tokens, weigh share / (1 - share)
+    p_cache. The size is config.ltm_slots.
     """
 
     def __init__(self, config, theta, share):
@@ -1570,12 +1740,15 @@ class NeuralCache(LongTermMemory):
     def read(self, final):
         h, targets = final.h, final.targets
         stored = targets != EOT
-        address = Address(*[targets] * len(Address._fields))._replace(key=h)           # only the key is asked for
+        # only the key is asked for
+        address = Address(*[targets] * len(Address._fields))._replace(key=h)
         items, values, visible = self.candidates(address, targets, stored, final.opens)
-        match = self.theta * (h.float() @ items.key.float().mT)                        # (N, C, I)
-        cache = match.masked_fill(~visible, -math.inf).softmax(-1).nan_to_num()        # at the start there is none
+        match = self.theta * (h.float() @ items.key.float().mT)         # (N, C, I)
+        # at the start there is none
+        cache = match.masked_fill(~visible, -math.inf).softmax(-1).nan_to_num()
         weight = self.share / (1 - self.share) * cache
-        return Reading(weight, torch.zeros_like(weight), None), values, stored, -torch.ones_like(final.log_p)
+        read = Reading(weight, torch.zeros_like(weight), None)
+        return read, values, stored, -torch.ones_like(final.log_p)
 
 
 def neural_cache(model, slots, theta, share=0.5):
@@ -1587,16 +1760,19 @@ def neural_cache(model, slots, theta, share=0.5):
 @torch.no_grad()
 def fit_cache(model, texts, slots, width, settings):
     """A neural_cache fitted to texts: theta on a grid, share exactly."""
-    grid = [2 ** (power / 2) / model.config.n_embd for power in range(16)]             # h . h is n_embd: 1 to 181
-    variants, p, mixed = [neural_cache(model, slots, theta) for theta in grid], [], []
+    # h . h is n_embd: theta from 1 to 181 of it
+    grid = [2 ** (power / 2) / model.config.n_embd for power in range(16)]
+    variants = [neural_cache(model, slots, theta) for theta in grid]
+    p, mixed = [], []
     for pack in packs(texts, width, model.device, settings):
         scores, real = score(pack, *variants), pack.targets != EOT
         p.append(scores[0].log_p_stm[real].cpu().double().exp())
         mixed.append(torch.stack([one.log_p[real] for one in scores]).cpu().double().exp())
     p, fits = torch.cat(p), []
     for theta, half in zip(grid, torch.cat(mixed, 1)):
-        of_cache, low, high = 2 * half - p, 0.0, 1.0                   # where the cache is empty, that is p
-        for _ in range(30):                                            # the likelihood is concave in the share
+        of_cache = 2 * half - p                             # where the cache is empty, that is p
+        low, high = 0.0, 1.0
+        for _ in range(30):                                 # the likelihood is concave in the share
             share = (low + high) / 2
             rises = ((of_cache - p) / (p + share * (of_cache - p))).mean() > 0
             low, high = (share, high) if rises else (low, share)
@@ -1606,7 +1782,8 @@ def fit_cache(model, texts, slots, width, settings):
 
 
 def exact_only(model, trust):
-    """The LTM with no learned part, on the backbone of a model: exact addresses alone, with these log weights."""
+    """The LTM with no learned part, on the backbone of a model: exact addresses alone, with
+    these log weights."""
     twin = altered(model, LongTermMemory, memory="ltm", memory_enabled=True, ltm_exact_trust=0.0)
     memory = twin.memory = copy.deepcopy(twin.memory)
     for weight in memory.parameters():
@@ -1619,9 +1796,10 @@ def exact_only(model, trust):
 
 @torch.no_grad()
 def matches(model, texts, width, settings):
-    """Of each target p_stm, and through one exact address at a time, how many items matched with its value and how
-    many at all: (p (T,), right (T, E), every (T, E)), float64."""
-    alone = [exact_only(model, trust) for trust in torch.eye(model.config.ltm_ngrams).log().tolist()]
+    """Of each target p_stm, and through one exact address at a time, how many items matched
+    with its value and how many at all: (p (T,), right (T, E), every (T, E)), float64."""
+    one_at_a_time = torch.eye(model.config.ltm_ngrams).log().tolist()
+    alone = [exact_only(model, trust) for trust in one_at_a_time]
     seen = []
     for pack in packs(texts, width, model.device, settings):
         h, _ = states(model, pack)
@@ -1639,8 +1817,8 @@ def matches(model, texts, width, settings):
 
 @torch.no_grad()
 def fit_grams(model, texts, width, settings):
-    """(model, log weights): `exact_only`, the log weights fitted to texts, one after the other and twice, on a
-    grid."""
+    """(model, log weights): `exact_only`, the log weights fitted to texts, one after the
+    other and twice, on a grid."""
     p, right, every = matches(model, texts, width, settings)
 
     def likelihood(trust):
@@ -1649,12 +1827,14 @@ def fit_grams(model, texts, width, settings):
 
     best = [-2.0] * model.config.ltm_ngrams
     for n in [*range(len(best))] * 2:
-        best = max(([*best[:n], float(weight), *best[n + 1:]] for weight in range(-7, 3)), key=likelihood)
+        tried = [[*best[:n], float(weight), *best[n + 1:]] for weight in range(-7, 3)]
+        best = max(tried, key=likelihood)
     return exact_only(model, best), best
 
 
 def ladder(model, group, setting, values):
-    """[(group, name, model)]: the memory with other values of one of its settings, and with that of its training."""
+    """[(group, name, model)]: the memory with other values of one of its settings, and with
+    that of its training."""
     trained, found = getattr(model.config, setting), []
     for value in sorted({*values, trained}):
         name = "none" if value < -1 else f"{value:g}"
@@ -1670,24 +1850,29 @@ def memory_controls(model, rate):
     def reads(change):
         return altered(model, functools.partial(OtherReads, change=change))
 
+    def ladder_of(group, setting, *values):
+        return ladder(model, group, setting, values)
+
     at_random = altered(model, functools.partial(RandomTokens, rate=rate))
+    as_in_training = "matches {} as in training".format
     return [("reads", "as trained", model),
             ("reads", "reads off", reads(reads_off)),
             ("reads", "values shuffled", altered(model, ShuffledValues)),
             ("what is stored", "random tokens, same rate", at_random),
             ("what is stored", "every token", altered(model, ltm_surprisal_bits=-1)),
-            *ladder(model, "cosine threshold", "ltm_cosine", (-2, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)),
-            *ladder(model, "surprisal threshold, bits", "ltm_surprisal_bits", (0, 2, 3, 4.5, 6, 8)),
-            *ladder(model, "slots", "ltm_slots", (16, 64, 128, 256, 512, 1024)),
+            *ladder_of("cosine threshold", "ltm_cosine", -2, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95),
+            *ladder_of("surprisal threshold, bits", "ltm_surprisal_bits", 0, 2, 3, 4.5, 6, 8),
+            *ladder_of("slots", "ltm_slots", 16, 64, 128, 256, 512, 1024),
             ("look-ups", "made at every position", reads(always_looked_up)),
             ("look-ups", "exact addresses only", reads(never_looked_up)),
             ("look-ups", "learned addresses only", reads(learned_only)),
-            ("look-ups", "exact matches trusted as in training", altered(model, ltm_exact_trust=0.0)),
-            ("look-ups", "learned matches weighed as in training", altered(model, ltm_crowding=0.0))]
+            ("look-ups", f"exact {as_in_training('trusted')}", altered(model, ltm_exact_trust=0.0)),
+            ("look-ups", f"learned {as_in_training('weighed')}", altered(model, ltm_crowding=0.0))]
 
 
 class Controls:
-    """Rows of results.json, {"group", "name", "bpc_ratio", "recall", ..} each: what the gain depends on.
+    """Rows of results.json, {"group", "name", "bpc_ratio", "recall", ..} each: what the
+    gain depends on.
 
     Args:
         hybrid, baseline: the arms of one seed. of_baseline: bits of all texts by the second.
@@ -1695,15 +1880,19 @@ class Controls:
     """
 
     def __init__(self, hybrid, baseline, of_baseline, rate, training, exam):
-        self.hybrid, self.baseline, self.of_baseline, self.rate = hybrid, baseline, of_baseline, rate
+        self.hybrid, self.baseline = hybrid, baseline
+        self.of_baseline, self.rate = of_baseline, rate
         self.training, self.exam = training, exam
         self.window = hybrid.config.stm_window
-        self.block = [question for (_, distance, extra), cell in exam.asked.items()
-                      if distance in exam.far and not extra for question in cell[:exam.settings.control_trials]]
+        self.block, most = [], exam.settings.control_trials
+        for (_, distance, extra), cell in exam.asked.items():
+            if distance in exam.far and not extra:
+                self.block += cell[:most]
         self.found = []
 
     def shape(self, width):
-        """Of a pack of about as many tokens, whatever the width: one row a sequence, where it is not the window."""
+        """Of a pack of about as many tokens, whatever the width: one row a sequence, where
+        it is not the window."""
         if width == self.window:
             return None
         return max(1, self.exam.settings.pack * self.window // width), 1
@@ -1716,73 +1905,90 @@ class Controls:
             real = pack.targets != EOT
             for total, one in zip(totals, score(pack, *variants)):
                 nats = -one.log_p[real].cpu().double().sum().item()
-                total += int(real.sum()), nats / math.log(2), int(one.hit[real].sum()), int(one.stored[real].sum())
-        return [{"bpc_ratio": total / self.of_baseline, "hit_rate": hits / targets, "stored": stored / targets}
-                for targets, total, hits, stored in totals]
+                counts = [int(x[real].sum()) for x in (one.hit, one.stored)]
+                total += int(real.sum()), nats / math.log(2), *counts
+        return [{"bpc_ratio": cost / self.of_baseline, "hit_rate": hits / targets,
+                 "stored": stored / targets} for targets, cost, hits, stored in totals]
 
     def recall(self, variants, width, wiped=False):
-        """recall and top1 of models of one backbone."""
-        said = answer(variants, self.block, width, self.exam.settings, wiped, self.shape(width))
-        rows, trials = [], len(self.block)
-        for answers in said:
+        """recall, top1 and value_nats of models of one backbone."""
+        shape, trials = self.shape(width), len(self.block)
+        rows = []
+        for answers in answer(variants, self.block, width, self.exam.settings, wiped, shape):
             right, top, *_ = answers.outcomes
-            rows.append({"recall": float(right.mean()), "recall_ci95": wilson(int(right.sum()), trials),
-                         "top1": float(top.mean()), "value_nats": float(answers.value_nats.mean(dtype=np.float64)),
+            rows.append({"recall": float(right.mean()),
+                         "recall_ci95": wilson(int(right.sum()), trials),
+                         "top1": float(top.mean()),
+                         "value_nats": float(answers.value_nats.mean(dtype=np.float64)),
                          "trials": trials})
         return rows
 
     def add(self, table, width=None, question=None):
-        """Rows for [(group, name, model, further fields)]; each model once, and all with the first one's backbone."""
-        models = list({id(model): model for _, _, model, *_ in table}.values())
-        both = zip(self.compression(models, width or self.window), self.recall(models, question or self.window))
-        found = {id(model): one | other for model, (one, other) in zip(models, both)}
-        for group, name, model, *more in table:
-            self.found.append({"group": group, "name": name, **found[id(model)], **(more[0] if more else {})})
+        """Rows for [(group, name, model)]; each model once, and all with the first one's backbone.
+
+        width, question: of the rows that texts and questions are laid out in; None: the window.
+        """
+        models = list({id(model): model for _, _, model in table}.values())
+        compression = self.compression(models, width or self.window)
+        recall = self.recall(models, question or self.window)
+        found = {id(model): one | other for model, one, other in zip(models, compression, recall)}
+        self.found += [{"group": group, "name": name, **found[id(model)]}
+                       for group, name, model in table]
+
+    def add_other(self, name, model, width=None, question=None, **fitted):
+        """A row for another model, and what was fitted of it."""
+        self.add([("other models", name, model)], width, question)
+        self.found[-1] |= fitted
 
     def rows(self):
         """All of them."""
-        hybrid, baseline, window, settings = self.hybrid, self.baseline, self.window, self.exam.settings
+        hybrid, baseline, window = self.hybrid, self.baseline, self.window
+        given = self.training, window, self.exam.settings
         longest = max(map(len, self.exam.texts))
         self.add(memory_controls(hybrid, self.rate))
         wiped, = self.recall([hybrid], window, wiped=True)
         name = "memory wiped between fact and question"
         self.found.insert(2, {"group": "reads", "name": name, "bpc_ratio": None, **wiped})
+        texts, *rest = given
         for slots in (hybrid.config.ltm_slots, longest):
-            cache = fit_cache(baseline, self.training, slots, window, settings)
+            cache = fit_cache(baseline, texts, slots, *rest)
             fitted = {"theta": cache.memory.theta, "share": cache.memory.share}
-            self.add([("other models", f"neural cache on the baseline, {slots:,} tokens", cache, fitted)])
-        grams, trust = fit_grams(baseline, self.training, window, settings)
-        self.add([("other models", "exact addresses on the baseline", grams, {"log_weights": trust})])
+            self.add_other(f"neural cache on the baseline, {slots:,} tokens", cache, **fitted)
+        grams, trust = fit_grams(baseline, *given)
+        self.add_other("exact addresses on the baseline", grams, log_weights=trust)
         question = max(len(question.tokens) for question in self.block)
-        gpt = altered(baseline, model_class=GPT, stm_window=None, n_positions=max(longest, question))
-        self.add([("other models", f"GPT, full attention (trained at {window})", gpt)], longest, question)
+        positions = max(longest, question)
+        gpt = altered(baseline, model_class=GPT, stm_window=None, n_positions=positions)
+        self.add_other(f"GPT, full attention (trained at {window})", gpt, longest, question)
         return self.found
 
 
 def measured_controls(evidence, meta, place):
-    """The rows of Controls of the LTM's first seed, from their file or, where that does not hold, measured and
-    written."""
+    """The rows of Controls of the LTM's first seed, from their file or, where that does not
+    hold, measured and written."""
     exam, seed = evidence.exam, evidence.seeds["with_ltm"][0]
     path = arm_folder(place.root, seed, "with_ltm") / "controls.json"
     arms = {arm: evidence.measured[arm, seed] for arm in SPECIFIED}
-    expected = {"arms": {arm: one.facts["weights"] for arm, one in arms.items()},
-                "configs": {arm: one.facts["config"] for arm, one in arms.items()}, "code": code_of(None),
+    expected = {"weights": {arm: one.facts["weights"] for arm, one in arms.items()},
+                "configs": {arm: one.facts["config"] for arm, one in arms.items()},
+                "code": code_of(None),
                 "data": exam.identity | {"train": meta["splits"]["train"]["sha256"]},
-                "evaluation": json.loads(json.dumps(dataclasses.asdict(exam.settings)))}
-    again = command("eval.py --controls", place.root, place.quick)
+                "evaluation": jsonable(exam.settings)}
     try:
-        kept = read_json(path, again)
+        kept = read_json(path, "eval.py --controls")
     except StageError:
         kept = {}
-    if kept.get("sha256") == seal(kept) and all(kept.get(name) == wanted for name, wanted in expected.items()):
+    holds = all(kept.get(name) == wanted for name, wanted in expected.items())
+    if holds and kept.get("sha256") == seal(kept):
         return kept["rows"]
     print(f"measuring the controls of {path.parent.relative_to(place.root)}", flush=True)
-    hybrid, baseline = (load_controlled(one, seed, arm, place) for arm, one in reversed(arms.items()))
+    baseline, hybrid = (load_controlled(one, seed, arm, place) for arm, one in arms.items())
     rows, _ = load_split(place.root, "train", place.quick)
     training = [text for text in documents(rows) if len(text) > 1][:exam.settings.fitted]
     of_baseline = bits(arms[REFERENCE].tensors["log_p"]).sum()
     rate = float(arms["with_ltm"].tensors["stored"].mean())
-    kept = expected | {"rows": Controls(hybrid, baseline, of_baseline, rate, training, exam).rows()}
+    controls = Controls(hybrid, baseline, of_baseline, rate, training, exam)
+    kept = expected | {"rows": controls.rows()}
     write_json(path, kept | {"sha256": seal(kept)})
     return kept["rows"]
 
@@ -1791,20 +1997,22 @@ def load_controlled(measured, seed, arm, place):
     """The model of an arm that is here with the weights that were measured; else StageError."""
     found = find_arm(seed, arm, place)
     if found.source is None or found.weights != measured.facts["weights"]:
-        raise StageError(f"the weights of {found.folder} that were measured are not here, and --controls needs them; "
-                         f"put them back, or leave --controls out")
+        raise StageError(f"the weights of {found.folder} that were measured are not here, and --controls "
+                         f"needs them; put them back, or leave --controls out")
     return load_arm(seed, arm, place)[0]
 
 
-# ------------------------------------------------------------------------------------ what is said
+# ------------------------------------------------------------ what is said
 
 def print_controls(rows):
-    """Each control's bits per character by the baseline's, its recall (forced choice and top-1), and what it stores."""
+    """Each control's bits per character by the baseline's, its recall (forced choice and
+    top-1), and what it stores."""
     print(f"\n{'':70}{'x bpc':>8}{'recall':>8}{'top-1':>8}{'stored':>8}")
     for group, part in itertools.groupby(rows, lambda row: row["group"]):
         for row, head in zip(part, itertools.chain([group], itertools.repeat(""))):
             numbers = [row.get(field) for field in ("bpc_ratio", "recall", "top1", "stored")]
-            print(f"{head:27}{row['name']:43}" + "".join(f"{'-' if x is None else f'{x:.3f}':>8}" for x in numbers))
+            shown = ["-" if number is None else f"{number:.3f}" for number in numbers]
+            print(f"{head:27}{row['name']:43}" + "".join(f"{number:>8}" for number in shown))
 
 
 def with_interval(value, bounds, form):
@@ -1818,13 +2026,16 @@ def differences(results, arm):
     detail = results["detail"]
     far, speed = detail["recall"]["long_range"]["arms"][arm], detail["tokens_per_sec"][arm]
     lines = []
-    for name, part in (("bpc", detail["bpc"][arm]), ("bpc, windows alone", detail["bpc_windows"][arm])):
+    for name, part in (("bpc", detail["bpc"]), ("bpc, windows alone", detail["bpc_windows"])):
+        part = part[arm]
         gap = with_interval(part["difference"]["mean"], part["difference"]["ci95"], "+.4f")
         lines.append((name, gap, f"{part['verdict']}, x {part['ratio']:.4f}"))
     gap = with_interval(far["difference"]["mean"], far["difference"]["ci95"], "+.3f")
-    lines.append(("long_range_recall", gap, f"{far['verdict']}, chance {detail['recall']['chance']:.3f}"))
+    chance = detail["recall"]["chance"]
+    lines.append(("long_range_recall", gap, f"{far['verdict']}, chance {chance:.3f}"))
     gap = "x " + with_interval(speed["ratio"], speed["ratio_ci95"], ".3f")
-    lines.append(("tokens_per_sec", gap, f"{speed['verdict']}, by the same model with its memory off"))
+    says = f"{speed['verdict']}, by the same model with its memory off"
+    lines.append(("tokens_per_sec", gap, says))
     return lines
 
 
@@ -1834,7 +2045,7 @@ def print_table(results):
     arms = list(detail["arms"])
     far, windows = detail["recall"]["long_range"]["arms"], detail["bpc_windows"]
     values = {"bpc": (".4f", [results[arm]["bpc"] for arm in arms]),
-              "bpc, windows alone": (".4f", [statistics.fmean(windows[arm]["per_seed"]) for arm in arms]),
+              "bpc, windows alone": (".4f", [np.mean(windows[arm]["per_seed"]) for arm in arms]),
               "long_range_recall": (".3f", [results[arm]["long_range_recall"] for arm in arms]),
               "top-1 recall": (".3f", [far[arm]["top1"] for arm in arms]),
               "memory_hit_rate": (".3f", [results[arm]["memory_hit_rate"] for arm in arms]),
@@ -1846,13 +2057,14 @@ def print_table(results):
         if arm == REFERENCE:
             continue
         print(f"\n{arm} - {REFERENCE}, 95% interval")
-        for name, gap, verdict in differences(results, arm):
-            print(f"  {name:20}{gap:28} {verdict}")
+        for name, gap, says in differences(results, arm):
+            print(f"  {name:20}{gap:28} {says}")
 
 
 def main(argv=None):
     parser = parser_of(__doc__)
-    parser.add_argument("--controls", action="store_true", help="also measure what the gain depends on (first seed)")
+    parser.add_argument("--controls", action="store_true",
+                        help="also measure what the gain depends on (first seed)")
     args = parser.parse_args(argv)
     began, settings = time.time(), QUICK if args.quick else FULL
     place = Place(default_root(args.root, args.quick), args.quick, pick_device())
