@@ -32,8 +32,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from stages import (ARMS, StageError, Wandb, command, default_root, parser_of, read_json, run_stage,
-                    sha256, write_atomic)
+from stages import (ARMS, EOT, StageError, Wandb, command, default_root, one_line, parser_of,
+                    read_json, run_stage, sha256, write_atomic)
 
 # matplotlib is imported where it is used: --help need not wait for it, and its settings are ours (own_settings)
 
@@ -63,6 +63,17 @@ VERDICTS = {"helps": "helps", "hurts": "hurts", "inconclusive": "has no clear ef
 SMOOTHING = 0.04                # share of the logged steps that one point of the smoothed hit rate averages
 RESAMPLES = 10_000              # of the bootstrap over the repeats of the throughput measurement
 SEED = 0
+
+RATIOS = (                      # of tests/bench.py, those in README.md
+    "steps/s over Hugging Face Trainer",
+    "steps/s over the conventional compiled loop",
+    "step time over the floor",
+    "with_ltm over baseline, training",
+    "generation over KV-cached GPT after 2,048 tokens",
+)
+
+# what a file of results raises that lacks a field, or has another thing in its place
+DAMAGE = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeWarning)
 
 # results_memory.png
 MONO = "DejaVu Sans Mono"
@@ -141,6 +152,11 @@ def percent_bounds(results, part, arm):
     """The interval of an arm's difference of BPC, in per cent of the baseline's."""
     base = np.mean(part[REFERENCE]["per_seed"])
     return [100 * bound / base for bound in part[arm]["difference"]["ci95"]]
+
+
+def why(error):
+    """What is wrong with a file of results, in a few words."""
+    return f"{type(error).__name__}: {one_line(error)}"
 
 
 def verify(root, results, again):
@@ -965,6 +981,175 @@ def draw_memory(results, gone):
     return page.figure
 
 
+# ------------------------------------------------------------------------------------ the tables of README.md
+
+def cell(words):
+    """Words as a cell of a table, or in the line below one: on one line, without markup."""
+    return " ".join(str(words).split()).replace("<", "&lt;").replace("|", "\\|")
+
+
+def markdown(header, rows, small_print):
+    """A table with a line of small print below it."""
+    lines = [header, ["---"] * len(header), *rows]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{table}\n\n<sub>{cell(small_print)}</sub>\n"
+
+
+def from_to(bounds, form):
+    """An interval in words."""
+    low, high = bounds
+    return f"{low:{form}} to {high:{form}}"
+
+
+def how_trained(results):
+    """10,000 steps of 8 x 128 tokens, seeds 0, 1 and 2."""
+    run, window = results["detail"]["run"], results["detail"]["recall"]["window"]
+    seeds = and_list([str(seed) for seed in run["seeds"]])
+    plural = "s" if len(run["seeds"]) > 1 else ""
+    return f"{run['steps']:,} steps of {run['settings']['batch']} x {window} tokens, seed{plural} {seeds}"
+
+
+def where_measured(results):
+    """The small print: data, device, code."""
+    data, run = results["detail"]["data"], results["detail"]["run"]
+    return (f"{data['source']}: {data['val_documents']:,} validation documents, {data['val_tokens']:,} tokens. "
+            f"{run['device']}, torch {run['torch']}, commit {run['commit']}.")
+
+
+def reach_said(recall):
+    """The distances of long-range recall, and chance, in words."""
+    far = recall["long_range"]["distances"]
+    return f"{min(far):,} to {max(far):,} tokens back (chance {recall['chance']:.3g})"
+
+
+def bpc_row(name, part, arm):
+    """A row of bits per character: without and with the memory, the difference and its interval."""
+    base, own = (np.mean(part[which]["per_seed"]) for which in (REFERENCE, arm))
+    gap = part[arm]["difference"]
+    said = f"{gap['mean']:+.3f} ({from_to(gap['ci95'], '+.3f')}), x {part[arm]['ratio']:.3f}"
+    return [name, f"{base:.4f}", f"{own:.4f}", said]
+
+
+def table_of_results(results):
+    """The baseline and the one memory of ./run_all.sh, a measure a line."""
+    detail, arm = results["detail"], others_of(results)[0]
+    recall, speed, training = detail["recall"], detail["tokens_per_sec"], detail["training"]
+    base, own = (recall["long_range"]["arms"][which] for which in (REFERENCE, arm))
+    gap = own["difference"]
+    ratio = training_ratio(results, arm)
+    rates = [training[which]["tokens_per_sec"] for which in (REFERENCE, arm)]
+    rows = [
+        bpc_row("**bits per character**, whole documents", detail["bpc"], arm),
+        bpc_row("bits per character, 128-token windows", detail["bpc_windows"], arm),
+        [f"**long-range recall**, {reach_said(recall)}", f"{base['mean']:.3f}", f"{own['mean']:.3f}",
+         f"{gap['mean']:+.3f} ({from_to(gap['ci95'], '+.3f')})"],
+        [f"the same, likeliest of all {EOT + 1:,} tokens (top-1)", f"{base['top1']:.3f}", f"{own['top1']:.3f}",
+         f"95% interval {from_to(own['top1_ci95'], '.3f')}"],
+        ["share of predictions that retrieved something", "", f"{results[arm]['memory_hit_rate']:.3f}", ""],
+        ["training, tokens/s", *(f"{rate:,.0f}" if rate else "" for rate in rates), f"x {ratio:.3f}" if ratio else ""],
+        ["evaluation, tokens/s", *(f"{results[which]['tokens_per_sec']:,.0f}" for which in (REFERENCE, arm)),
+         f"x {speed[arm]['ratio']:.3f} ({from_to(speed[arm]['ratio_ci95'], '.3f')}) by memory off"]]
+    labels = [cell(label_of(results, which)) for which in (REFERENCE, arm)]
+    header = [how_trained(results), *labels, "difference (95% interval)"]
+    return markdown(header, rows, where_measured(results))
+
+
+def row_of_arm(results, arm):
+    """An arm of the table of arms."""
+    detail = results["detail"]
+    about, part = detail["arms"][arm], detail["bpc"][arm]
+    own = detail["recall"]["long_range"]["arms"][arm]["mean"]
+    if arm == REFERENCE:
+        return [cell(about["label"]), "", f"{results[arm]['bpc']:.4f}", "", "", f"{own:.3f}", "", ""]
+    bounds = [1 + bound / 100 for bound in percent_bounds(results, detail["bpc"], arm)]
+    rate = training_ratio(results, arm)
+    return [cell(about["label"]), f"+{count_said(about['memory_parameters'])}", f"{results[arm]['bpc']:.4f}",
+            f"{part['ratio']:.3f} ({from_to(bounds, '.3f')})", VERDICTS[part["verdict"]].removesuffix(" on"),
+            f"{own:.3f}", f"x {rate:.2f}" if rate else "", bytes_said(about["state_bytes"])]
+
+
+def table_of_arms(results):
+    """All arms, each on one line."""
+    header = ["arm", "parameters", "bits per character", "x baseline (95%)", "compression",
+              f"recall {reach_said(results['detail']['recall'])}", "training speed", "state"]
+    rows = [row_of_arm(results, arm) for arm in arms_of(results)]
+    chained = ", chained" if results["detail"]["run"]["settings"].get("chained") else ""
+    return markdown(header, rows, f"{how_trained(results)}{chained}. {where_measured(results)}")
+
+
+def table_of_speed(bench):
+    """Some ratios of tests/bench.py."""
+    found = {row["what"]: row for row in bench["compared"]}
+    rows = []
+    for what in RATIOS:
+        row = found[what]
+        rows.append([what, f"x {row['median']:.2f}", from_to((row["low"], row["high"]), ".2f")])
+    run = bench["run"]
+    small_print = f"{run['size']} model, batch {run['batch']}. {run['device']}, torch {run['torch']}."
+    return markdown(["", "median", "lowest to highest round"], rows, small_print)
+
+
+TABLES = {                      # of README.md: what it is made from, and the command that makes that
+    "results": ("results.json", table_of_results, "python eval.py"),
+    "arms": ("results_arms.json", table_of_arms, "./run_all.sh --memories"),
+    "speed": ("results_bench.json", table_of_speed, "python tests/bench.py"),
+}
+
+
+def of_old_layout(results):
+    """Whether a results.json was written before arms were data."""
+    detail = results.get("detail")
+    return isinstance(detail, dict) and "arms" not in detail
+
+
+def tables(root):
+    """({name: markdown}, {name: why it is left as it is}) of README.md; raises StageError where a field is wrong."""
+    made, left = {}, {}
+    for name, (file, table_of, again) in TABLES.items():
+        try:
+            value = read_json(root / file, again)
+        except StageError as error:
+            left[name] = str(error)
+            continue
+        if of_old_layout(value):
+            left[name] = f"{root / file} is of an earlier version; make it again with: {again}"
+            continue
+        try:
+            json.dumps(value, allow_nan=False)
+            made[name] = table_of(value)
+        except DAMAGE as error:
+            raise StageError(f"{root / file} lacks a field or has a wrong one ({why(error)}); "
+                             f"make it again with: {again}") from None
+    return made, left
+
+
+def between_markers(name):
+    """A pattern of the text that a table of README.md stands in: (what is before, the table, what is after)."""
+    return re.compile(rf"(<!-- table: {name} -->\r?\n)((?:(?!<!-- ).)*)(<!-- end of table -->)", re.DOTALL)
+
+
+def write_readme(root):
+    """Write the tables of README.md, and nothing else of it."""
+    path = root / "README.md"
+    try:
+        text = path.read_bytes().decode()
+    except UnicodeDecodeError:
+        raise StageError(f"{path} is not UTF-8; mend that and run again") from None
+    made, left = tables(root)
+    before = text
+    for name, table in made.items():
+        found = between_markers(name).findall(text)
+        if len(found) != 1:
+            raise StageError(f"{path} needs the line <!-- table: {name} --> once, and <!-- end of table --> "
+                             f"below it; put them there and run again")
+        text = between_markers(name).sub(lambda match: match[1] + table + match[3], text)
+    for name, reason in left.items():
+        print(f"note: the table of {name} is left as it is: {reason}")
+    if text != before:
+        write_atomic(path, text)
+    print(f"wrote {path}: {', '.join(made) or 'nothing'}")
+
+
 # ------------------------------------------------------------------------------------ the stage
 
 def own_settings():
@@ -1020,9 +1205,8 @@ def plot(root, quick):
         config = {**results["detail"]["run"], "data": results["detail"]["data"]}
         folders, gone = verify(root, results, again)
         pictures, sentence = draw(root, results, folders, gone), headline(results)[1]
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeWarning) as error:
-        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise StageError(f"{root}/results.json lacks a field or has a wrong one ({why}); "
+    except DAMAGE as error:
+        raise StageError(f"{root}/results.json lacks a field or has a wrong one ({why(error)}); "
                          f"make it again with: {again}") from None
     warn(root, pictures, gone, again)
     for path, picture in pictures.items():
@@ -1040,7 +1224,13 @@ def plot(root, quick):
 
 def main(argv=None):
     parser = parser_of(__doc__, "folder of results.json (default: this one; with --quick its quick/)")
+    parser.add_argument("--readme", action="store_true", help="write the tables of README.md, and draw nothing")
     flags = parser.parse_args(argv)
+    if flags.readme and flags.quick:
+        parser.error("the tables of README.md are of the full run: --readme goes without --quick")
+    if flags.readme:
+        write_readme(default_root(flags.root, False))
+        return
     plot(default_root(flags.root, flags.quick), flags.quick)
 
 
