@@ -820,6 +820,19 @@ def test_other_columns_of_a_parquet_file_are_not_read(make_root, tmp_path, kind)
     assert artefacts(root)["train.bin"] == expected
 
 
+def test_damage_in_another_column_of_a_parquet_file_costs_nothing(make_root, tmp_path):
+    root, texts = make_root(), plain(12)
+    path = parquet(tmp_path / "a.parquet", other=[text[::-1] for text in texts], text=texts)
+    prepared(root, path)
+    expected = artefacts(root)["train.bin"]
+    other = pyarrow.parquet.ParquetFile(path).metadata.row_group(0).column(0)
+    data = bytearray(path.read_bytes())
+    data[4:4 + other.total_compressed_size] = b"\xff" * other.total_compressed_size
+    path.write_bytes(data)
+    prepared(root, path)
+    assert artefacts(root)["train.bin"] == expected
+
+
 def test_a_value_that_is_not_utf8_costs_its_row(make_root, tmp_path):
     values = pa.array([b"caf\xe9", *(text.encode() for text in plain(12))]).cast("string", safe=False)
     for column in (values, values.dictionary_encode(), values.cast("large_string")):
@@ -1011,6 +1024,14 @@ def test_a_quick_run_asks_for_less(make_root, write_jsonl, stage):
         root = make_root(f"root{len(flags)}")
         _, out, _ = stage(prepare_data.main, "--root", root, "--text", write_jsonl(texts), *flags)
         assert ("farthest questions" in out) == said
+
+@pytest.mark.parametrize("size", ["FULL", "QUICK"])
+def test_what_is_said_to_be_needed_is_what_is_asked(size):
+    import eval as evaluation
+
+    asks = getattr(evaluation, size)
+    farthest = max(asks.distances) + asks.lead + 1              # and <|endoftext|>
+    assert getattr(prepare_data, size).asked_tokens == farthest
 
 # ------------------------------------------------------------------ kind 16: one lock, which only a held lock refuses
 

@@ -35,6 +35,7 @@ KINDS = {
         "what": "Whatever a reader or a downloader raises becomes one line, or the next source is tried.",
         "tests": [
             "test_data.py::test_other_columns_of_a_parquet_file_are_not_read",
+            "test_data.py::test_damage_in_another_column_of_a_parquet_file_costs_nothing",
             "test_data.py::test_a_value_that_is_not_utf8_costs_its_row",
             "test_data.py::test_whatever_a_reader_raises_is_one_line",
             "test_data.py::test_whatever_the_hub_raises_names_the_ways_without",
@@ -75,6 +76,7 @@ KINDS = {
         "tests": [
             "test_data.py::test_too_short_documents_for_the_evaluation_are_said",
             "test_data.py::test_a_quick_run_asks_for_less",
+            "test_data.py::test_what_is_said_to_be_needed_is_what_is_asked",
         ],
     },
     16: {
