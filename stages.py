@@ -113,6 +113,8 @@ def run_stage(main):
     """
     name = Path(sys.argv[0]).name
     leave_on_sigterm()
+    sys.stdout = sys.stdout or open(os.devnull, "w")        # None: closed before we began, as a daemon's may be
+    sys.stderr = sys.stderr or open(os.devnull, "w")
     if hasattr(sys.stdout, "reconfigure"):                  # a notebook's has no such thing
         sys.stdout.reconfigure(errors="backslashreplace")   # as stderr: a file's name need not be UTF-8
     try:
