@@ -157,6 +157,11 @@ def seed_number(text):
 def default_root(root, quick):
     """The folder that data/, trained/ and the results lie in: --root, or the project's own, or its quick/."""
     if root:
+        try:
+            str(root).encode()
+        except UnicodeEncodeError:
+            raise StageError(f"--root {root} is not UTF-8, and the tokenizer's library opens no such names; give the "
+                             f"folder another name, then pass that to --root") from None
         return Path(root)
     return Path(os.path.relpath(PROJECT)) / ("quick" if quick else "")
 
