@@ -2,11 +2,15 @@
 
 A stand-in of the real thing trains here: one layer of width 8 on rows of 16 tokens, twelve steps, five to an epoch.
 Faults come from outside. A run that has to be killed, or told to stop, is a process of its own: a fork of one that has
-imported everything already (multiprocessing's forkserver).
+imported everything already (multiprocessing's forkserver). Nothing waits by the clock: a run says that it has come to a
+step, and waits there until it is told to go on.
 """
 
+import dataclasses
+import errno
 import gc
 import hashlib
+import io
 import json
 import multiprocessing
 import os
@@ -15,10 +19,11 @@ import random
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
-import time
+import threading
 import types
 from pathlib import Path
 
@@ -26,17 +31,20 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.nn import functional as F
+from torch import nn
 
 import add_memory
 import models
 import prepare_data
+import stages
 import train
-from models import EOT, StageError, load_model, load_split, sha256
+from stages import EOT, StageError, arm_flag, load_model, load_split, sha256
 
 PROJECT = Path(train.__file__).parent
-CONSTANTS = dict(STEPS=12, BATCH=2, WARMUP=3, LOG_EVERY=2, CHECKPOINT_STEPS=4)
-ARMS = {"baseline": "--baseline", "with_ltm": "--with-ltm"}
+SMALL = dict(steps=12, batch=2, lane=2, warmup=3, log_every=2, checkpoint_steps=4)
+SETTINGS = dataclasses.replace(train.FULL, **SMALL)
+TINY = dict(n_layer=1, n_embd=8, n_head=1)
+REGIMES = {"isolated": (), "half chained": ("--chained", "0.5"), "chained": ("--chained",)}
 
 
 class NoWandb:
@@ -52,34 +60,75 @@ class NoWandb:
         pass
 
 
+def register_toy():
+    """A memory in a few lines: a fading sum of what was read, added beside the attention of the first layer."""
+    class Toy(models.Memory, kind="toy"):
+        places = (0,)
+        own = {"decay": 0.5, "layers": (0,)}
+        watched = ("norm",)
+        undecayed = ("out",)
+        rates = {"into": 3.0}
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.into = nn.Parameter(torch.randn(config.n_embd, config.n_embd))
+            self.out = nn.Parameter(torch.randn(config.n_embd, config.n_embd))
+
+        def empty(self, batch, device):
+            return {"held": torch.zeros(batch, self.config.n_embd, device=device)}
+
+        def mix(self, place, x, y, state, real, notes):
+            held, read = state["held"], []
+            for token in (x @ self.into).unbind(1):
+                read.append(held)
+                held = self.set["decay"] * held + token
+            notes.setdefault("norm", []).append(held.norm(dim=-1).mean())
+            return y + torch.stack(read, 1) @ self.out, {"held": held}
+    return Toy
+
+
 # ------------------------------------------------------------------ the stand-in, and runs of it
 
 
 def prepared(root, tokenizer_dir, words, length, count, window):
-    """`root` with data in it: `count` documents of `length` words, drawn from `words`, in rows of `window` tokens."""
+    """`root` with data in it: `count` documents of `length` words (one number, or one for each), drawn from `words`,
+    in rows of `window` tokens."""
     shutil.copytree(tokenizer_dir, root / "data" / "tokenizer")
-    texts = [" ".join(random.Random(seed).choices(words, k=length)) for seed in range(count)]
+    lengths = [length] * count if isinstance(length, int) else length
+    texts = [" ".join(random.Random(seed).choices(words, k=k)) for seed, k in enumerate(lengths)]
     (root / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare_data, "WINDOW", window)
-        patch.setattr(prepare_data, "STRIDE", window // 2)
-        prepare_data.prepare(root, [root / "corpus.jsonl"], False)
+    prepare_again(root, window)
     return root
+
+
+def prepare_again(root, window=16):
+    """What prepare_data.py makes of the corpus as it is now."""
+    settings = dataclasses.replace(prepare_data.FULL, window=window, stride=window // 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare_data, "FULL", settings)
+        prepare_data.prepare(root, [root / "corpus.jsonl"], False)
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory, tokenizer_dir):
-    """A root with data (ten rows of 16 tokens) and trained/init: what the tests copy and train in."""
-    words = ["the", "of", "and", "to", "in", "surprise", "memory", "window", "angle", "eleven"]
-    root = prepared(tmp_path_factory.mktemp("source"), tokenizer_dir, words, 12, 11, 16)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(models.SIZES, "tiny", dict(n_layer=1, n_embd=8, n_head=1))
-        _, hybrid = add_memory.make_models("tiny", 0)
-    (root / "trained" / "init").mkdir(parents=True)
-    models.save_model(hybrid, models.load_tokenizer(root), root / "trained" / "init")
-    models.manifest_of(root / "trained" / "init", seed=0)
-    assert load_split(root, "train")[0].shape == (10, 16)
+    """A root with data (ten rows of 16 tokens, of four documents) and trained/init: what the tests copy, train in."""
+    words = ["the", "of", "and", "to", "in", "surprise", "memory", "window", "angle"]
+    root = prepared(tmp_path_factory.mktemp("source"), tokenizer_dir, words, [29, 29, 28, 12, 29], 5, 16)
+    begin(root)
+    rows, _ = load_split(root, "train")
+    assert rows.shape == (10, 16) and sorted(map(len, stages.documents(rows))) == [13, 29, 30, 30]
     return root
+
+
+def begin(root, arm="with_ltm"):
+    """The starting weights of an arm."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(models.SIZES, "tiny", TINY)
+        _, hybrid = add_memory.make_models(add_memory.Settings(size="tiny"), 0, arm)
+    folder = root / "trained" / stages.init_name(arm)
+    folder.mkdir(parents=True)
+    stages.save_model(hybrid, stages.load_tokenizer(root), folder)
+    stages.write_manifest(folder, seed=0)
 
 
 @pytest.fixture
@@ -88,13 +137,26 @@ def root(source, tmp_path):
 
 
 @pytest.fixture
-def here(stage, monkeypatch):
-    """here(root, *flags): train.py in this process; (exit code, stdout, stderr)."""
-    for name, value in CONSTANTS.items():
-        monkeypatch.setattr(train, name, value)
-    monkeypatch.setattr(train, "Wandb", NoWandb)
-    monkeypatch.setattr(os, "fsync", lambda _: None)            # for power cuts alone, and slow
+def toy(monkeypatch):
+    """The class of a toy memory, registered, and an arm of it: with_toy."""
+    monkeypatch.setattr(models.Memory, "kinds", dict(models.Memory.kinds))
+    monkeypatch.setitem(stages.ARMS, "with_toy", stages.Arm("toy", "a toy", settings={"layers": (0,)}))
+    for module in (stages, add_memory):
+        monkeypatch.setattr(module, "model_class", lambda memory: models.RevenaHybridTiny)
+    return register_toy()
 
+
+@pytest.fixture
+def small(monkeypatch):
+    """train.py with small settings, without wandb, and without fsync: for power cuts alone, and slow."""
+    monkeypatch.setattr(train, "FULL", SETTINGS)
+    monkeypatch.setattr(train, "Wandb", NoWandb)
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
+@pytest.fixture
+def here(stage, small):
+    """here(root, *flags): train.py in this process; (exit code, stdout, stderr)."""
     def run(root, *flags):
         gc.collect()                            # an earlier run's lock may still be held by the traceback that ended it
         return stage(train.main, "--root", root, *flags)
@@ -107,12 +169,12 @@ def _child(log, root, flags, fault, arguments):
     os.dup2(out, 1)
     os.dup2(out, 2)
     torch.set_num_threads(1)
-    vars(train).update(CONSTANTS, Wandb=NoWandb)
+    vars(train).update(FULL=SETTINGS, Wandb=NoWandb)
     os.fsync = lambda _: None
     if fault:
         fault(*arguments)
     sys.argv = ["train.py", *flags]
-    models.run_stage(lambda: train.main(["--root", str(root), *flags]))
+    stages.run_stage(lambda: train.main(["--root", str(root), *flags]))
 
 
 @pytest.fixture(scope="module")
@@ -128,12 +190,17 @@ def forks():
 @pytest.fixture
 def start(forks, tmp_path):
     """start(root, *flags, fault=.., arguments=..): train.py in a process of its own, and where its output goes."""
+    begun = []
+
     def start(root, *flags, fault=None, arguments=()):
         log = tmp_path / "log"
         process = forks.Process(target=_child, args=(log, root, flags, fault, arguments))
         process.start()
+        begun.append(process)
         return process, log
-    return start
+    yield start
+    for process in begun:
+        process.kill()
 
 
 @pytest.fixture
@@ -157,6 +224,22 @@ def stopping_at(step, number=signal.SIGTERM):
     train.Training.run = stopped
 
 
+def stopping_before_the_first_step():
+    train.Training.accelerate = lambda self: os.kill(os.getpid(), signal.SIGTERM) or "stopped at once"
+
+
+def waiting_at(step, reached, go_on):
+    """Fault: the process says that it has taken `step` steps, and waits until it is told to go on."""
+    run = train.Training.run
+
+    def waiting(self, steps):
+        run(self, steps)
+        if self.done == step:
+            reached.set()
+            go_on.wait(120)
+    train.Training.run = waiting
+
+
 def bits(x):
     """The hash of a tensor."""
     return hashlib.sha256(x.numpy().tobytes()).hexdigest()
@@ -166,13 +249,18 @@ def fingerprint(folder):
     """What a run left, to the bit: weights, optimizer state, and the log without its clock."""
     newest = max((folder / "checkpoints").glob("step-*"))
     log = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
-    tensors = {**load_file(newest / "model.safetensors"), **load_file(newest / "optimizer.safetensors")}
     assert sha256(folder / "model.safetensors") == sha256(newest / "model.safetensors")
     return {
         "checkpoint": newest.name,
-        "tensors": {name: bits(x) for name, x in tensors.items()},
+        "tensors": tensors(newest),
         "log": [{k: v for k, v in entry.items() if k not in ("tok/sec", "ETA")} for entry in log],
     }
+
+
+def tensors(checkpoint):
+    """The hashes of a checkpoint's tensors."""
+    parts = {**load_file(checkpoint / "model.safetensors"), **load_file(checkpoint / "optimizer.safetensors")}
+    return {name: bits(x) for name, x in parts.items()}
 
 
 def files(folder):
@@ -183,26 +271,32 @@ def files(folder):
 
 @pytest.fixture(scope="module")
 def undisturbed(source, tmp_path_factory):
-    """undisturbed[arm]: a finished run's root, fingerprint and every batch that it saw."""
+    """undisturbed(arm, *flags): a finished run's root, its fingerprint, and every (tokens, targets, opens) it saw."""
     runs, objective = {}, train.Training._objective
-    for arm, flag in ARMS.items():
+
+    def run(arm, *flags):
+        if (arm, flags) in runs:
+            return runs[arm, flags]
         root, seen = shutil.copytree(source, tmp_path_factory.mktemp("undisturbed") / "root"), []
+
+        def watched(self, tokens, embedded, targets, opens, count):
+            seen.append((tokens.tolist(), targets.tolist(), None if opens is None else opens.tolist()))
+            return objective(self, tokens, embedded, targets, opens, count)
         with pytest.MonkeyPatch.context() as patch:
-            for name, value in CONSTANTS.items():
-                patch.setattr(train, name, value)
+            patch.setattr(train, "FULL", SETTINGS)
             patch.setattr(train, "Wandb", NoWandb)
             patch.setattr(signal, "signal", lambda *_: None)
-            patch.setattr(train.Training, "_objective", lambda self, tokens, *rest: (
-                seen.append(tokens.tolist()), objective(self, tokens, *rest))[1])
-            assert train.main(["--root", str(root), flag]) is None
-        runs[arm] = root, fingerprint(root / "trained" / arm), seen
-    return runs
+            patch.setattr(train.Training, "_objective", watched)
+            assert train.main(["--root", str(root), arm_flag(arm), *flags]) == 0
+        runs[arm, flags] = root, fingerprint(root / "trained" / arm), seen
+        return runs[arm, flags]
+    return run
 
 
 @pytest.fixture
 def finished(undisturbed, tmp_path):
     """A copy of the finished baseline run, to be damaged."""
-    return shutil.copytree(undisturbed["baseline"][0], tmp_path / "finished")
+    return shutil.copytree(undisturbed("baseline")[0], tmp_path / "finished")
 
 
 def back_to(root, step, arm="baseline"):
@@ -222,11 +316,125 @@ def refused(result, *says):
     return True
 
 
+# ------------------------------------------------------------------ which rows it sees
+
+
+def test_each_epoch_sees_every_row_once():
+    order = train.isolated_order(10, 24, 0)
+    for epoch in (order[:10], order[10:20]):
+        assert sorted(epoch.tolist()) == list(range(10))
+    assert order[:10].tolist() != order[10:20].tolist()
+    assert np.array_equal(train.isolated_order(10, 16, 0), order[:16])          # more steps change no earlier ones
+    assert not np.array_equal(train.isolated_order(10, 24, 1), order)
+    assert sorted(train.isolated_order(3, 8, 0)[:6].tolist()) == [0, 0, 1, 1, 2, 2]     # a batch over an edge
+
+
+def test_the_worked_example_of_lanes():
+    """Documents of rows 0..19 and 20..24: the runs of even rows, shuffled, laid one after the other, cut into lanes."""
+    def listed(runs):
+        return [run.tolist() for run in runs]
+    starts = [0, 20]
+    assert listed(train.runs_of(starts, 25, 0, 8)) == [[0, 2, 4, 6, 8, 10, 12, 14], [16, 18], [20, 22, 24]]
+    assert listed(train.runs_of(starts, 25, 1, 8)) == [[1, 3, 5, 7, 9, 11, 13, 15], [17, 19], [21, 23]]
+    rows = np.ones((25, 16), np.uint16)
+    rows[starts, 0] = EOT
+    settings = dataclasses.replace(train.FULL, batch=8, lane=8)
+    plans = (train.plan_rows(rows, 3, settings, seed, share=1.0) for seed in range(100))
+    plan = next(plan for plan in plans if plan.rows[0, 0] == 16 and plan.rows[0, 2] == 20)      # shuffled like this
+    assert plan.chained_from == 0 and plan.opens.shape == (3, 1, 8)
+    assert plan.rows[:2].tolist()[0] == [16, 18, 20, 22, 24, 0, 2, 4]
+    assert plan.opens[0, 0].nonzero().flatten().tolist() == [0, 2, 5]
+    assert plan.rows[1, :5].tolist() == [6, 8, 10, 12, 14]
+    assert plan.opens[1, 0, :5].tolist() == [True, False, False, False, False]  # a state never outlives a step
+    assert plan.rows[1, 5] % 2 == 1 and plan.opens[1, 0, 5]                     # the next epoch takes the odd rows
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("batch, lane", [(4, 4), (4, 2), (6, 3)])
+def test_a_plan_keeps_documents_together(batch, lane, share):
+    """Of whatever documents: isolated epochs, then lanes in which a row that does not open follows the one before."""
+    draw = random.Random(batch * lane)
+    lengths = [draw.randint(1, 9) for _ in range(12)]
+    document = np.repeat(range(12), lengths)
+    rows = np.ones((len(document), 16), np.uint16)
+    rows[np.flatnonzero(np.diff(document, prepend=-1)), 0] = EOT
+    settings, steps = dataclasses.replace(train.FULL, batch=batch, lane=lane), 40
+    plan = train.plan_rows(rows, steps, settings, 3, share)
+    assert plan.chained_from == steps - round(share * steps) and plan.rows.shape == (steps, batch)
+    alone = plan.rows[:plan.chained_from].flatten()
+    assert torch.equal(alone, torch.from_numpy(train.isolated_order(len(rows), len(alone), 3)))
+    lanes, opens = plan.rows[plan.chained_from:].reshape(-1, lane), plan.opens[plan.chained_from:].reshape(-1, lane)
+    assert opens[:, 0].all()
+    for row, before, opened in zip(lanes[:, 1:].flatten(), lanes[:, :-1].flatten(), opens[:, 1:].flatten()):
+        assert opened or (row == before + 2 and document[row] == document[before])
+    if share == 1:
+        flat, even = lanes.flatten().tolist(), sum(-(-n // 2) for n in lengths)
+        odd = len(rows) - even
+        assert sorted(flat[:even] + flat[even:even + odd]) == list(range(len(rows)))
+        ends = [run[-1] for run in train.runs_of(np.flatnonzero(rows[:, 0] == EOT), len(rows), 0, lane)]
+        assert set(flat[:even]) >= set(ends)
+    again = train.plan_rows(rows, steps, settings, 3, share)
+    assert all(torch.equal(a, b) for a, b in zip(plan[:2], again[:2]))
+    assert not torch.equal(train.plan_rows(rows, steps, settings, 4, share).rows, plan.rows)
+
+
+def test_a_target_is_the_next_token_of_its_document():
+    """Said of documents, not of rows: in a lane the last target of a row is where the next row of its run begins."""
+    draw = np.random.default_rng(0)
+    documents = [np.concatenate(([EOT], draw.integers(0, EOT, n))) for n in (200, 37, 90, 11, 64)]
+    windows = [prepare_data.windows_of(ids, 16, 8) for ids in documents]
+    rows = np.concatenate(windows)
+    place = [(number, 8 * at) for number, part in enumerate(windows) for at in range(len(part))]
+    settings = dataclasses.replace(train.FULL, batch=8, lane=4)
+    plan = train.plan_rows(rows, 20, settings, 0, share=0.5)
+    carried = 0
+    for step in range(20):
+        chained = step >= plan.chained_from
+        tokens = torch.from_numpy(rows[plan.rows[step]].astype(np.int64))
+        opens = plan.opens[step] if chained else None
+        targets = train.targets_of(tokens, opens)
+        for at, (number, first) in enumerate(place[row] for row in plan.rows[step].tolist()):
+            follows = chained and at % 4 < 3 and not opens[at // 4, at % 4 + 1]
+            reach = 16 if follows else 15
+            ids = documents[number][first + 1:first + 1 + reach]
+            wanted = np.full(16, EOT)
+            wanted[:len(ids)] = ids
+            assert targets[at].tolist() == wanted.tolist()
+            carried += follows and wanted[15] != EOT
+    assert carried > 10
+
+
+def test_replay_draws_from_what_was_seen():
+    """A share of what comes is drawn again, only from rows seen before; equal steps, equal forms; the same each time."""
+    rows = np.ones((5_000, 16), np.uint16)
+    rows[::7, 0] = EOT
+    settings = dataclasses.replace(train.FULL, batch=8, lane=4)
+    plan = train.plan_rows(rows, 200, settings, 0, share=0.5)
+    found, again = (train.replayed(plan, 0.2, 0) for _ in range(2))
+    assert found.chained_from == plan.chained_from and found.rows.shape == plan.rows.shape
+    assert torch.equal(found.rows, again.rows) and torch.equal(found.opens, again.opens)
+    changed = found.rows != plan.rows
+    for part in (changed[:100].flatten(), changed[100:].flatten()):
+        assert 0.15 < part.float().mean() < 0.25
+    assert not changed[0].any() and not changed[100].any()             # nothing of their kind was seen before
+    for step, at in changed[:100].nonzero().tolist():
+        assert found.rows[step, at] in found.rows[:step]
+    lanes, opens = found.rows.unflatten(1, (2, 4)), found.opens
+    earlier = {}
+    for step in range(100, 200):
+        for number in range(2):
+            lane = lanes[step, number].tolist(), opens[step, number].tolist()
+            if changed[step].view(2, 4)[number].any():
+                assert any(lane == known for known in earlier.values())
+        earlier |= {(step, number): (lanes[step, number].tolist(), opens[step, number].tolist()) for number in range(2)}
+    assert not torch.equal(train.replayed(plan, 0.2, 1).rows, found.rows)
+
+
 # ------------------------------------------------------------------ what it computes
 
 
 def test_a_run_leaves_what_it_promises(undisturbed):
-    root, result, _ = undisturbed["with_ltm"]
+    root, result, _ = undisturbed("with_ltm")
     folder = root / "trained" / "with_ltm"
     assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == ["step-000008", "step-000012"]
     assert [entry["step"] for entry in result["log"]] == [2, 4, 6, 8, 10, 12]
@@ -238,46 +446,47 @@ def test_a_run_leaves_what_it_promises(undisturbed):
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["step"] == 12 and manifest["weights"][sha256(folder / "model.safetensors")] == 12
     assert {"README.md", "config.json", "models.py", "tokenizer.json"} <= {path.name for path in folder.iterdir()}
-    assert load_model(folder).config.ltm_enabled
+    assert load_model(folder).config.memory_enabled
     assert not any(path.name.endswith(".tmp") for path in folder.rglob("*"))
 
 
-def test_both_arms_start_alike_and_see_the_same_rows(undisturbed):
-    (root, plain, batches), (other, _, batches_with) = undisturbed["baseline"], undisturbed["with_ltm"]
+@pytest.mark.parametrize("flags", REGIMES.values(), ids=REGIMES)
+def test_both_arms_start_alike_and_see_the_same_rows(undisturbed, flags):
+    root, plain, batches = undisturbed("baseline", *flags)
+    other, _, batches_with = undisturbed("with_ltm", *flags)
     assert batches == batches_with and len(batches) == 12
+    chained = [opens is not None for _, _, opens in batches]
+    assert chained == [step >= {(): 12, ("--chained",): 0}.get(flags, 6) for step in range(12)]
     settings = [json.loads((folder / "manifest.json").read_text())["settings"]
                 for folder in (root / "trained" / "baseline", other / "trained" / "with_ltm")]
-    assert settings[0] == {**settings[1], "arm": "baseline"}
+    assert settings[0] == {**settings[1], "arm": "baseline", "memory": None, "config": {}}
     init = load_file(root / "trained" / "init" / "model.safetensors")
     assert settings[0]["init"] == sha256(root / "trained" / "init" / "model.safetensors")
     for name, x in init.items():        # the baseline never touches the memory that it does not use
         same = bits(x) == plain["tensors"][name]
         assert same == (name.startswith("memory.") or name == "backbone.rotary"), name
-    assert not load_model(root / "trained" / "baseline").config.ltm_enabled
+    assert not load_model(root / "trained" / "baseline").config.memory_enabled
 
 
-def test_each_epoch_sees_every_row_once():
-    order = train.row_order(10, 12, 2, 0)
-    assert order.shape == (12, 2)
-    for epoch in (order[:5], order[5:10]):
-        assert sorted(epoch.flatten().tolist()) == list(range(10))
-    assert order[:5].tolist() != order[5:10].tolist()
-    assert torch.equal(train.row_order(10, 8, 2, 0), order[:8])         # more steps change no earlier ones
-    assert not torch.equal(train.row_order(10, 12, 2, 1), order)
-    assert sorted(train.row_order(3, 4, 2, 0).flatten()[:6].tolist()) == [0, 0, 1, 1, 2, 2]   # a batch over an edge
+def test_every_arm_has_its_flag():
+    for arm in stages.ARMS:
+        assert train.parse([arm_flag(arm)]).arm == arm
+        assert arm in stages.SPECIFIED or add_memory.parse([arm_flag(arm)]).arm == arm
+    assert train.parse([]).arm == "baseline" and add_memory.parse([]).arm == "with_ltm"
+    assert [train.parse(list(flags)).chained for flags in REGIMES.values()] == [0.0, 0.5, 1.0]
 
 
 def test_learning_rate_warms_up_and_falls_along_a_cosine():
-    rates = train.learning_rates(10_000)
-    assert rates[0] == pytest.approx(train.LR / 500) and rates[499] == pytest.approx(train.LR)
+    rates, s = train.learning_rates(10_000, train.FULL), train.FULL
+    assert rates[0] == pytest.approx(s.lr / 500) and rates[499] == pytest.approx(s.lr)
     assert rates.argmax() in (499, 500) and (rates[501:] <= rates[500:-1]).all()
-    assert rates[5_250] == pytest.approx((train.LR + train.MIN_LR) / 2)     # half-way along
-    assert rates[-1] == pytest.approx(train.MIN_LR, rel=1e-4) and (rates >= 1e-6).all()
+    assert rates[5_250] == pytest.approx((s.lr + s.min_lr) / 2)             # half-way along
+    assert rates[-1] == pytest.approx(s.min_lr, rel=1e-4) and (rates >= 1e-6).all()
 
 
 def test_where_the_weights_start():
     """transformers passes over custom modules without parameters of their own: what is said to be set must be seen."""
-    _, model = add_memory.make_models("quick", 0)
+    _, model = add_memory.make_models(add_memory.QUICK, 0)
     for name, x in model.named_parameters():
         if name == "backbone.embed.weight":
             assert abs(x.std().item() / 0.02 - 1) < 0.01 and abs(x.mean().item()) < 1e-3
@@ -288,19 +497,19 @@ def test_where_the_weights_start():
 
 
 def test_adamw_is_adamw():
-    draw = torch.Generator().manual_seed(0)
+    draw, s = torch.Generator().manual_seed(0), train.FULL
     ours = [torch.randn(size, generator=draw) for size in ((5, 7), (6,))]
     theirs = [x.double().requires_grad_() for x in ours]
-    decay = [train.WEIGHT_DECAY, 0.0]
-    optimizer = torch.optim.AdamW([dict(params=[x], weight_decay=d) for x, d in zip(theirs, decay)], betas=train.BETAS,
-                                  eps=train.EPS)
+    decay = [s.weight_decay, 0.0]
+    optimizer = torch.optim.AdamW([dict(params=[x], weight_decay=d) for x, d in zip(theirs, decay)],
+                                  betas=(s.beta1, s.beta2), eps=s.eps)
     first, second = ([torch.zeros_like(x) for x in ours] for _ in range(2))
     go, halt = torch.tensor(False), torch.tensor(True)
     for step, rate in enumerate((1e-3, 5e-3, 2e-3, 1e-2, 1e-4) * 8, 1):
         # some gradients vanish, as those of tokens that did not occur do
         gradients = [torch.randn(x.shape, generator=draw) * (torch.rand(x.shape, generator=draw) < 0.5) for x in ours]
-        # a norm above CLIP scales them down, one below it does not scale them up
-        norm = torch.tensor(train.CLIP * (2.0, 0.5, 0.0)[step % 3])
+        # a norm above clip scales them down, one below it does not scale them up
+        norm = torch.tensor(s.clip * (2.0, 0.5, 0.0)[step % 3])
         for x, g in zip(theirs, gradients):
             x.grad = g.double() * (0.5, 1.0, 1.0)[step % 3]
         for group in optimizer.param_groups:
@@ -309,10 +518,10 @@ def test_adamw_is_adamw():
         rate, step = torch.tensor(rate), torch.tensor(float(step))
         copies = [x.bfloat16() for x in ours]
         for copy, x, g, m, v, d in zip(copies, ours, gradients, first, second, decay):
-            train.adamw(copy, x, g, m, v, d, rate, step, norm, go)
+            train.adamw(copy, x, g, m, v, d, rate, step, norm, go, s)
             assert torch.equal(copy, x.bfloat16())
             before = x.clone()
-            train.adamw(None, x, g * torch.nan, m.clone(), v.clone(), d, rate, step, norm, halt)
+            train.adamw(None, x, g * torch.nan, m.clone(), v.clone(), d, rate, step, norm, halt, s)
             assert torch.equal(x, before)
     for x, y in zip(ours, theirs):
         assert torch.allclose(x.double(), y.detach(), rtol=2e-6, atol=2e-6)
@@ -326,23 +535,22 @@ def test_norms_are_those_of_each_tensor_whatever_their_dtypes():
     torch.testing.assert_close(norms, torch.stack([x.float().norm() for x in mixed]))
 
 
-def training_of(source, monkeypatch, ltm=True, steps=12):
-    for name, value in CONSTANTS.items():
-        monkeypatch.setattr(train, name, value)
-    rows, _ = load_split(source, "train")
-    model = load_model(source / "trained" / "init")
-    model.config.ltm_enabled = ltm
-    return train.Training(model, rows, train.row_order(len(rows), steps, 2, 0))
+def training_of(root, arm="with_ltm", share=0.0, **changed):
+    """A Training of an arm on the rows of a root."""
+    settings = dataclasses.replace(SETTINGS, **changed)
+    rows, _ = load_split(root, "train")
+    model = load_model(root / "trained" / stages.init_name(arm))
+    model.config.memory_enabled = arm != "baseline"
+    return train.Training(model, rows, train.plan_rows(rows, settings.steps, settings, 0, share), settings)
 
 
 @pytest.mark.parametrize("before", [0, 3, 4])
 def test_the_log_times_the_steps_that_it_saw(source, monkeypatch, tmp_path, before):
     """A second a step by a clock of ours, from the first line on, also where an interval began before the start."""
-    training = training_of(source, monkeypatch)
-    monkeypatch.setattr(train, "LOG_EVERY", 4)
+    training = training_of(source, log_every=4)
     monkeypatch.setattr(train.time, "perf_counter", lambda: 100.0 + training.done)
     training.run(before)
-    history = train.History(types.SimpleNamespace(folder=tmp_path), training, True, NoWandb())
+    history = train.History(tmp_path / "history.jsonl", training, lambda entry: None)
     while training.done < 12:
         training.run(1)
         history.note()
@@ -353,36 +561,106 @@ def test_the_log_times_the_steps_that_it_saw(source, monkeypatch, tmp_path, befo
         assert line["tok/sec"] == pytest.approx(2 * 16) and line["ETA"] == pytest.approx(12 - line["step"])
 
 
-@pytest.mark.parametrize("ltm", [False, True])
-def test_a_step_is_a_step_of_plain_autograd(source, monkeypatch, ltm):
-    """One look-up of the embedding left to autograd, clip_grad_norm_ and torch's AdamW give the same weights."""
-    monkeypatch.setattr(train, "CLIP", 0.15)                            # so that both groups are clipped
-    ours = training_of(source, monkeypatch, ltm)
-    plain = load_model(source / "trained" / "init").train()
-    plain.config.ltm_enabled = ltm
-    groups = [[p for n, p in plain.named_parameters() if n.startswith(start)] for start in ("backbone.", "memory.")]
-    optimizer = torch.optim.AdamW([dict(params=[p], weight_decay=0.1 if p.dim() > 1 else 0.0)
-                                   for group in groups[:1 + ltm] for p in group], betas=train.BETAS, eps=train.EPS)
+@pytest.mark.parametrize("share", [0.0, 1.0], ids=["isolated", "chained"])
+@pytest.mark.parametrize("arm", ["baseline", "with_ltm", "with_toy"])
+def test_a_step_is_a_step_of_plain_autograd(root, toy, arm, share):
+    """One look-up of the embedding left to autograd, clip_grad_norm_ and torch's AdamW give the same weights: each run
+    of rows scored alone, a memory's `undecayed` and `rates` as it says."""
+    if arm == "with_toy":
+        begin(root, arm)
+    ours = training_of(root, arm, share, clip=0.01, batch=4)            # so that both groups are clipped
+    plain = load_model(root / "trained" / stages.init_name(arm)).train()
+    plain.config.memory_enabled = arm != "baseline"
+    named = {name: p for name, p in plain.named_parameters()
+             if name.startswith("backbone.") or plain.config.memory_enabled}
+    groups = [[p for name, p in named.items() if name.startswith(start)] for start in ("backbone.", "memory.")]
+    groups = [group for group in groups if group]
+    rates = {f"memory.{name}": rate for name, rate in plain.active.rates.items()}
+    undecayed = {f"memory.{name}" for name in plain.active.undecayed}
+    decays = [0.1 if p.dim() > 1 and name not in undecayed else 0.0 for name, p in named.items()]
+    optimizer = torch.optim.AdamW([dict(params=[p], weight_decay=d) for p, d in zip(named.values(), decays)],
+                                  betas=(0.9, 0.95), eps=1e-8)
+    longest = 0
     for step in range(3):
-        tokens = ours.rows[ours.order[step]].long()
-        targets = F.pad(tokens[:, 1:], (0, 1), value=EOT)
-        scores, real = plain.score(tokens, targets), targets != EOT
-        loss = -scores.objective[real].mean()
+        tokens, targets, opens = ours.batch()
+        cuts = [True] * len(tokens) if opens is None else opens.flatten().tolist()
+        places = [at for at, opened in enumerate(cuts) if opened] + [len(cuts)]
+        longest, parts = max(longest, *np.diff(places)), []
+        for first, end in zip(places, places[1:]):
+            alone = torch.arange(end - first)[None] == 0
+            parts.append(plain.score(tokens[first:end], targets[first:end], alone if end - first > 1 else None))
+        log_p, objective, stored, hit = (torch.cat([getattr(part, field) for part in parts])
+                                         for field in ("log_p", "objective", "stored", "hit"))
+        real = targets != EOT
         optimizer.zero_grad()
-        loss.backward()
-        norms = [float(torch.nn.utils.clip_grad_norm_(group, train.CLIP)) for group in groups[:1 + ltm]]
-        for group in optimizer.param_groups:
-            group["lr"] = float(ours.rates[step])
+        (-objective[real].mean()).backward()
+        norms = [float(torch.nn.utils.clip_grad_norm_(group, 0.01)) for group in groups]
+        for (name, _), group in zip(named.items(), optimizer.param_groups):
+            group["lr"] = float(ours.rates[step]) * rates.get(name, 1.0)
         optimizer.step()
         ours.run(1)
-        row = dict(zip(train.STATISTICS, ours.statistics[step].tolist()))
-        assert row["loss"] == pytest.approx(-scores.log_p[real].mean().item(), rel=1e-5)
-        assert row["routed_token_ratio"] == pytest.approx(float(scores.stored[real].float().mean()))
-        assert row["ltm_hit_rate"] == pytest.approx(float(scores.hit[real].float().mean()))
-        assert [row["grad_norm"], row["grad_norm_ltm"]][:1 + ltm] == pytest.approx(norms, rel=1e-4)
-        assert min(norms) > train.CLIP
+        row = dict(zip((*train.STATISTICS, *ours.watched), ours.statistics[step].tolist()))
+        assert row["loss"] == pytest.approx(-log_p[real].mean().item(), rel=1e-5)
+        assert row["routed_token_ratio"] == pytest.approx(float(stored[real].float().mean()))
+        assert row["ltm_hit_rate"] == pytest.approx(float(hit[real].float().mean()))
+        assert [row["grad_norm"], row["grad_norm_ltm"]][:len(norms)] == pytest.approx(norms, rel=1e-4)
+        assert min(norms) > 0.01
+        assert ("norm" in row) == (arm == "with_toy") and row.get("norm", 1) > 0
+    assert longest == 1 + (share > 0)                                   # there are runs of two rows
     for (name, p), (_, q) in zip(ours.model.named_parameters(), plain.named_parameters()):
-        assert torch.allclose(p, q, atol=2e-6), name
+        assert torch.allclose(p, q, atol=3e-6), name
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0], ids=["isolated", "chained"])
+@pytest.mark.parametrize("world", [2, 3])
+def test_the_shares_of_processes_add_up(source, share, world):
+    """Gradients and statistics of each process's rows, or lanes, are in sum those of the whole batch."""
+    training = training_of(source, share=share, batch=6)
+    tokens, targets, opens = training.batch()
+    count = (targets != EOT).sum()
+    whole, sums = training.gradients(tokens, targets, opens, count)
+    training.world, parts = world, []
+    for training.rank in range(world):
+        parts.append(training.gradients(tokens, targets, opens, count))
+    for x, *y in zip(whole, *(gradients for gradients, _ in parts)):
+        torch.testing.assert_close(sum(y), x, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(sum(part for _, part in parts), sums, rtol=1e-4, atol=1e-6)
+
+
+def test_a_batch_that_lanes_do_not_fill(root, here, monkeypatch):
+    """The advice of those who are out of memory is a smaller batch: isolated any will do, chained one line says which."""
+    monkeypatch.setattr(train, "FULL", dataclasses.replace(SETTINGS, batch=3, steps=2))
+    assert refused(here(root, "--baseline", "--chained"), "a batch of 3 rows", "lanes of 2")
+    assert here(root, "--baseline")[0] == 0
+    job = types.SimpleNamespace(rows=load_split(root, "train")[0], steps=4, settings=SETTINGS, seed=0, chained=0.5,
+                                planted=0.0, about=stages.ARMS["baseline"])
+    with pytest.raises(StageError, match="1 chained lane cannot be shared by 2 processes"):
+        train.Job.plan(job, world=2)
+
+
+@pytest.mark.parametrize("flags", REGIMES.values(), ids=REGIMES)
+def test_a_toy_memory_trains(root, toy, here, monkeypatch, flags):
+    """Class and a line in the table of arms are all it takes: 20 steps in each regime, stopped at the 10th, to the
+    same bits; its own numbers are in the log."""
+    begin(root, "with_toy")
+    other, caught, run = shutil.copytree(root, root.with_name("other")), [], train.Training.run
+
+    def stopped(self, steps):
+        run(self, steps)
+        if self.done == 10:
+            caught.append(signal.SIGTERM)
+    flags = ("--with-toy", "--steps", "20", *flags)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "caught_signals", lambda: caught)
+        patch.setattr(train.Training, "run", stopped)
+        assert here(other, *flags)[0] == 143
+    for place in (other, root):
+        assert here(place, *flags, "--resume")[0] == 0
+    results = [fingerprint(place / "trained" / "with_toy") for place in (root, other)]
+    assert results[0] == results[1] and results[0]["checkpoint"] == "step-000020"
+    assert all(entry["norm"] > 0 for entry in results[0]["log"])
+    manifest = json.loads((root / "trained" / "with_toy" / "manifest.json").read_text())
+    assert manifest["settings"]["memory"] == "toy" and manifest["settings"]["memory_settings"] == {"layers": [0]}
 
 
 @pytest.mark.parametrize("field, spoil", [
@@ -391,7 +669,7 @@ def test_a_step_is_a_step_of_plain_autograd(source, monkeypatch, ltm):
     ("objective", lambda x: x + torch.nan), ("log_p", lambda x: x + torch.inf)])
 def test_no_weight_moves_after_a_nan(source, monkeypatch, field, spoil):
     """Row 14, the device's side: also the steps that are already under way when the host learns of it."""
-    training = training_of(source, monkeypatch)
+    training = training_of(source)
     training.run(3)
     before, score = {name: x.clone() for name, x in training.weights().items()}, training.model.score
 
@@ -406,56 +684,58 @@ def test_no_weight_moves_after_a_nan(source, monkeypatch, field, spoil):
     assert torch.isfinite(training.statistics[:3]).all() and training.statistics[3:6].isnan().all()
 
 
-def test_the_log_is_whole_wherever_steps_are_taken(root, here, undisturbed, monkeypatch):
-    """CUDA capture takes three steps before the loop, past the end of an interval of two."""
+@pytest.mark.parametrize("flags", [(), ("--chained", "0.5")])
+def test_the_log_is_whole_wherever_steps_are_taken(root, here, undisturbed, monkeypatch, flags):
+    """CUDA capture takes three steps before the loop, past the end of an interval of two; and, where the regime
+    changes, past that of a checkpoint, which is then made at the next line of the log."""
     monkeypatch.setattr(train.Training, "accelerate", lambda self: self.run(3) or "three steps first")
-    assert here(root, "--baseline")[0] == 0
-    assert fingerprint(root / "trained" / "baseline") == undisturbed["baseline"][1]
+    monkeypatch.setattr(train, "FULL", dataclasses.replace(SETTINGS, checkpoint_steps=8))
+    assert here(root, "--baseline", *flags)[0] == 0
+    folder = root / "trained" / "baseline"
+    assert fingerprint(folder) == undisturbed("baseline", *flags)[1]
+    made = [path.name for path in sorted((folder / "checkpoints").iterdir())]
+    assert made == ["step-000010" if flags else "step-000008", "step-000012"]
 
 
 # ------------------------------------------------------------------ stop and go on
 
 
-@pytest.mark.parametrize("arm", ARMS)
-def test_stopped_anywhere_a_run_goes_on_to_the_same_bits(root, away, undisturbed, arm):
-    """Row 10: before the first step, in mid-epoch, at the epoch's edge, and after the last step."""
-    folder = root / "trained" / arm
-    for step in (0, 3, 5, 11) if arm == "baseline" else (3, 5):
+STOPS = {("baseline", ()): (0, 3, 5, 11), ("with_ltm", ()): (3, 5), ("with_ltm", ("--chained", "0.5")): (3, 6, 9),
+         ("baseline", ("--chained",)): (0, 5)}
+
+
+@pytest.mark.parametrize("arm, flags", STOPS, ids=lambda x: x if isinstance(x, str) else " ".join(x) or "isolated")
+def test_stopped_anywhere_a_run_goes_on_to_the_same_bits(root, away, undisturbed, arm, flags):
+    """Row 10: before the first step, in mid-epoch, at the epoch's edge, at the last isolated step, in mid-lane, and
+    after the last step."""
+    folder, flags = root / "trained" / arm, (arm_flag(arm), *flags)
+    for step in STOPS[arm, flags[1:]]:
         fault = {"fault": stopping_at, "arguments": (step,)} if step else {"fault": stopping_before_the_first_step}
-        code, said = away(root, ARMS[arm], "--resume", **fault)
+        code, said = away(root, *flags, "--resume", **fault)
         assert code == 143 and f"stopped at step {step} and saved; go on with --resume" in said, said
         assert json.loads((folder / "manifest.json").read_text())["step"] == step
         load_model(folder)
-    code, said = away(root, ARMS[arm], "--resume")
+    code, said = away(root, *flags, "--resume")
     assert code == 0 and "from step" in said, said
-    assert fingerprint(folder) == undisturbed[arm][1]
+    assert fingerprint(folder) == undisturbed(arm, *flags[1:])[1]
     before = files(folder)
-    code, said = away(root, ARMS[arm], "--resume")
+    code, said = away(root, *flags, "--resume")
     assert code == 0 and "all 12 steps are done already" in said and files(folder) == before
 
 
-def stopping_before_the_first_step():
-    train.Training.accelerate = lambda self: os.kill(os.getpid(), signal.SIGTERM) or "stopped at once"
-
-
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_exits(root, start, here, undisturbed, number, code):
+def test_a_signal_saves_and_exits(root, start, forks, here, undisturbed, number, code):
     """Row 9."""
-    process, log = start(root, "--baseline", fault=slowly)
-    history = root / "trained" / "baseline" / "history.jsonl"
-    while process.is_alive() and not (history.exists() and history.read_text()):
-        time.sleep(0.02)
+    reached, go_on = forks.Event(), forks.Event()
+    process, log = start(root, "--baseline", fault=waiting_at, arguments=(3, reached, go_on))
+    assert reached.wait(120)
     os.kill(process.pid, number)
-    process.join(60)
-    assert process.exitcode == code and "saved; go on with --resume" in log.read_text(), log.read_text()
+    go_on.set()
+    process.join(120)
+    assert process.exitcode == code and "stopped at step 3 and saved; go on with --resume" in log.read_text()
     assert "Traceback" not in log.read_text()
     assert here(root, "--baseline", "--resume")[0] == 0
-    assert fingerprint(root / "trained" / "baseline") == undisturbed["baseline"][1]
-
-
-def slowly(seconds=0.1):
-    run = train.Training.run
-    train.Training.run = lambda self, steps: (run(self, steps), time.sleep(seconds))
+    assert fingerprint(root / "trained" / "baseline") == undisturbed("baseline")[1]
 
 
 def dying_while_saving(step, report):
@@ -504,7 +784,10 @@ def dying_while_saving(step, report):
         if training.done != step:
             return save(run, training)
         aside = run.folder.with_name("aside")
-        restore = lambda: (shutil.rmtree(run.folder), shutil.copytree(aside, run.folder, copy_function=os.link))
+
+        def restore():
+            shutil.rmtree(run.folder)
+            shutil.copytree(aside, run.folder, copy_function=os.link)
         shutil.copytree(run.folder, aside, copy_function=os.link)
         earlier = whole(run)
         forked(lambda: save(run, training))
@@ -535,11 +818,11 @@ def test_a_kill_at_any_point_of_saving_leaves_a_whole_checkpoint(root, away, tmp
 
 def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(source, monkeypatch, tmp_path):
     """Row 8: weights and optimizer, then the manifest, then the name."""
-    training, events, replace, fsync = training_of(source, monkeypatch), [], os.replace, os.fsync
+    training, events, replace, fsync = training_of(source), [], os.replace, os.fsync
     monkeypatch.setattr(os, "fsync", lambda file: (events.append(os.readlink(f"/proc/self/fd/{file}")), fsync(file)))
     monkeypatch.setattr(os, "replace", lambda old, new: (events.append(str(new)), replace(old, new)))
-    run = train.Run(tmp_path / "run", {})
-    run.begin(training.model, models.load_tokenizer(source))
+    run = train.Run(tmp_path / "run", {}, 2)
+    run.begin(training.model, stages.load_tokenizer(source))
     training.run(1)
     events.clear()
     run.save(training)
@@ -571,32 +854,38 @@ def test_after_a_kill_in_a_save_the_run_ends_alike(root, away, here, undisturbed
     assert code == -signal.SIGKILL, said
     code, out, err = here(root, "--with-ltm", "--resume")
     assert code == 0, err
-    assert fingerprint(root / "trained" / "with_ltm") == undisturbed["with_ltm"][1]
+    assert fingerprint(root / "trained" / "with_ltm") == undisturbed("with_ltm")[1]
+
+
+def dying_after(touches):
+    """Fault: SIGKILL at the so-manieth touch of a file or step of the training."""
+    left, run = [touches], train.Training.run
+
+    def stepping(self, steps):
+        run(self, steps)
+        sys.audit("step")
+
+    def on_event(event, arguments):
+        left[0] -= event in ("step", "open", "os.mkdir", "os.rename", "os.link", "os.remove", "os.rmdir")
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+    train.Training.run = stepping
+    sys.addaudithook(on_event)
 
 
 @pytest.mark.slow
-def test_thirty_kills_and_thirty_resumes(root, start, away, tmp_path):
-    """The soak: SIGKILL at random moments, and the end is that of an undisturbed run."""
-    arguments, draw, resumed = ("--with-ltm", "--steps", "400"), random.Random(0), []
+def test_thirty_kills_and_thirty_resumes(root, away, tmp_path):
+    """The soak: SIGKILL anywhere, 30 times, and the end is that of an undisturbed run."""
+    flags, draw, resumed = ("--with-ltm", "--steps", "200", "--chained", "0.4"), random.Random(0), []
     other, folder = shutil.copytree(root, tmp_path / "other"), root / "trained" / "with_ltm"
-    assert away(other, *arguments)[0] == 0
-
-    def steps():
-        """How far the log has come: a line every two steps."""
-        log = folder / "history.jsonl"
-        return 2 * log.read_text().count("\n") if log.exists() else 0
+    assert away(other, *flags)[0] == 0
     for _ in range(30):
-        process, log = start(root, *arguments, "--resume", fault=slowly, arguments=(0.03,))
-        enough = steps() + draw.randrange(6)
-        while process.is_alive() and steps() < enough:
-            time.sleep(0.01)
-        process.join(draw.uniform(0, 0.3))
-        assert process.is_alive(), log.read_text()
-        process.kill()
-        process.join()
-        resumed.append(int(json.loads((folder / "manifest.json").read_text())["step"]))
-    code, said = away(root, *arguments, "--resume")
-    print(f"30 kills, after which the newest checkpoint was {resumed}; {said.splitlines()[-1]}")
+        code, said = away(root, *flags, "--resume", fault=dying_after, arguments=(draw.randrange(20, 160),))
+        assert code == -signal.SIGKILL, said
+        manifest = folder / "manifest.json"
+        resumed.append(json.loads(manifest.read_text())["step"] if manifest.exists() else 0)
+    code, said = away(root, *flags, "--resume")
+    print(f"30 kills, after which the newest weights were of {resumed}; {said.splitlines()[-1]}")
     assert code == 0 and len(set(resumed)) > 10
     assert fingerprint(folder) == fingerprint(other / "trained" / "with_ltm")
 
@@ -623,12 +912,12 @@ def test_damaged_data_is_refused_before_training(root, here, damage):
         path.write_bytes(data)
         meta = json.loads((root / "data" / "meta.json").read_text())
         meta["splits"]["train"]["sha256"] = sha256(path)
-        models.write_json(root / "data" / "meta.json", {**meta, "sha256": models.seal(meta)})
+        stages.write_json(root / "data" / "meta.json", {**meta, "sha256": stages.seal(meta)})
     assert refused(here(root, "--baseline"), str(path), "python prepare_data.py --root")
     assert not (root / "trained" / "baseline").exists()
 
 
-@pytest.mark.parametrize("what", ["data", "initial weights", "memory settings", "steps", "LR"])
+@pytest.mark.parametrize("what", ["data", "initial weights", "memory settings", "steps", "lr", "regime"])
 def test_a_run_goes_on_only_as_it_began(finished, here, monkeypatch, what):
     """Rows 7 and 15: what differs is named with both values, with --resume and without, and nothing is touched."""
     back_to(finished, 8)
@@ -636,15 +925,16 @@ def test_a_run_goes_on_only_as_it_began(finished, here, monkeypatch, what):
     if what == "data":
         path = finished / "corpus.jsonl"
         path.write_text(path.read_text().replace("memory", "forgetting"))
-        monkeypatch.setattr(prepare_data, "WINDOW", 16)
-        monkeypatch.setattr(prepare_data, "STRIDE", 8)
-        prepare_data.prepare(finished, [path], False)
+        prepare_again(finished)
         says = "data was "
     elif what == "steps":
         flags += ["--steps", "20"]
         says = "steps was 12, is 20"
-    elif what == "LR":
-        monkeypatch.setattr(train, "LR", 1e-3)
+    elif what == "regime":
+        flags += ["--chained", "0.25"]
+        says = "chained was 0.0, is 0.25"
+    elif what == "lr":
+        monkeypatch.setattr(train, "FULL", dataclasses.replace(SETTINGS, lr=1e-3))
         says = "lr was 0.0005, is 0.001"
     else:
         init = finished / "trained" / "init"
@@ -655,8 +945,8 @@ def test_a_run_goes_on_only_as_it_began(finished, here, monkeypatch, what):
             says = "init_config was "
         else:
             model.memory.from_state.bias.data += 1
-        models.save_model(model, models.load_tokenizer(finished), init)
-        models.manifest_of(init)
+        stages.save_model(model, stages.load_tokenizer(finished), init)
+        stages.write_manifest(init)
     assert refused(here(finished, *flags, "--resume"), says, "--fresh")
     assert refused(here(finished, *flags), says, "holds a run already, at step 12", "--fresh")
     assert files(finished / "trained" / "baseline") == before
@@ -672,7 +962,7 @@ def test_a_run_that_is_there_is_never_started_over_unasked(finished, here, undis
     (folder / "checkpoints").rename(finished / "elsewhere")             # on a larger disk, say
     (folder / "checkpoints").symlink_to(finished / "elsewhere")
     assert here(finished, "--baseline", "--fresh")[0] == 0
-    assert fingerprint(folder) == undisturbed["baseline"][1]
+    assert fingerprint(folder) == undisturbed("baseline")[1]
     assert files(finished / "elsewhere")                                # a link goes, what it points to stays
 
 
@@ -685,20 +975,22 @@ def test_initial_weights_that_changed_are_refused(root, here):
     assert not (root / "trained" / "baseline").exists()
 
 
-def test_two_runs_into_one_folder(root, start, here):
+def test_two_runs_into_one_folder(root, start, forks, here):
     """Row 16."""
-    process, log = start(root, "--baseline", fault=slowly)
-    while process.is_alive() and not (root / "trained" / "baseline" / "history.jsonl").exists():
-        time.sleep(0.02)
+    reached, go_on = forks.Event(), forks.Event()
+    process, log = start(root, "--baseline", fault=waiting_at, arguments=(2, reached, go_on))
+    assert reached.wait(120)
     for flags in ([], ["--resume"], ["--fresh"]):
         assert refused(here(root, "--baseline", *flags), "another training run is writing")
-    process.join(60)
+    go_on.set()
+    process.join(120)
     assert process.exitcode == 0, log.read_text()
 
 
 @pytest.mark.parametrize("flags", [
     ["--steps", "-1"], ["--steps", "0"], ["--steps", "99999999999"], ["--steps", "1e3"], ["--steps"], ["--seed", "x"],
     ["--seed", "-3"], ["--seed", "9" * 30], ["--baseline", "--with-ltm"], ["--resume", "--fresh"], ["--lr", "1"],
+    ["--chained", "1.5"], ["--chained", "-0.1"], ["--chained", "nan"], ["--chained", "half"], ["--with-nothing"],
     ["extra"]])
 def test_bad_flags(here, tmp_path, flags):
     """Row 23."""
@@ -709,7 +1001,7 @@ def test_bad_flags(here, tmp_path, flags):
 
 def test_help(here):
     code, out, _ = here(".", "--help")
-    assert code == 0 and all(word in out for word in ("reads", "writes", "--resume", "torchrun"))
+    assert code == 0 and all(word in out for word in ("reads", "writes", "--resume", "--chained", "torchrun"))
 
 
 def test_the_command_line(root):
@@ -733,9 +1025,22 @@ def test_add_memory_clears_what_a_killed_one_left(make_root, stage, monkeypatch)
         code, out, _ = stage(add_memory.main, "--root", root)
         assert code == 0 and "next: python train.py --baseline" in out
         assert [path.name for path in (root / "trained").iterdir()] == ["init"]
-    models.read_manifest(root / "trained" / "init")
+    stages.read_manifest(root / "trained" / "init")
     for flags in (["--seed", "-1"], ["--seed", "9" * 30], ["--seed", "x"], ["--steps", "3"]):
         assert stage(add_memory.main, "--root", root, *flags)[0] == 2
+
+
+def test_every_start_has_the_same_backbone(make_root, stage, toy, monkeypatch):
+    """Byte for byte, whatever the memory beside it; and a memory draws from a generator of its own."""
+    monkeypatch.setitem(models.SIZES, "quick", TINY)
+    root = make_root()
+    for flags in ([], ["--with-toy"]):
+        code, out, err = stage(add_memory.main, "--root", root, "--quick", *flags)
+        assert code == 0 and "proved" in out, err
+    both = [load_file(root / "trained" / name / "model.safetensors") for name in ("init", "init_with_toy")]
+    shared = [name for name in both[0] if name.startswith("backbone.")]
+    assert all(bits(both[0][name]) == bits(both[1][name]) for name in shared) and len(shared) > 4
+    assert {"memory.into", "memory.out"} <= both[1].keys()
 
 
 # ------------------------------------------------------------------ damage
@@ -761,14 +1066,14 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(finished, here
     code, out, err = here(finished, "--baseline", "--resume")
     assert code == 0 and "from step 8" in out, err
     assert f"{newest} is passed over: {newest / name} is" in err
-    assert fingerprint(folder) == undisturbed["baseline"][1]
+    assert fingerprint(folder) == undisturbed("baseline")[1]
 
 
 def test_every_byte_of_a_manifest_counts(finished):
     """Row 12: none may be read as another number, another hash, another setting."""
     newest = finished / "trained" / "baseline" / "checkpoints" / "step-000012"
     whole = (newest / "manifest.json").read_bytes()
-    run = train.Run(finished / "trained" / "baseline", json.loads(whole)["settings"])
+    run = train.Run(finished / "trained" / "baseline", json.loads(whole)["settings"], 2)
     draw = random.Random(0)
     for at in draw.sample([at for at in range(len(whole)) if not whole[at:at + 1].isspace()], 100):
         damaged = bytearray(whole)
@@ -794,7 +1099,7 @@ def test_the_folders_own_weights_are_mended(finished, here, undisturbed):
     (folder / "manifest.json").write_text("{")
     code, out, _ = here(finished, "--baseline", "--resume")
     assert code == 0 and "all 12 steps are done already" in out
-    assert fingerprint(folder) == undisturbed["baseline"][1]
+    assert fingerprint(folder) == undisturbed("baseline")[1]
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["weights"] == {sha256(folder / "model.safetensors"): 12}
 
@@ -805,7 +1110,7 @@ def test_a_torn_log_is_made_whole(finished, here, undisturbed):
     lines = log.read_bytes().splitlines(keepends=True)
     log.write_bytes(lines[0] + b"\xff\x00[]\n" + lines[2].replace(b'"loss": ', b'"loss": 9') + lines[3][:20])
     assert here(finished, "--baseline", "--resume")[0] == 0
-    assert fingerprint(finished / "trained" / "baseline") == undisturbed["baseline"][1]
+    assert fingerprint(finished / "trained" / "baseline") == undisturbed("baseline")[1]
 
 
 class Payload:
@@ -829,13 +1134,13 @@ def test_a_pickle_is_refused_and_not_run(finished, here, tmp_path, undisturbed, 
             (folder / name).write_bytes(attack)
     (folder / "models.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')")
     manifest = json.loads((folder / "manifest.json").read_text())
-    models.manifest_of(folder, **{k: v for k, v in manifest.items() if k not in ("files", "sha256")})
+    stages.write_manifest(folder, **{k: v for k, v in manifest.items() if k not in ("files", "sha256")})
     result = here(finished, "--baseline", "--resume")
     if place == "init":
         assert refused(result, "config.json is damaged", "python add_memory.py")
     elif place.endswith("12"):
         assert result[0] == 0 and "step-000012 is passed over" in result[2]
-        assert fingerprint(finished / "trained" / "baseline") == undisturbed["baseline"][1]
+        assert fingerprint(finished / "trained" / "baseline") == undisturbed("baseline")[1]
     else:
         assert result[0] == 0 and "all 12 steps are done" in result[1]
     assert not (tmp_path / "run").exists()
@@ -850,9 +1155,9 @@ def test_names_in_a_manifest_lead_nowhere(finished, tmp_path):
     manifest = json.loads((folder / "manifest.json").read_text())
     for name in (str(secret), os.path.relpath(secret, folder), "..", ".", "", "sub/../model.safetensors"):
         changed = {**manifest, "files": {**manifest["files"], name: sha256(secret)}}
-        models.write_json(folder / "manifest.json", {**changed, "sha256": models.seal(changed)})
+        stages.write_json(folder / "manifest.json", {**changed, "sha256": stages.seal(changed)})
         with pytest.raises(StageError, match="damaged"):
-            models.read_manifest(folder)
+            stages.read_manifest(folder)
 
 
 def test_any_damage_gets_one_line(finished):
@@ -860,7 +1165,7 @@ def test_any_damage_gets_one_line(finished):
     draw, trained = random.Random(1), finished / "trained"
     places = [path for path in sorted(trained.rglob("*")) if path.suffix in (".json", ".safetensors")
               and path.parent.name != "baseline"]
-    run = train.Run(trained / "baseline", json.loads((trained / "baseline" / "manifest.json").read_text())["settings"])
+    run = train.Run(trained / "baseline", json.loads((trained / "baseline" / "manifest.json").read_text())["settings"], 2)
     for _ in range(60):
         path = draw.choice(places)
         whole = path.read_bytes()
@@ -879,7 +1184,7 @@ def test_any_damage_gets_one_line(finished):
         path.unlink()
         path.write_bytes(damaged)
         try:
-            models.read_manifest(trained / "init")
+            stages.read_manifest(trained / "init")
             load_model(trained / "init")
             assert run.newest()[0].name.startswith("step-")
         except StageError as error:
@@ -917,12 +1222,12 @@ def test_a_full_disk_keeps_the_checkpoint_before(root, away, here, undisturbed, 
         assert code == 1 and "Traceback" not in said, said
         assert "step 8 could not be written" in line and "step-000004" in line and "--resume" in line
         assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-000004"]
-        models.read_manifest(folder / "checkpoints" / "step-000004")
+        stages.read_manifest(folder / "checkpoints" / "step-000004")
         manifest = json.loads((folder / "manifest.json").read_text())
         assert manifest["weights"][sha256(folder / "model.safetensors")] == 4
         moved = shutil.copytree(root, root.with_name("moved"))
         assert here(moved, "--baseline", "--resume")[0] == 0
-        assert fingerprint(moved / "trained" / "baseline") == undisturbed["baseline"][1]
+        assert fingerprint(moved / "trained" / "baseline") == undisturbed("baseline")[1]
     finally:
         if how == "a small disk":
             subprocess.run(["umount", str(folder)], check=True)
@@ -946,7 +1251,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run(root, here, monkeypatch, undi
     assert json.loads((folder / "manifest.json").read_text())["weights"][sha256(folder / "model.safetensors")] == 4
     assert len((folder / "history.jsonl").read_text().splitlines()) == 3
     assert here(root, "--baseline", "--resume")[0] == 0                 # it was a passing fault: nothing was spoilt
-    assert fingerprint(folder) == undisturbed["baseline"][1]
+    assert fingerprint(folder) == undisturbed("baseline")[1]
 
 
 def test_out_of_memory_says_what_to_lower(finished, here, monkeypatch):
@@ -986,7 +1291,7 @@ def with_wandb(wandb, folder):
     """Fault: a module by the name of wandb that misbehaves."""
     folder.mkdir()
     del os.environ["WANDB_MODE"]
-    train.Wandb, models.WANDB_SECONDS = wandb, 1
+    train.Wandb, stages.WANDB_SECONDS = wandb, 1
     if FAKES[folder.name] is None:
         sys.modules["wandb"] = None
     else:
@@ -1000,7 +1305,7 @@ def test_wandb_costs_a_warning_at_most(root, away, tmp_path, undisturbed, fake):
     code, said = away(root, "--baseline", fault=with_wandb, arguments=(train.Wandb, tmp_path / fake))
     assert code == 0 and said.count("history.jsonl holds the same numbers") == 1, said
     assert "Traceback" not in said
-    assert fingerprint(root / "trained" / "baseline") == undisturbed["baseline"][1]
+    assert fingerprint(root / "trained" / "baseline") == undisturbed("baseline")[1]
 
 
 def test_wandb_is_told_what_tells_the_runs_apart(root, here, monkeypatch):
@@ -1010,26 +1315,27 @@ def test_wandb_is_told_what_tells_the_runs_apart(root, here, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(
         Settings=dict, init=lambda **named: (told.append(named), run)[1]))
     monkeypatch.delenv("WANDB_MODE")
-    monkeypatch.setattr(train, "Wandb", models.Wandb)
-    for flag in ARMS.values():
-        assert here(root, flag)[0] == 0
-    assert {(named["project"], named["group"]) for named in told} == {(models.WANDB_PROJECT, "seed0")}
-    assert [named["job_type"] for named in told] == list(ARMS)
+    monkeypatch.setattr(train, "Wandb", stages.Wandb)
+    arms = stages.SPECIFIED
+    for arm in arms:
+        assert here(root, arm_flag(arm))[0] == 0
+    assert {(named["project"], named["group"]) for named in told} == {(stages.WANDB_PROJECT, "seed0")}
+    assert [named["job_type"] for named in told] == list(arms)
     meta = json.loads((root / "data" / "meta.json").read_text())
-    for arm, named in zip(ARMS, told):
+    for arm, named in zip(arms, told):
         config = named["config"]
         assert config["data"] == meta["splits"]["train"]["sha256"]
-        assert config.pop("code") == {name: sha256(PROJECT / name) for name in ("models.py", "train.py")}
+        assert config.pop("code") == {path.name: sha256(path) for path in PROJECT.glob("*.py")}
         # not among what a resumed run must have in common with the first: other code may go on
         assert config == json.loads((root / "trained" / arm / "manifest.json").read_text())["settings"]
 
 
 DRIVER = f"""
-import os, signal, sys
+import dataclasses, os, signal, sys
 sys.path.insert(0, {str(PROJECT)!r})
-import torch, train
+import torch, stages, train
 torch.set_num_threads(1)
-vars(train).update({CONSTANTS!r})
+train.FULL = dataclasses.replace(train.FULL, **{SMALL!r})
 """
 
 
@@ -1037,14 +1343,14 @@ def test_wandb_offline_writes_into_the_runs_folder(root, tmp_path, undisturbed):
     """The real one, without an account: no question, no network, no word, no wait at the end."""
     pytest.importorskip("wandb")
     environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
-    done = subprocess.run([sys.executable, "-c", DRIVER + "train.run_stage(train.main)", "--baseline", "--root", root],
+    done = subprocess.run([sys.executable, "-c", DRIVER + "stages.run_stage(train.main)", "--baseline", "--root", root],
                           env={**environment, "HOME": str(tmp_path)}, stdin=subprocess.DEVNULL, capture_output=True,
                           text=True, timeout=120, cwd=tmp_path)
     assert done.returncode == 0 and "wandb: " not in done.stdout + done.stderr, done.stdout + done.stderr
     folder = root / "trained" / "baseline"
     assert len(list(folder.glob("wandb/offline-run-*/*.wandb"))) == 1
     assert not (tmp_path / "wandb").exists()
-    assert fingerprint(folder) == undisturbed["baseline"][1]
+    assert fingerprint(folder) == undisturbed("baseline")[1]
 
 
 @pytest.mark.parametrize("environment, netrc, mode", [
@@ -1068,7 +1374,255 @@ def test_wandb_is_online_only_with_credentials(tmp_path, monkeypatch, environmen
         monkeypatch.setenv(name, value)
     if netrc:
         (tmp_path / ".netrc").write_text(netrc)
-    assert models.wandb_mode() == mode
+    assert stages.wandb_mode() == mode
+
+
+# ------------------------------------------------------------------ nothing optional ends a run
+
+
+def without_readers():
+    """Fault: whoever read stdout and stderr has left."""
+    for number in (1, 2):
+        reader, writer = os.pipe()
+        os.dup2(writer, number)
+        os.close(writer)
+        os.close(reader)
+    sys.stdout, sys.stderr = open(1, "w"), open(2, "w", buffering=1)
+
+
+def without_streams():
+    """Fault: stdout and stderr were closed from the start."""
+    os.close(1)
+    os.close(2)
+    sys.stdout = sys.stderr = None
+
+
+@pytest.mark.parametrize("fault", [without_readers, without_streams])
+def test_nobody_need_listen(root, away, undisturbed, fault):
+    code, _ = away(root, "--baseline", fault=fault)
+    assert code == 0
+    assert fingerprint(root / "trained" / "baseline") == undisturbed("baseline")[1]
+
+
+@pytest.mark.parametrize("what", ["history.jsonl", "README.md"])
+def test_a_log_or_card_that_cannot_be_written_costs_a_warning(root, here, monkeypatch, undisturbed, what):
+    """Here a folder stands in its place."""
+    folder, begin_ = root / "trained" / "baseline", train.Run.begin
+
+    def in_the_way(run, *arguments):
+        begin_(run, *arguments)
+        (run.folder / what / "inner").mkdir(parents=True)
+    monkeypatch.setattr(train.Run, "begin", in_the_way)
+    code, _, err = here(root, "--baseline")
+    assert code == 0 and err.count("warning: ") == 1 and "Traceback" not in err, err
+    assert (folder / what / "inner").is_dir()
+    assert tensors(folder / "checkpoints" / "step-000012") == undisturbed("baseline")[1]["tensors"]
+    assert here(root, "--baseline", "--resume")[0] == 0
+
+
+@pytest.mark.parametrize("name", ["caf\udce9.jsonl", "two\nlines", "{braces} | and $(more)", "\ud83d"])
+def test_whatever_the_source_is_called(root, here, name):
+    """The card names it, after the weights are safe."""
+    path = root / "data" / "meta.json"
+    meta = json.loads(path.read_text()) | {"source": name}
+    path.write_text(json.dumps(meta | {"sha256": stages.seal(meta)}))
+    code, _, err = here(root, "--baseline")
+    assert code == 0 and err == ""
+    assert (root / "trained" / "baseline" / "README.md").is_file()
+
+
+@pytest.mark.parametrize("main", [train.main, add_memory.main, prepare_data.main])
+def test_a_root_whose_name_is_not_utf8_is_refused(root, stage, main):
+    """The tokenizer's library opens no such names."""
+    odd = root.rename(root.with_name("caf\udce9"))
+    before = files(odd)
+    assert refused(stage(main, "--root", odd), "not UTF-8", "--root")
+    assert files(odd) == before
+
+
+def test_the_card_comes_after_the_weights(root, here, monkeypatch, undisturbed):
+    """Whatever it raises."""
+    def raising(*_):
+        folder = root / "trained" / "baseline"
+        assert sha256(folder / "model.safetensors") == sha256(folder / "checkpoints/step-000012/model.safetensors")
+        raise UnicodeError("no such\nletter")
+    monkeypatch.setattr(train.Job, "card", raising)
+    code, _, err = here(root, "--baseline")
+    assert code == 0 and err == "warning: no model card was written (no such letter)\n"
+    assert fingerprint(root / "trained" / "baseline") == undisturbed("baseline")[1]
+
+
+def test_an_old_checkpoint_that_stays_does_no_harm(finished, here, undisturbed):
+    """A file where a folder is expected cannot be removed as one."""
+    checkpoints = back_to(finished, 8) / "trained" / "baseline" / "checkpoints"
+    (checkpoints / "step-000001").write_text("in the way")
+    assert here(finished, "--baseline", "--resume")[0] == 0
+    assert fingerprint(finished / "trained" / "baseline") == undisturbed("baseline")[1]
+
+
+def test_code_that_cannot_be_read_is_wandbs_trouble(root, here, tmp_path, monkeypatch, undisturbed):
+    (tmp_path / "code" / "folder.py").mkdir(parents=True)
+    monkeypatch.setattr(stages, "PROJECT", tmp_path / "code")
+    monkeypatch.setattr(train, "Wandb", stages.Wandb)
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace())
+    code, _, err = here(root, "--baseline")
+    assert code == 0 and err.count("wandb is left out") == 1
+    assert fingerprint(root / "trained" / "baseline") == undisturbed("baseline")[1]
+
+
+# ------------------------------------------------------------------ the surroundings
+
+
+ALONE = {"WORLD_SIZE": "2"}
+ALL = {**ALONE, "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize("environment, says", [
+    (ALONE, "LOCAL_RANK="), ({"WORLD_SIZE": "abc"}, "WORLD_SIZE='abc'"), ({"WORLD_SIZE": "-2"}, "WORLD_SIZE='-2'"),
+    ({"WORLD_SIZE": "9" * 5000}, "WORLD_SIZE="), ({**ALL, "LOCAL_RANK": ""}, "LOCAL_RANK=''"),
+    ({**ALL, "LOCAL_RANK": "0.5"}, "LOCAL_RANK='0.5'"), ({**ALL, "RANK": "first"}, "RANK='first'"),
+    ({**ALL, "RANK": "2"}, "RANK=2 of WORLD_SIZE=2"), ({**ALL, "MASTER_ADDR": ""}, "MASTER_ADDR"),
+    ({**ALL, "MASTER_PORT": "xyz"}, "MASTER_PORT='xyz'"), ({**ALL, "MASTER_PORT": "99999999"}, "find one another")])
+def test_what_torchrun_did_not_say_is_one_line(root, here, monkeypatch, environment, says):
+    for name in ALL:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert refused(here(root, "--baseline"), says, "torchrun --nproc_per_node=2 train.py")
+    assert not (root / "trained" / "baseline").exists()
+
+
+@pytest.mark.parametrize("environment", [{}, {"WORLD_SIZE": ""}, {"WORLD_SIZE": "1"}, {"WORLD_SIZE": "0"},
+                                         {**ALL, "WORLD_SIZE": "1"}])
+def test_one_process_needs_nobody(root, here, monkeypatch, environment):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert here(root, "--baseline", "--steps", "1")[0] == 0
+
+
+def waiting_for_others(environment, waiting):
+    """Fault: a process of two that torchrun is said to have started; it says when it begins to wait for the other."""
+    os.environ.update(environment)
+    join = train.dist.init_process_group
+
+    def joining(*arguments, **named):
+        waiting.set()
+        join(*arguments, **named)
+    train.dist.init_process_group = joining
+
+
+@pytest.mark.parametrize("rank, number", [("0", signal.SIGTERM), ("1", signal.SIGTERM), ("0", signal.SIGINT)])
+def test_who_waits_for_another_process_hears_signals(root, start, forks, rank, number):
+    """With an address but no peer, as the first (which others look for) or the second (which looks for the first)."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    waiting = forks.Event()
+    environment = {**ALL, "RANK": rank, "MASTER_PORT": str(port)}
+    process, log = start(root, "--baseline", fault=waiting_for_others, arguments=(environment, waiting))
+    assert waiting.wait(120)
+    os.kill(process.pid, number)
+    process.join(60)                                                    # it would wait for half an hour
+    assert process.exitcode == -number, log.read_text()
+    assert not (root / "trained" / "baseline").exists()
+
+
+@pytest.mark.parametrize("chained", [(), ("--chained",)])
+def test_outside_the_main_thread(root, small, monkeypatch, undisturbed, chained):
+    """A notebook's or a server's: Python allows no signal handlers there."""
+    codes = []
+
+    def work():
+        with pytest.raises(SystemExit) as exit_:
+            stages.run_stage(lambda: train.main(["--root", str(root), "--baseline", *chained]))
+        codes.append(exit_.value.code)
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join(120)
+    assert codes == [0]
+    assert fingerprint(root / "trained" / "baseline") == undisturbed("baseline", *chained)[1]
+
+
+def test_a_notebooks_output_will_do(root, here, monkeypatch, undisturbed):
+    """It is no file: it has neither a descriptor nor an encoding to reconfigure."""
+    class Cell:
+        def __init__(self):
+            self.said = ""
+
+        def write(self, what):
+            self.said += what
+
+        def flush(self):
+            pass
+    out, err = Cell(), Cell()
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    assert here(root, "--baseline")[0] == 0
+    assert "12 steps of 2 x 16 tokens" in out.said and "Traceback" not in err.said
+    assert fingerprint(root / "trained" / "baseline") == undisturbed("baseline")[1]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077, 0o002])
+def test_modes_follow_the_umask(source, root, here, mask):
+    """Of every file in the folder and in its checkpoints, whatever library wrote it, also after going on."""
+    before = os.umask(mask)
+    try:
+        assert here(root, "--with-ltm")[0] == 0
+        shutil.rmtree(root / "trained" / "with_ltm" / "checkpoints" / "step-000012")
+        assert here(root, "--with-ltm", "--resume")[0] == 0
+    finally:
+        os.umask(before)
+    modes = {path: path.stat().st_mode & 0o777 for path in (root / "trained" / "with_ltm").rglob("*") if path.is_file()}
+    assert len(modes) > 15 and set(modes.values()) == {0o666 & ~mask}, modes
+
+
+@pytest.mark.parametrize("number, held", [
+    (errno.ENOSYS, False), (errno.ENOLCK, False), (errno.EOPNOTSUPP, False), (errno.EWOULDBLOCK, True),
+    (errno.EACCES, True)])
+def test_only_a_held_lock_refuses(root, here, monkeypatch, number, held):
+    """A file system without locks gives none: better to go on than never to start."""
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+    monkeypatch.setattr(stages.fcntl, "flock", flock)
+    result = here(root, "--baseline", "--steps", "1")
+    assert refused(result, "another training run is writing") if held else result[0] == 0
+
+
+@pytest.mark.parametrize("how", ["its own", "changed", "GIT_DIR", "inside another", "no repository"])
+def test_the_commit_is_that_of_this_code(tmp_path, monkeypatch, how):
+    """Not that of a repository which it happens to lie in, or which the environment names."""
+    def git(folder, *words):
+        subprocess.run(["git", "-C", folder, "-c", "user.name=a", "-c", "user.email=a@b", *words], check=True,
+                       capture_output=True)
+        return folder
+    for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+    project, other = tmp_path / "project", tmp_path
+    project.mkdir()
+    (project / "code.py").write_text("pass")
+    monkeypatch.setattr(stages, "PROJECT", project)
+    if how in ("inside another", "GIT_DIR"):
+        other = tmp_path if how == "inside another" else tmp_path / "other"
+        other.mkdir(exist_ok=True)
+        git(other, "init")
+        git(other, "commit", "--allow-empty", "-m", "another")
+    if how in ("its own", "changed", "GIT_DIR"):
+        git(project, "init")
+        git(project, "add", "code.py")
+        git(project, "commit", "-m", "first")
+    if how == "changed":
+        (project / "code.py").write_text("import os")
+    if how == "GIT_DIR":
+        monkeypatch.setenv("GIT_DIR", str(other / ".git"))
+    found = stages.commit()
+    if how in ("inside another", "no repository"):
+        assert found == "unknown"
+        return
+    monkeypatch.delenv("GIT_DIR", raising=False)
+    own = subprocess.run(["git", "-C", project, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout
+    assert found == own.strip() + "-dirty" * (how == "changed")
 
 
 # ------------------------------------------------------------------ several processes, and the GPU
@@ -1084,7 +1638,7 @@ def test_torchrun_shares_the_batch(root, away, here, undisturbed):
         if self.done == 8 and self.rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
     train.Training.run = stopping
-    train.run_stage(train.main)
+    stages.run_stage(train.main)
     """
     driver = root / "driver.py"
     driver.write_text(DRIVER + textwrap.dedent(stop))
@@ -1095,23 +1649,28 @@ def test_torchrun_shares_the_batch(root, away, here, undisturbed):
     assert done.returncode == 1 and "stopped at step 8 and saved" in done.stderr, done.stderr
     assert done.stdout.count("from step 3") == 1
     assert here(root, "--with-ltm", "--resume")[0] == 0
-    one, two = undisturbed["with_ltm"][1]["log"], fingerprint(root / "trained" / "with_ltm")["log"]
+    one, two = undisturbed("with_ltm")[1]["log"], fingerprint(root / "trained" / "with_ltm")["log"]
     assert [entry["step"] for entry in two] == [entry["step"] for entry in one]
     for ours, theirs in zip(two, one):
         assert ours == pytest.approx(theirs, abs=1e-5)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a CUDA device")
-@pytest.mark.parametrize("ltm", [False, True])
-def test_the_captured_step_is_the_step(source, monkeypatch, ltm):
-    """Replayed as one CUDA graph or called one by one, and twice over, the steps leave the same bits."""
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("arm", stages.SPECIFIED)
+def test_the_captured_step_is_the_step(source, arm, share):
+    """Replayed as CUDA graphs, one a regime, or called one by one, and twice over, the steps leave the same bits."""
     def run(captured):
-        training = training_of(source, monkeypatch, ltm)
-        training = train.Training(training.model.float().cuda(), training.rows.numpy(), training.order)
-        training.accelerate()
-        if not captured:
-            training.graph = None
-        training.run(9)
+        training = training_of(source, arm, share)
+        training = train.Training(training.model.float().cuda(), training.rows.numpy(), training.plan, SETTINGS)
+        ready = None
+        while training.done < 12:
+            if ready != training.chained:
+                ready = training.chained
+                training.accelerate()
+                if not captured:
+                    training.graphs.clear()
+            training.run(training.ahead() if training.done < 12 else 0)
         return {**training.weights(), **training.state()}
     first, again, uncaptured = run(True), run(True), run(False)
     assert len(first["statistics"]) == 12 and torch.isfinite(first["statistics"]).all()
