@@ -42,10 +42,9 @@ def edit(path, start, value):
 def project(tmp_path, tokenizer_dir):
     """A copy of the scripts with smaller constants, a corpus, and the tokenizer where --quick looks for it."""
     folder = tmp_path / "project"
-    (folder / "tests").mkdir(parents=True)
+    folder.mkdir()
     for path in (*PROJECT.glob("*.py"), PROJECT / "run_all.sh", PROJECT / "requirements.txt"):
         shutil.copy(path, folder)
-    shutil.copy(PROJECT / "tests" / "setup.bash", folder / "tests")
     shutil.copytree(tokenizer_dir, folder / "quick" / "data" / "tokenizer")
     for name, constants in EDITS.items():
         for start, value in constants.items():
