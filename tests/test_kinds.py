@@ -31,6 +31,26 @@ KINDS = {
             "test_data.py::test_a_bad_file_with_an_odd_name_is_named_in_one_line",
         ],
     },
+    3: {
+        "what": "What we did not make is never deleted, whatever failed, and the line names the cause.",
+        "tests": [
+            "test_run_all.py::test_an_environment_of_the_users_is_left_alone",
+            "test_run_all.py::test_an_environment_of_the_users_is_completed",
+            "test_run_all.py::test_folders_of_the_users_are_left_alone",
+            "test_run_all.py::test_alone_it_says_what_is_missing",
+        ],
+    },
+    7: {
+        "what": "What the surroundings say to others is not believed: variables, folders around this one, a screen.",
+        "tests": [
+            "test_run_all.py::test_variables_that_are_meant_for_others",
+            "test_run_all.py::test_exit_code_counts_where_python_is_told_to_stay",
+            "test_run_all.py::test_path_of_packages_is_believed_only_where_it_is_needed",
+            "test_run_all.py::test_python_is_asked_for",
+            "test_run_all.py::test_through_symbolic_links",
+            "test_run_all.py::test_any_shell_may_be_told_to_run_it",
+        ],
+    },
     9: {
         "what": "Whatever a reader or a downloader raises becomes one line, or the next source is tried.",
         "tests": [
@@ -61,6 +81,7 @@ KINDS = {
             "test_data.py::test_the_index_is_the_one_that_is_set",
             "test_data.py::test_a_password_is_in_no_message",
             "test_data.py::test_an_endpoint_that_is_no_address_is_no_answer",
+            "test_run_all.py::test_complete_environment_needs_no_pip",
         ],
     },
     12: {
@@ -77,6 +98,7 @@ KINDS = {
             "test_data.py::test_too_short_documents_for_the_evaluation_are_said",
             "test_data.py::test_a_quick_run_asks_for_less",
             "test_data.py::test_what_is_said_to_be_needed_is_what_is_asked",
+            "test_run_all.py::test_least_versions",
         ],
     },
     16: {
@@ -86,6 +108,12 @@ KINDS = {
             "test_data.py::test_a_lock_that_is_held_is_named",
             "test_data.py::test_two_runs_at_once_are_refused",
             "test_data.py::test_a_run_that_begins_as_another_ends_leaves_its_files",
+            "test_run_all.py::test_file_system_without_locks_goes_on",
+            "test_run_all.py::test_lock_that_cannot_be_asked_for_is_not_a_held_one",
+            "test_run_all.py::test_installing_needs_no_lock",
+            "test_run_all.py::test_second_installation_waits_for_the_first",
+            "test_run_all.py::test_waiting_for_an_installation_heeds_signals",
+            "test_run_all.py::test_installing_heeds_signals",
         ],
     },
 }
