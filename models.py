@@ -361,7 +361,8 @@ class Memory(nn.Module):
             x: (B, n, D) the normalised residual stream that goes into the layer (for -1 and n_layer: the stream).
             y: what attention adds to the stream there (for -1 and n_layer: the stream itself, float32).
             real: (B, n) bool, False on padding before the first token; None: all are.
-            notes: a dict of this pass, for what a later place or the objective wants to know of this one.
+            notes: a dict of this pass, for what a later place or the objective wants to know of this one; where a
+                cache goes on, "arriving" are the tokens (B, n).
         """
         return y, state
 
@@ -978,7 +979,7 @@ class GPT(PreTrainedModel, GenerationMixin):
         ahead = query[:, None] - key
         within = (ahead >= 0) & (ahead < (window or past + n))
         seen = within & known[:, None] | (ahead == 0)                   # (B, n, past + n)
-        memory, notes, table = self.active, {}, self.backbone.rotary
+        memory, notes, table = self.active, {"arriving": tokens}, self.backbone.rotary
 
         def attention(layer, q, k, v):
             k = torch.cat((cache.keys[layer], k), dim=1)

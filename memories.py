@@ -1,0 +1,1317 @@
+"""Four further memories for the same backbone, and the model that knows them: store, bank, MAG, GRU.
+
+Store   keys and values of hidden states in two layers, up to 10,000 slots each, beside a short-term state that fades
+Bank    1,024 learned vectors, read by cross-attention in every layer; nothing of the text: a control
+Mag     the weights of a small network in two layers, rewritten by the gradient of its own surprise
+Gru     a vector that fades, at the embedding, in the middle and at the final state
+
+Each computes one function in two forms, as models.py has it: `rows` whole sequences at once, in closed form where the
+equations allow it, `mix` a few tokens at a time with constant memory. What happens at the end of a row (128 tokens)
+is kept apart from what happens at a token: see RowMemory. The output matrices start at zero, so that each arm starts
+as the baseline.
+
+Axes: as in models.py; beside these S sequences (N rows alone, or L lanes), T tokens of one, H heads, d dimensions of a
+head, U units of a state that fades, I items of a store, c tokens of a chunk, n chunks of a row. `place` is where in
+the backbone a memory acts, `i` its number among the memory's places.
+"""
+
+import copy
+import math
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+try:
+    from .models import Affine, Memory, RevenaHybridTiny, compile_once, into_slots, lagged, norm, text_of, where
+except ImportError:
+    if __package__:
+        raise
+    from models import Affine, Memory, RevenaHybridTiny, compile_once, into_slots, lagged, norm, text_of, where
+
+
+# ------------------------------------------------------------------------------------ what decays, without a loop
+
+SPAN = 2048                     # tokens of a sequence whose recurrence is computed at once; beyond, one span after another
+CHUNK = 16                      # tokens of a chunk of it
+
+
+def decay(log_a, begins=None):
+    """Products of factors a: log_a (.., n) -> (.., n, n), at (i, j) that of all a_t with j < t <= i; 0 for j > i.
+
+    `begins` (.., n) bool: what lies before such a place does not reach it. Masked before the exponential: after it,
+    infinity times zero would make the gradient NaN.
+    """
+    n = log_a.size(-1)
+    total = log_a.cumsum(-1)
+    passed = total[..., :, None] - total[..., None, :]
+    hidden = torch.ones(n, n, dtype=torch.bool, device=log_a.device).triu(1)
+    if begins is not None:
+        part = begins.long().cumsum(-1)
+        hidden = hidden | (part[..., :, None] != part[..., None, :])
+    return passed.masked_fill(hidden, -math.inf).exp()
+
+
+def scan(log_a, b, first=None, opens=None):
+    """h_t = a_t h_{t-1} + b_t in closed form over chunks and within them, float32.
+
+    Args:
+        log_a, b: (S, T, U). first: (S, U) the h before; None: 0.
+        opens: (S, R) bool, of R equal rows of a sequence those that h does not reach from before; None: it reaches all.
+
+    Returns: h (S, T, U) and the last one, (S, U).
+    """
+    T, rows = b.size(1), 1 if opens is None else opens.size(1)
+    length = T // rows                                                  # of a row
+    if T > SPAN:
+        step = SPAN if opens is None else max(1, SPAN // length) * length
+        parts = []
+        for start in range(0, T, step):
+            part = slice(start, start + step)
+            those = None if opens is None else opens[:, start // length:(start + step) // length]
+            h, first = scan(log_a[:, part], b[:, part], first, those)
+            parts.append(h)
+        return torch.cat(parts, 1), first
+    c = CHUNK if opens is None else math.gcd(CHUNK, length)
+    more = -T % c
+    log_a, b = (F.pad(x, (0, 0, 0, more)).unflatten(1, (-1, c)) for x in (log_a, b))    # (S, n, c, U)
+
+    def line(x):                                                        # what decays comes last
+        return x.transpose(-1, -2)
+
+    within = (decay(line(log_a)) * line(b)[..., None, :]).sum(-1)       # (S, n, U, c)
+    total = log_a.sum(2)                                                # (S, n, U)
+    begins = None
+    if opens is not None:
+        begins = F.pad(opens[..., None], (0, length // c - 1)).flatten(1)[:, None]      # (S, 1, n)
+    ends = (decay(line(total), begins) * line(within[..., -1])[..., None, :]).sum(-1)   # (S, U, n)
+    if first is not None:
+        reach = line(total).cumsum(-1).exp()
+        if begins is not None:
+            reach = reach.masked_fill(begins.cumsum(-1) > 0, 0.0)
+        ends = ends + reach * first[..., None]
+    before = F.pad(ends, (1, -1)) if first is None else torch.cat((first[..., None], ends[..., :-1]), -1)
+    if begins is not None:
+        before = before.masked_fill(begins, 0.0)
+    h = line(within) + log_a.cumsum(2).exp() * line(before)[:, :, None]
+    return h.flatten(1, 2)[:, :T], ends[..., -1]
+
+
+def sequences(x, opens):
+    """x (N, C, ..) of rows as sequences (S, T, ..): each row alone, or (L, R C, ..) where `opens` (L, R) chains them."""
+    return x if opens is None else x.unflatten(0, opens.shape).flatten(1, 2)
+
+
+class Fading(nn.Module):
+    """A vector of which every unit fades at its own pace: the gated recurrence of Gru and of Store's short-term part.
+
+        z_t = sigmoid(W_z x_t + b_z)        candidate_t = tanh(W_h x_t + b_h)
+        h_t = sigmoid(fade) (1 - z_t) h_{t-1} + z_t candidate_t
+
+    minGRU (Feng et al. 2024, section 3.1: gates of the input alone, so that no loop is needed) with a decay that is
+    learned, as RG-LRU's (De et al. 2024, section 2.4). Start: 1 / z spread from 4 to 1,024 tokens over the units, and
+    sigmoid(fade) = 0.9997 a token: what starts at 0.97 a token is a 4e-4 after 256 and learns nothing from there.
+    Read: units of like pace are normalised together, or the fast ones, which move most, would drown the slow.
+    """
+
+    FASTEST, SLOWEST = 4, 1024          # tokens
+    GROUPS = 8                          # of units that are normalised together
+
+    def __init__(self, units):
+        super().__init__()
+        self.fade = nn.Parameter(torch.full((units,), 8.0))
+
+    def start(self, bias):
+        """Set the part of a bias that makes the gates, (2 U,), to the start above."""
+        tokens = torch.linspace(math.log(self.FASTEST), math.log(self.SLOWEST), len(self.fade)).exp()
+        with torch.no_grad():
+            bias.copy_(torch.cat((-(tokens - 1).log(), torch.zeros_like(tokens))))
+
+    def forward(self, gates, first=None, opens=None, real=None):
+        """gates (S, T, 2 U) float32 -> (h (S, T, U), the last h, mean of z, mean of log a); see `scan`."""
+        gate, candidate = gates.chunk(2, -1)
+        log_a = F.logsigmoid(-gate) + F.logsigmoid(self.fade)
+        z = gate.sigmoid()
+        b = z * candidate.tanh()
+        if real is not None:
+            log_a = log_a.masked_fill(~real[..., None], 0.0)
+            b = b.masked_fill(~real[..., None], 0.0)
+        h, last = scan(log_a, b, first, opens)
+        return h, last, z.mean(), log_a.mean()
+
+    def half_lives(self, bias):
+        """Tokens after which half is left of each unit, where the gate is what its bias (2 U,) alone makes of it."""
+        units = len(self.fade)
+        log_a = F.logsigmoid(-bias[:units].float()) + F.logsigmoid(self.fade.float())
+        return math.log(0.5) / log_a
+
+
+def by_pace(h):
+    """h (.., U), each group of neighbouring units normalised."""
+    return norm(h.unflatten(-1, (Fading.GROUPS, -1))).flatten(-2)
+
+
+# ------------------------------------------------------------------------------------ memories that know rows
+
+def places_of(placement, layers):
+    """Numbers of layers: "all", "first", "last", "every 3", or a list of them."""
+    if isinstance(placement, str) and placement.startswith("every "):
+        return tuple(range(0, layers, int(placement.split()[1])))
+    named = {"all": range(layers), "first": [0], "last": [layers - 1]}
+    chosen = named[placement] if isinstance(placement, str) else placement
+    return tuple(sorted(set(chosen)))
+
+
+class Arrival(NamedTuple):
+    """Which new tokens came, n of each of B sequences."""
+
+    real: torch.Tensor          # (B, n) bool: text, not padding
+    slots: torch.Tensor         # (B, n) place of each within its row; C: padding
+    ended: torch.Tensor         # (B,) bool: with these, a row is full
+    whole: bool                 # they are all of a row of each
+
+
+class RowMemory(Memory):
+    """A memory that knows where in a row of C tokens it is, so that something can happen at a row's end.
+
+    A subclass gives `held`, `step` and, where whole sequences are had faster than row by row, `whole`. Sequences of a
+    batch may be at different places of their rows; a block of new tokens never goes beyond a row's end (`room`), where
+    `by_row` says that this matters.
+
+    Settings of all: carry: False forgets everything at each row's end (the control "does carrying matter?").
+    placement: where it acts, as `places_of` has it; None: the kind's own places.
+
+    The state: `filled` (B,), tokens of the current row so far, and what `held` gives.
+    """
+
+    own = {"carry": True, "placement": None}
+    by_row = False
+    embedding = None            # () -> the backbone's nn.Embedding, for `contents`; RevenaHybrid sets it
+
+    def __init__(self, config):
+        super().__init__(config)
+        placement = self.set["placement"]
+        self.places = self.default_places() if placement is None else places_of(placement, config.n_layer)
+
+    @property
+    def row_length(self):
+        return self.config.stm_window
+
+    def default_places(self):
+        """Two in the middle: layers 3 and 6 of 8, counted from 1."""
+        layers = self.config.n_layer
+        return tuple(sorted({layers // 3, 2 * layers // 3}))
+
+    def width_of(self, name, share, least):
+        """A setting that is a size; None: so much of the model's width, at least `least`, a multiple of 8."""
+        chosen = self.set[name]
+        return max(least, int(share * self.config.n_embd) // 8 * 8) if chosen is None else chosen
+
+    # ---- state
+
+    def held(self, batch, device):
+        """{name: tensor (batch, ..)} of sequences that have read nothing."""
+        return {}
+
+    def empty(self, batch, device):
+        filled = torch.zeros(batch, dtype=torch.long, device=device)
+        return {**self.held(batch, device), "filled": filled}
+
+    def room(self, state):
+        free = self.row_length - state["filled"]
+        return free if self.by_row or not self.set["carry"] else None
+
+    # ---- the two forms
+
+    def rows(self, place, x, y, opens, notes):
+        return self.whole(place, x, y, opens if self.set["carry"] else None, notes)
+
+    def whole(self, place, x, y, opens, notes):
+        """`rows`, with `opens` as it is to be understood."""
+        return super().rows(place, x, y, opens, notes)
+
+    def mix(self, place, x, y, state, real, notes):
+        came = self.arrival(x, state, real)
+        y, state = self.step(place, x, y, state, came, notes)
+        if place != self.places[-1]:
+            return y, state
+        filled = state["filled"] + came.real.sum(1)
+        if not self.set["carry"]:
+            empty = self.empty(len(x), x.device)
+            state = {name: where(came.ended, empty[name], kept) for name, kept in state.items()}
+        return y, {**state, "filled": filled % self.row_length}
+
+    def step(self, place, x, y, state, came, notes):
+        """What becomes of y (B, n, D) at a place: (y, next state), of which only what changed here is new."""
+        raise NotImplementedError
+
+    def arrival(self, x, state, real):
+        """The Arrival of new tokens whose states are x (B, n, D)."""
+        whole = real is None and x.size(1) == self.row_length
+        if real is None:
+            real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        count = real.long().cumsum(1)
+        slots = (state["filled"][:, None] + count - 1).masked_fill(~real, self.row_length)
+        ended = state["filled"] + count[:, -1] >= self.row_length
+        return Arrival(real, slots, ended, whole)
+
+    # ---- to be seen
+
+    def raised(self, vectors, tokenizer, best=5):
+        """The tokens whose logits vectors (.., D) in the residual stream raise most: a list of texts, or of numbers."""
+        if self.embedding is None:
+            return []
+        matrix = self.embedding().weight[:self.config.vocab_size]
+        logits = F.linear(vectors.to(matrix.dtype), matrix)
+        found = logits.topk(best).indices.tolist()
+
+        def words(tokens):
+            return [text_of(token, tokenizer) if tokenizer else token for token in tokens]
+
+        return [words(tokens) for tokens in found] if vectors.dim() > 1 else words(found)
+
+
+def put_in_row(row, came, new):
+    """A row's buffer (B, C, ..) with new (B, n, ..) at its slots."""
+    return new.to(row.dtype) if came.whole else into_slots(row, came.slots, new)
+
+
+def from_row(row, came):
+    """What a row's buffer (B, C, ..) holds for the new tokens: (B, n, ..)."""
+    if came.whole:
+        return row
+    slots = came.slots.clamp(max=row.size(1) - 1)
+    index = slots.view(*slots.shape, *[1] * (row.dim() - 2)).expand(-1, -1, *row.shape[2:])
+    return row.gather(1, index)
+
+
+def note(notes, **scalars):
+    """Leave statistics of this pass for history.jsonl."""
+    for name, value in scalars.items():
+        notes.setdefault(name, []).append(torch.as_tensor(value).detach().float())
+
+
+def aligned(size):
+    """A matrix's rows, rounded up for tensor cores."""
+    return -(-size // 16) * 16
+
+
+# ------------------------------------------------------------------------------------ the store
+
+class Items(NamedTuple):
+    """Items of a store at one place."""
+
+    keys: torch.Tensor          # (B, I, H d) unit vectors a head
+    values: torch.Tensor        # (B, I, H d)
+    facts: torch.Tensor         # (B, I, 4) float32: see FACTS
+
+
+FACTS = ("importance", "count", "token", "position")       # importance: its logarithm; -inf: the slot is empty
+
+
+class Store(RowMemory, kind="store"):
+    """Keys and values of hidden states, found again by content, beside a state that fades; in two middle layers.
+
+    Follows LMCODE's dual memory (short-term and long-term, consolidation, replay); of one kin with the Memorizing
+    Transformer (Wu et al. 2022, section 3), LongMem (Wang et al. 2023) and CAMELoT (He et al. 2024: items that are
+    alike are merged). At one place, x_s (D) the layer's normalised input, H heads:
+
+        item s      key k_s = unit(W_k x_{s-1}), value v_s = W_v x_s (what followed), importance i_s = log sigmoid(w x_s)
+        score       a_ts = scale_h cos(W_q x_t, k_s) + i_s  for s <= t of the same sequence, the best `top` of them
+        read        r_t = sigmoid(g x_t)_h softmax(0, a_t)(0, v): a null item of logit 0 lets a head find nothing
+        output      y_t + W_o (r_t, h_t), h_t the short-term state of `Fading` with U units
+
+    Keys know no position, so what is learned within a row holds across rows. A sequence's first token follows nothing
+    and is no item. In training nothing is written into slots: while a lane has no more tokens than slots, and nothing
+    is merged, all is one masked attention over the lane.
+
+    At a row's end, its items join the slots. With `merge_above` below 1, an item whose key has a greater cosine (mean
+    over heads) with an older one is merged into it: keys and values become means weighted by counts, importances add.
+    When full, the least important of the older half go first.
+
+    Start: W_o = 0, scale 10, importance and gates 0.5. Settings: heads; dim: of a head (None: a tenth of the width);
+    slots; top; scale; cosine_above: nothing below is found; merge_above; units: U (None: a fifth of the width).
+
+    The state, at each place p: `keys.p`, `values.p`, `facts.p` (B, M, ..), oldest last to go first in order; the same of
+    the current row, `row_keys.p` .. (B, C, ..); `last.p` the last token's W_k x; `fading.p`; `merged.p` and `dropped.p`,
+    how many items were; `read.p` (B,), tokens read. Watched: `found`, the share of attention that is not the null
+    item's; `gate`; `held`, the share of slots in use; `merged`, items merged a sequence.
+    """
+
+    own = RowMemory.own | dict(heads=4, dim=None, slots=10_000, top=32, scale=10.0, cosine_above=-1.0, merge_above=1.0,
+                               units=None)
+    watched = ("found", "gate", "held", "merged")
+    by_row = True
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.heads, self.dim = self.set["heads"], self.width_of("dim", 0.1, 16)
+        self.units = self.width_of("units", 0.2, 32)
+        D, width = config.n_embd, self.heads * self.dim
+        self.sizes = (3 * width, 2 * self.units, self.heads, 1)
+        total = aligned(sum(self.sizes))
+        self.into = nn.ModuleList(Affine(D, total) for _ in self.places)
+        self.out = nn.ModuleList(nn.Linear(width + self.units, D, bias=False) for _ in self.places)
+        self.fading = nn.ModuleList(Fading(self.units) for _ in self.places)
+        scale = torch.full((self.heads,), math.log(self.set["scale"]))
+        self.scale = nn.ParameterList(nn.Parameter(scale.clone()) for _ in self.places)
+        for into, out, fading in zip(self.into, self.out, self.fading):
+            nn.init.zeros_(out.weight)
+            nn.init.zeros_(into.bias)
+            fading.start(into.bias[3 * width:3 * width + 2 * self.units].data)
+
+    def held(self, batch, device):
+        M, C, dtype = self.set["slots"], self.row_length, self.out[0].weight.dtype
+        width = self.heads * self.dim
+
+        def zeros(*shape, dtype=torch.float32):
+            return torch.zeros(batch, *shape, dtype=dtype, device=device)
+
+        def nothing(count):
+            facts = zeros(count, len(FACTS))
+            facts[..., 0] = -math.inf
+            return facts
+
+        state = {}
+        for p in self.places:
+            state |= {f"keys.{p}": zeros(M, width, dtype=dtype), f"values.{p}": zeros(M, width, dtype=dtype),
+                      f"facts.{p}": nothing(M), f"row_keys.{p}": zeros(C, width, dtype=dtype),
+                      f"row_values.{p}": zeros(C, width, dtype=dtype), f"row_facts.{p}": nothing(C),
+                      f"last.{p}": zeros(width), f"fading.{p}": zeros(self.units),
+                      f"merged.{p}": zeros(), f"dropped.{p}": zeros(),
+                      f"read.{p}": zeros(dtype=torch.long)}
+        return state
+
+    # ---- what both forms share
+
+    def project(self, i, x):
+        """Of x (.., D), float32: queries, keys of the next item, values (.., H d); the fading state's gates; the read
+        gates (.., H); log importance (..)."""
+        made = self.into[i](x)[..., :sum(self.sizes)]
+        three, gates, read, importance = made.split(self.sizes, -1)
+        return *three.chunk(3, -1), gates, read.sigmoid(), F.logsigmoid(importance[..., 0])
+
+    def unit(self, x):
+        """x (.., H d), each head a unit vector, in the matrices' dtype."""
+        return F.normalize(x.unflatten(-1, (self.heads, -1)), dim=-1).flatten(-2).to(self.out[0].weight.dtype)
+
+    def look(self, i, query, items, seen):
+        """What queries (S, T, H d) read of Items (S, I, ..), `seen` (S or 1, T, I): (S, T, H, d), and the share of
+        attention that found something (S, H, T)."""
+        def split(x):
+            return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+        top, above = self.set["top"], self.set["cosine_above"]
+        q, k, v = split(query), split(items.keys), split(items.values)
+        cosine = (q @ k.mT).float()                                     # (S, H, T, I)
+        hidden = ~seen[:, None]
+        if above > -1:
+            hidden = hidden | (cosine < above)
+        scale = self.scale[i].exp()[:, None, None]
+        score = cosine * scale + items.facts[:, None, None, :, 0]
+        score = score.masked_fill(hidden, -math.inf)
+        if top < score.size(-1):
+            least = score.detach().topk(top, sorted=False).values.amin(-1, keepdim=True)
+            score = score.masked_fill(score < least, -math.inf)
+        peak = score.detach().amax(-1, keepdim=True).clamp(min=0)
+        weight = (score - peak).exp()
+        weight = weight / (weight.sum(-1, keepdim=True) + (-peak).exp())
+        read = weight.to(v.dtype) @ v
+        return read.transpose(1, 2), weight.sum(-1)
+
+    def answer(self, i, y, read, gate, h):
+        """y (.., D) with what was read (.., H, d) and the short-term state (.., U) added."""
+        gated = (read.float() * gate[..., None]).flatten(-2)
+        both = torch.cat((gated, by_pace(h)), -1)
+        return y + self.out[i](both.to(self.out[i].weight.dtype))
+
+    # ---- whole sequences
+
+    def whole(self, place, x, y, opens, notes):
+        i, (N, C) = self.places.index(place), x.shape[:2]
+        T = C if opens is None else C * opens.size(1)
+        if T > self.set["slots"] or self.set["merge_above"] < 1:
+            return super().whole(place, x, y, opens, notes)
+        q, k, v, gates, gate, importance = self.project(i, x)
+        first = torch.zeros(N, C, dtype=torch.bool, device=x.device)
+        first[:, 0] = True if opens is None else opens.flatten()
+        facts = importance.masked_fill(first, -math.inf)[..., None]
+        dtype = self.out[i].weight.dtype
+        items = Items(self.unit(lagged(k, 1, opens, 0.0)), v.to(dtype), facts)
+        items = Items(*(sequences(part, opens) for part in items))
+        place_in = torch.arange(T, device=x.device)
+        seen = (place_in <= place_in[:, None])[None]
+        if opens is not None:
+            part = sequences(first, opens).cumsum(1)
+            seen = seen & (part[:, :, None] == part[:, None])
+        read, found = self.look_apart(i, sequences(self.unit(q), opens), items, seen)
+        h, _, _, _ = self.fading[i](sequences(gates, opens), None, opens)
+        note(notes, found=found.mean(), gate=gate.mean(), held=torch.full_like(found[0, 0, 0], T / self.set["slots"]),
+             merged=torch.zeros_like(found[0, 0, 0]))
+        return self.answer(i, y, read.reshape(N, C, self.heads, self.dim), gate, h.reshape(N, C, -1))
+
+    def look_apart(self, i, query, items, seen):
+        """`look` of a few sequences at a time, to bound the scores: 2^20 a head."""
+        S, T = query.shape[:2]
+        size = max(1, 2 ** 20 // T ** 2)
+        found = []
+        for start in range(0, S, size):
+            some = slice(start, start + size)
+            part = Items(*(x[some] for x in items))
+            found.append(self.look(i, query[some], part, seen if len(seen) == 1 else seen[some]))
+        reads, shares = zip(*found)
+        return torch.cat(reads), torch.cat(shares)
+
+    # ---- a few tokens
+
+    def step(self, place, x, y, state, came, notes):
+        i, p, (B, n) = self.places.index(place), place, x.shape[:2]
+        M, C, real = self.set["slots"], self.row_length, came.real
+        q, k, v, gates, gate, importance = self.project(i, x)
+        before = torch.cat((state[f"last.{p}"][:, None], k[:, :-1]), 1)
+        position = state[f"read.{p}"][:, None] + real.long().cumsum(1) - 1
+        importance = importance.masked_fill(position < 1, -math.inf)    # what follows nothing is no item
+        tokens = notes.get("arriving", torch.zeros_like(position))
+        facts = torch.stack((importance, torch.ones_like(importance), tokens.float(), position.float()), -1)
+        new = Items(self.unit(before), v, facts)
+        row = Items(*(state[f"row_{name}.{p}"] for name in Items._fields))
+        row = Items(*(put_in_row(part, came, fresh) for part, fresh in zip(row, new)))
+        old = Items(*(state[f"{name}.{p}"] for name in Items._fields))
+        items = Items(*(torch.cat(parts, 1) for parts in zip(old, row)))
+        of_row = torch.arange(C, device=x.device) <= came.slots[..., None]      # (B, n, C)
+        seen = F.pad(of_row, (M, 0), value=True)
+        read, found = self.look(i, self.unit(q), items, seen)
+        h, fading, _, _ = self.fading[i](gates, state[f"fading.{p}"], None, real)
+        last = torch.where(real[:, -1:], k[:, -1], state[f"last.{p}"])
+        settled, merged, dropped = self.settle(old, items, came.ended)
+        merged, dropped = merged + state[f"merged.{p}"], dropped + state[f"dropped.{p}"]
+        held = (settled.facts[..., 0] > -math.inf).float().mean()
+        note(notes, found=found.mean(), gate=gate.mean(), held=held, merged=merged.mean())
+        state = {**state, f"last.{p}": last, f"fading.{p}": fading, f"merged.{p}": merged, f"dropped.{p}": dropped}
+        state |= {f"{name}.{p}": part for name, part in settled._asdict().items()}
+        state |= {f"row_{name}.{p}": part for name, part in row._asdict().items()}
+        state[f"read.{p}"] = state[f"read.{p}"] + real.sum(1)
+        return self.answer(i, y, read, gate, h), state
+
+    # ---- a row's end
+
+    def settle(self, old, items, ended):
+        """What the M slots hold next: `old`, or where a row ended the best of `items` (B, M + C, ..); and how many
+        items were merged and dropped, (B,) each."""
+        none = torch.zeros_like(old.facts[:, 0, 0])
+        if not (items.facts.is_cuda or bool(ended.any())):              # on a CPU it is cheaper to ask
+            return old, none, none
+        M, above = self.set["slots"], self.set["merge_above"]
+        merged = none
+        if above < 1:
+            items, merged = self.merge(items, M, above)
+        kept = self.kept(items.facts[..., 0], M)
+
+        def chosen(x):
+            return x.gather(1, kept[..., None].expand(-1, -1, x.size(-1)))
+
+        there = (items.facts[..., 0] > -math.inf).sum(1)
+        dropped = (there - M).clamp(min=0).float()
+        settled = Items(*(where(ended, chosen(part), was) for part, was in zip(items, old)))
+        return settled, torch.where(ended, merged, none), torch.where(ended, dropped, none)
+
+    def kept(self, importance, count):
+        """Places (B, count), in order, of the items that stay, given their importance (B, I), oldest first: empty slots
+        go first, then the least important of the older half, then the oldest."""
+        I = importance.size(1)
+        order = torch.arange(I, device=importance.device)
+        rank = torch.where(order < I // 2, importance, 1e4 + order)
+        rank = rank.masked_fill(importance == -math.inf, -math.inf)
+        return rank.topk(count).indices.sort().values
+
+    def merge(self, items, first, above):
+        """Merge each of the items from number `first` on into the oldest one whose key is like its own: (Items, how
+        many were merged (B,)). What is merged leaves an empty slot."""
+        importance, count = items.facts[..., 0], items.facts[..., 1]
+        B, I = importance.shape
+        keys, values = items.keys.float(), items.values.float()
+        order = torch.arange(I, device=keys.device)
+        there = importance > -math.inf
+        cosine = keys[:, first:] @ keys.mT / self.heads                 # (B, I - first, I)
+        older = order < order[first:, None]
+        like = (cosine > above) & older & there[:, None] & there[:, first:, None]
+        target = torch.where(like, order, I).amin(-1)
+        alone = target == I
+        into = torch.cat((order[:first].expand(B, -1), torch.where(alone, order[first:], target)), 1)
+        for _ in range(max(1, (I - first - 1).bit_length())):           # an item's target may be merged itself
+            into = into.gather(1, into)
+        sent = (into[:, None, first:] == order[:, None]).float()        # (B, I, I - first) one-hot
+        mass = torch.where(there, count, 0.0)
+        weight = torch.where(there, importance, 0.0).exp() * there
+
+        def summed(x):
+            stays = torch.cat((x[:, :first], torch.zeros_like(x[:, first:])), 1)
+            return stays + sent @ x[:, first:]
+
+        total = summed(mass[..., None])
+        mean_key = summed(keys * mass[..., None])
+        mean_value = summed(values * mass[..., None]) / total.clamp(min=1)
+        weight = summed(weight[..., None])
+        left = weight > 0
+        logs = torch.where(left, weight, 1.0).log().masked_fill(~left, -math.inf)
+        facts = torch.cat((logs, total, items.facts[..., 2:]), -1)
+        untouched = (total == mass[..., None])
+        changed = Items(torch.where(untouched, items.keys, self.unit(mean_key)),
+                        torch.where(untouched, items.values, mean_value.to(items.values.dtype)),
+                        torch.where(untouched & there[..., None], items.facts, facts))
+        return changed, (~alone).sum(1).float()
+
+    # ---- on demand
+
+    def consolidate(self, state, threshold):
+        """Merge items whose keys have a cosine above `threshold`, in the slots and at every place: (next state, how many
+        were merged). Items of the current row join in at its end."""
+        total = 0
+        for p in self.places:
+            items = Items(*(state[f"{name}.{p}"] for name in Items._fields))
+            count = items.facts.size(1)
+            used = int((items.facts[..., 0] > -math.inf).any(0).sum())
+            kept = self.kept(items.facts[..., 0], used)                 # of those in use only: I x I cosines
+            small = Items(*(x.gather(1, kept[..., None].expand(-1, -1, x.size(-1))) for x in items))
+            small, merged = self.merge(small, 0, threshold)
+            whole = Items(*(F.pad(x, (0, 0, count - used, 0)) for x in small))
+            whole.facts[:, :count - used, 0] = -math.inf
+            state = {**state, f"merged.{p}": state[f"merged.{p}"] + merged}
+            state |= {f"{name}.{p}": part for name, part in whole._asdict().items()}
+            total += int(merged.sum())
+        return state, total
+
+    def all_items(self, state, place, sequence):
+        """Items (I, ..) of one sequence that are there, oldest first, those of the current row included."""
+        filled = int(state["filled"][sequence])
+        old = [state[f"{name}.{place}"][sequence] for name in Items._fields]
+        row = [state[f"row_{name}.{place}"][sequence, :filled] for name in Items._fields]
+        items = Items(*(torch.cat(parts) for parts in zip(old, row)))
+        there = items.facts[:, 0] > -math.inf
+        return Items(*(part[there] for part in items))
+
+    def search(self, state, place, x, count, sequence=0):
+        """Numbers of the items of one sequence that best match a query x (D), their scores and cosines (mean over
+        heads), best first."""
+        i, items = self.places.index(place), self.all_items(state, place, sequence)
+        query = self.unit(self.project(i, x)[0]).float().view(self.heads, -1)
+        keys = items.keys.float().unflatten(-1, (self.heads, -1))
+        cosine = (keys * query).sum(-1)                                 # (I, H)
+        score = (cosine * self.scale[i].exp()).mean(-1) + items.facts[:, 0]
+        best = score.topk(min(count, len(score)))
+        found = zip(best.indices.tolist(), best.values.tolist(), cosine.mean(-1)[best.indices].tolist())
+        return items, list(found)
+
+    # ---- to be seen
+
+    def contents(self, state, tokenizer=None, sequence=0):
+        """The items of one sequence, place by place, oldest first: dicts with place, token, text, position, importance
+        (0 to 1; more where items were merged), count (of items merged into it)."""
+        found = []
+        for p in self.places:
+            for facts in self.all_items(state, p, sequence).facts.tolist():
+                found.append({"place": p, **told(facts, tokenizer)})
+        return found
+
+    def statistics(self, state, sequence=0):
+        """Of one sequence, place by place: dicts with place, items, slots, merged, dropped, tokens read, and tokens read
+        for each item held (what merging saves)."""
+        found = []
+        for p in self.places:
+            read = int(state[f"read.{p}"][sequence])
+            items = len(self.all_items(state, p, sequence).facts)
+            found.append(dict(place=p, items=items, slots=self.set["slots"], merged=int(state[f"merged.{p}"][sequence]),
+                              dropped=int(state[f"dropped.{p}"][sequence]), read=read,
+                              tokens_per_item=read / max(1, items)))
+        return found
+
+
+def told(facts, tokenizer):
+    """An item's FACTS as a dict in words and numbers."""
+    importance, count, token, position = facts
+    return dict(token=int(token), text=text_of(int(token), tokenizer), position=int(position),
+                importance=math.exp(importance), count=int(count))
+
+
+# ------------------------------------------------------------------------------------ the bank
+
+class Bank(RowMemory, kind="bank"):
+    """Learned vectors, the same for every text, read by cross-attention beside attention in every layer.
+
+    Follows the Memory-Augmented Transformer (Mixture of Chapters); of one kin with memory layers (Berges et al. 2024)
+    and persistent vectors (Sukhbaatar et al. 2019). It remembers nothing of the text: a control for "more parameters".
+    A bank B (slots x D), normal 0.02, shared by all layers, with one W_k, W_v; x_t (D) the layer's normalised input:
+
+        chapter     log p_t = log softmax(R x_t) over 16 chapters of 64 slots each; the best 4 of each token are read
+        read        r_t = softmax(scale_h q_t k_j / sqrt(d) + log p_t(chapter of j)) v_j, q, k normalised
+        output      y_t + W_o r_t
+
+    The relative routes by the mean of a sequence, which looks ahead; here each token routes for itself ("token"), by a
+    fading mean of what came before it and itself ("rolling": half of it is ROLLING tokens old or less), or by the mean
+    of both ("hybrid"). The router's log p stands in the logits, so the language model's own gradient reaches it
+    (Mixture of Chapters); beside it a loss that balances the chapters (Fedus et al. 2021, section 2.2) and one that
+    keeps the router's logits small (Zoph et al. 2022, section 3.3). Weight decay leaves the bank alone.
+
+    Start: W_o = 0. Settings: slots; heads; dim: of a head (None: a twentieth of the width); chapters (1: no router);
+    best; rank: of a bank that is a product of two matrices, 0: it is none; width: of its vectors, 0: the model's;
+    shared: one bank for all layers; after: the query has seen what attention found (block variant A: attention, memory,
+    feed-forward), else the layer's input (after the last feed-forward: variant B); routing; balance, z_loss: weights of
+    the two losses.
+
+    The state, at each place p: `chosen.p` (B, chapters), how often each was, and `routed.p`, the fading mean, where
+    routing is not by token. Watched: `chapters`, how many are in use (the exponential of the entropy); `sharpest`, the
+    mean weight of the slot that is read most.
+    """
+
+    own = RowMemory.own | dict(slots=1024, heads=4, dim=None, chapters=16, best=4, rank=0, width=0, shared=True,
+                               after=False, routing="token", balance=0.01, z_loss=0.001)
+    watched = ("chapters", "sharpest")
+    ROLLING = 32
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.heads, self.dim = self.set["heads"], self.width_of("dim", 0.05, 8)
+        self.routed = self.set["chapters"] > 1
+        if self.set["routing"] not in ("token", "rolling", "hybrid"):
+            raise ValueError(f"routing {self.set['routing']!r} is none of token, rolling, hybrid")
+        if self.set["slots"] % self.set["chapters"]:
+            raise ValueError(f"{self.set['slots']} slots do not make {self.set['chapters']} equal chapters")
+        D, inner = config.n_embd, self.heads * self.dim
+        width, count = self.set["width"] or D, 1 if self.set["shared"] else len(self.places)
+        rank, slots = self.set["rank"], self.set["slots"]
+        self.bank = nn.ParameterList(nn.Parameter(0.02 * torch.randn(slots, rank or width)) for _ in range(count))
+        self.spread = nn.ModuleList(nn.Linear(rank, width, bias=False) for _ in range(count if rank else 0))
+        self.keys_values = nn.ModuleList(nn.Linear(width, 2 * inner, bias=False) for _ in range(count))
+        self.sizes = (inner, self.set["chapters"] if self.routed else 0)
+        self.ask = nn.ModuleList(Affine(D, aligned(sum(self.sizes))) for _ in self.places)
+        self.out = nn.ModuleList(nn.Linear(inner, D, bias=False) for _ in self.places)
+        self.scale = nn.ParameterList(nn.Parameter(torch.zeros(self.heads)) for _ in self.places)
+        self.undecayed = tuple(f"bank.{b}" for b in range(count))
+        for ask, out in zip(self.ask, self.out):
+            nn.init.zeros_(ask.bias)
+            nn.init.zeros_(out.weight)
+
+    def default_places(self):
+        return tuple(range(self.config.n_layer))
+
+    def held(self, batch, device):
+        def zeros():
+            return torch.zeros(batch, self.set["chapters"], device=device)
+
+        state = {f"chosen.{p}": zeros() for p in self.places if self.routed}
+        if self.routed and self.set["routing"] != "token":
+            state |= {f"routed.{p}": zeros() for p in self.places}
+        return state
+
+    def slots_of(self, i, notes):
+        """Keys and values (H, slots, d) of the bank that place i reads; made once a pass."""
+        b = 0 if self.set["shared"] else i
+        made = notes.setdefault("slots", {})
+        if b not in made:
+            bank = self.bank[b]
+            if self.set["rank"]:
+                bank = self.spread[b](bank)
+            both = self.keys_values[b](norm(bank.float()).to(bank.dtype))
+            k, v = both.unflatten(-1, (2, self.heads, self.dim)).permute(1, 2, 0, 3)
+            made[b] = norm(k), v
+        return made[b]
+
+    def route(self, logits, mean, notes):
+        """log p (.., chapters) of the chapters that are read, -inf of the others, given the router's logits and their
+        fading mean; and which are read. The two losses go into notes."""
+        if self.set["routing"] == "rolling":
+            logits = mean
+        elif self.set["routing"] == "hybrid":
+            logits = (logits + mean) / 2
+        log_p, chapters = logits.log_softmax(-1), self.set["chapters"]
+        least = logits.detach().topk(self.set["best"]).values[..., -1:]
+        read = logits >= least
+        p = log_p.exp().flatten(0, -2).mean(0)
+        share = read.float().flatten(0, -2).mean(0) / self.set["best"]
+        balance = chapters * (share * p).sum()
+        small = logits.logsumexp(-1).square().mean()
+        penalty = self.set["balance"] * balance + self.set["z_loss"] * small
+        notes.setdefault("penalty", []).append(penalty)
+        note(notes, chapters=torch.special.entr(p).sum().exp())
+        return log_p.masked_fill(~read, -math.inf), read
+
+    def read(self, i, x, y, mean_of, notes):
+        """What becomes of y (N, T, D), which chapters were read, and what mean_of(logits) gave beside the mean."""
+        asked = norm(x.float() + y.float()).to(x.dtype) if self.set["after"] else x
+        query, logits = self.ask[i](asked)[..., :sum(self.sizes)].split(self.sizes, -1)
+        k, v = self.slots_of(i, notes)
+        q = norm(query.unflatten(-1, (self.heads, -1))) * self.scale[i].exp()[:, None]
+        q = q.to(v.dtype).permute(2, 0, 1, 3).flatten(1, 2)             # (H, N T, d)
+        score = (q @ k.mT).float() / self.dim ** 0.5                    # (H, N T, slots)
+        chosen, state = None, None
+        if self.routed:
+            mean, state = mean_of(logits)
+            log_p, chosen = self.route(logits, mean, notes)
+            bias = log_p.flatten(0, 1)[..., None]                       # (N T, chapters, 1)
+            score = (score.unflatten(-1, (self.set["chapters"], -1)) + bias).flatten(-2)
+        else:
+            note(notes, chapters=torch.ones((), device=x.device))
+        weight = score.softmax(-1)
+        note(notes, sharpest=weight.amax(-1).mean())
+        found = weight.to(v.dtype) @ v                                  # (H, N T, d)
+        found = found.transpose(0, 1).flatten(1).view(*x.shape[:2], -1)
+        return y + self.out[i](found), chosen, state
+
+    def fading(self, logits, first, opens, real):
+        """The fading mean of the router's logits (S, T, chapters) up to each token, and the last one."""
+        if self.set["routing"] == "token":
+            return None, None
+        keep = 0.5 ** (1 / self.ROLLING)
+        log_a, b = torch.full_like(logits, math.log(keep)), (1 - keep) * logits
+        if real is not None:
+            log_a = log_a.masked_fill(~real[..., None], 0.0)
+            b = b.masked_fill(~real[..., None], 0.0)
+        return scan(log_a, b, first, opens)
+
+    def whole(self, place, x, y, opens, notes):
+        def mean_of(logits):
+            mean, last = self.fading(sequences(logits, opens), None, opens, None)
+            return mean if mean is None else mean.reshape(logits.shape), last
+
+        return self.read(self.places.index(place), x, y, mean_of, notes)[0]
+
+    def step(self, place, x, y, state, came, notes):
+        def mean_of(logits):
+            return self.fading(logits, state.get(f"routed.{place}"), None, came.real)
+
+        y, chosen, last = self.read(self.places.index(place), x, y, mean_of, notes)
+        changed = {}
+        if chosen is not None:
+            counted = (chosen & came.real[..., None]).float().sum(1)
+            changed[f"chosen.{place}"] = state[f"chosen.{place}"] + counted
+        if last is not None:
+            changed[f"routed.{place}"] = last
+        return y, {**state, **changed}
+
+    def contents(self, state, tokenizer=None, sequence=0):
+        """The slots as the last place that has them reads them: dicts with slot, chapter, chosen (share of the tokens
+        read, at that place, that chose its chapter), norm of what it adds, and the tokens that this raises."""
+        place, i = self.places[-1], len(self.places) - 1
+        _, v = self.slots_of(i, {})
+        added = self.out[i](v.transpose(0, 1).flatten(1)).float()       # (slots, D)
+        size = self.set["slots"] // self.set["chapters"]
+        share = torch.ones(self.set["chapters"])
+        if self.routed:
+            counts = state[f"chosen.{place}"][sequence]
+            share = counts * self.set["best"] / counts.sum().clamp(min=1)
+        norms, words = added.norm(dim=-1).tolist(), self.raised(added, tokenizer) or [[]] * len(added)
+        share = share.tolist()
+        return [dict(slot=j, chapter=j // size, chosen=share[j // size], norm=norms[j], raises=words[j])
+                for j in range(len(added))]
+
+
+# ------------------------------------------------------------------------------------ fast weights
+
+class Course(NamedTuple):
+    """How weights and momentum go on over n chunks, as matrices: chunk i's weights are
+    by_update[i] u + by_weights[i] W + by_momentum[i] S, its momentum momentum_by_update[i] u + momentum_by_itself[i] S,
+    where W, S stand before the first, and u (n) are the chunks' updates. (S, H, n, n) or (S, H, n)."""
+
+    by_update: torch.Tensor
+    by_weights: torch.Tensor
+    by_momentum: torch.Tensor
+    momentum_by_update: torch.Tensor
+    momentum_by_itself: torch.Tensor
+
+
+def course_of(log_eta, log_keep, begins=None):
+    """The Course of S_i = eta_i S_{i-1} + u_i, W_i = keep_i W_{i-1} + S_i; where it `begins` W is the first again, and
+    S is 0. (S, H, n) each."""
+    momentum, keep = decay(log_eta, begins), decay(log_keep, begins)
+    itself = log_eta.cumsum(-1).exp()
+    if begins is not None:
+        itself = itself.masked_fill(begins.cumsum(-1) > 0, 0.0)
+    lost = -torch.expm1(log_keep)                                       # alpha
+    by_weights = 1 - (keep * lost[..., None, :]).sum(-1)                # what is left of the first weights
+    by_momentum = (keep * itself[..., None, :]).sum(-1)
+    return Course(keep @ momentum, by_weights, by_momentum, momentum, itself)
+
+
+def updates(k, v, theta, weights):
+    """What each chunk of some rows adds to the momentum, and the surprise of each token.
+
+    The gradient of theta_t / 2 |W_2 silu(W_1 k_t) - v_t|^2, summed over a chunk, divided by its length, at the row's
+    weights, no longer than 1 a head.
+
+    Args:
+        k, v: (.., n, c, d). theta: (.., n, c). weights: (.., 2, d, h): W_1, and W_2 transposed.
+
+    Returns: (.., n, 2, d, h) and (.., n, c), the error's mean square.
+    """
+    n, c = theta.shape[-2:]
+    one, two = weights.unbind(-3)
+    keys, wanted = k.flatten(-3, -2), v.flatten(-3, -2)
+    z = keys @ one                                                      # (.., n c, h)
+    gate = z.sigmoid()
+    f = z * gate
+    error = f @ two.mT - wanted                                         # (.., n c, d)
+    scaled = error * theta.flatten(-2)[..., None]
+    dz = (scaled @ two) * (gate * (1 + z * (1 - gate)))
+
+    def by_chunk(x):
+        return x.unflatten(-2, (n, c))
+
+    gradient = torch.stack((k.mT @ by_chunk(dz), by_chunk(scaled).mT @ by_chunk(f)), -3)
+    step = gradient / -c
+    length = step.flatten(-3).norm(dim=-1).clamp(min=1)
+    return step / length[..., None, None, None], by_chunk(error.square().mean(-1, keepdim=True))[..., 0]
+
+
+@compile_once
+def row_end(k, v, theta, course, weights, momentum):
+    """(weights, momentum) after a row, all without gradients; course: five tensors, the last line of its Course."""
+    u, _ = updates(k, v, theta, weights)
+    by_update, by_weights, by_momentum, momentum_by_update, momentum_by_itself = course
+    n, shape = u.size(-4), weights.shape
+    u = u.flatten(-3)                                                   # (S, H, n, P)
+    both = torch.stack((by_update, momentum_by_update), -2) @ u         # (S, H, 2, P)
+    weights, momentum = weights.flatten(-3), momentum.flatten(-3)
+    after = both[..., 0, :] + by_weights[..., None] * weights + by_momentum[..., None] * momentum
+    momentum = both[..., 1, :] + momentum_by_itself[..., None] * momentum
+    return after.view(shape), momentum.view(shape)
+
+
+class Parts(NamedTuple):
+    """What MAG makes of rows, float32; R rows of S sequences in n chunks of c tokens."""
+
+    q: torch.Tensor             # (S, H, R, n, c, d) unit vectors
+    k: torch.Tensor             # the same
+    v: torch.Tensor             # the same, normalised
+    theta: torch.Tensor         # (S, H, R, n, c)
+    log_eta: torch.Tensor       # (S, H, R, n)
+    log_keep: torch.Tensor      # (S, H, R, n)
+
+
+class Mag(RowMemory, kind="mag"):
+    """Memory as a gate: the weights of a small network in two layers, rewritten while reading.
+
+    Follows MemoryMAG and Titans (Behrouz et al. 2024, section 3.1 and, memory as a gate, 4.2). At one place, x_t (D) the
+    layer's normalised input, H heads, M(k; W) = W_2 silu(W_1 k), d -> h -> d:
+
+        q, k, v     W_q x, W_k x, W_v x, each mixed with its own of the token before by a learned share (the key begins as
+                    that of the token before: a short convolution that is not optional); q, k unit, v normalised
+        surprise    l_t = 1/2 |M(k_t) - v_t|^2
+        chunk i     u_i = - mean over its c tokens of theta_t grad l_t, at most of norm 1
+                    S_i = eta_i S_{i-1} + u_i,  W_i = (1 - alpha_i) W_{i-1} + S_i
+        read        r_t = norm(M(q_t; W_{i-1})) + softmax(q_t P_k) P_v: what earlier chunks wrote, and 16 persistent tokens
+        output      (1 - g_t) y_t + g_t W_o r_t,  g_t = sigmoid(G x_t + b), D gates
+
+    The gradients of a row are all taken at the weights with which the row began, so that both recurrences are matrices
+    over its chunks, and over all chunks of a lane. In training that weight is a constant of the gradient grad l (first
+    order, as in Nichol et al. 2018): what was written is learned through what it adds, not through where later
+    gradients are taken. So only the weights at the rows' starts need a loop, without gradients.
+    Query refinement: the earlier place's output is projected into the next one's query.
+
+    Start: alpha = sigmoid(-6), eta = sigmoid(0), theta = 0.5 sigmoid(0), g = sigmoid(-3): near attention; W_o = 0, so that
+    an arm begins as the baseline with 0.953 of attention at its places; the refinement 0. Settings: heads; dim: d (None: a
+    tenth of the width); inner: h (None: 2 d); chunk; theta; persistent; forget, momentum, gate: the logits above.
+
+    The state, at each place p: `weights.p`, `momentum.p` (B, H, 2, d, h) at the row's start; `row.p` (B, C, ..), the
+    current row's q, k, v and rates; `last.p` the last token's; `row_about` (B, C, 2), its tokens and gates. Watched:
+    `gate`; `surprise`, the mean square of the error; `distance` of the weights from their first, relative.
+    """
+
+    own = RowMemory.own | dict(heads=4, dim=None, inner=None, chunk=16, theta=0.5, persistent=16, forget=-6.0,
+                               momentum=0.0, gate=-3.0)
+    watched = ("gate", "surprise", "distance")
+    by_row = True
+
+    def __init__(self, config):
+        super().__init__(config)
+        H, d = self.heads, self.dim = self.set["heads"], self.width_of("dim", 0.1, 16)
+        self.inner = self.set["inner"] or 2 * d
+        D, width, count = config.n_embd, H * d, len(self.places)
+        self.chunk = math.gcd(self.set["chunk"], self.row_length)
+        self.sizes = (3 * width, H, H, H)                               # q k v, theta, eta, alpha
+        self.mixed = sum(self.sizes)
+        total = aligned(self.mixed)
+        self.into = nn.ModuleList(Affine(D, total) for _ in self.places)
+        self.gate = nn.ModuleList(Affine(D, D) for _ in self.places)
+        self.out = nn.ModuleList(nn.Linear(width, D, bias=False) for _ in self.places)
+        self.refine = nn.ModuleList(nn.Linear(D, width, bias=False) for _ in self.places[1:])
+        shift = torch.cat((torch.full((width,), -2.0), torch.full((width,), 2.0), torch.full((width,), -2.0)))
+        self.shift = nn.ParameterList(nn.Parameter(shift.clone()) for _ in self.places)
+        spread = torch.tensor([d ** -0.5, 0.02]).view(2, 1, 1)          # of W_1 and W_2
+        self.first = nn.ParameterList(nn.Parameter((torch.randn(H, 2, d, self.inner) * spread).flatten(1))
+                                      for _ in self.places)
+        self.persistent = nn.ParameterList(nn.Parameter(torch.randn(2, H * self.set["persistent"] * d).view(2, -1))
+                                           for _ in self.places)
+        self.undecayed = (*(f"first.{i}" for i in range(count)), *(f"persistent.{i}" for i in range(count)))
+        for into, gate, out in zip(self.into, self.gate, self.out):
+            nn.init.zeros_(out.weight)
+            nn.init.zeros_(gate.weight)
+            nn.init.constant_(gate.bias, self.set["gate"])
+            nn.init.zeros_(into.bias)
+            nn.init.zeros_(into.weight[3 * width:])
+            into.bias.data[3 * width + H:3 * width + 2 * H] = self.set["momentum"]
+            into.bias.data[3 * width + 2 * H:3 * width + 3 * H] = self.set["forget"]
+        for refine in self.refine:
+            nn.init.zeros_(refine.weight)
+
+    def first_weights(self, i):
+        """(H, 2, d, h) float32."""
+        return self.first[i].float().view(self.heads, 2, self.dim, self.inner)
+
+    def held(self, batch, device):
+        C, state = self.row_length, {}
+
+        def zeros(*shape):
+            return torch.zeros(batch, *shape, device=device)
+
+        for i, p in enumerate(self.places):
+            first = self.first_weights(i).detach().expand(batch, -1, -1, -1, -1)
+            state |= {f"weights.{p}": first, f"momentum.{p}": torch.zeros_like(first),
+                      f"row.{p}": zeros(C, self.mixed), f"last.{p}": zeros(self.sizes[0])}
+        return state | {"row_about": zeros(C, 2)}
+
+    # ---- what both forms share
+
+    def project(self, i, x, notes):
+        """(.., 3 H d) before they are mixed with the token before, and the rates' logits (.., 3 H)."""
+        made = self.into[i](x)[..., :self.mixed]
+        three, rates = made.split((self.sizes[0], 3 * self.heads), -1)
+        if i > 0:
+            refined = self.refine[i - 1](notes["read"].to(x.dtype)).float()
+            three = three + F.pad(refined, (0, 2 * refined.size(-1)))
+        return three, rates
+
+    def blend(self, i, three, before):
+        """Each token's q, k, v (.., 3 H d) with those of the token before."""
+        return three + (before - three) * self.shift[i].sigmoid()
+
+    def parts(self, made, rows):
+        """The Parts of (S, T, 3 H d + 3 H): R rows of each of S sequences."""
+        H, n = self.heads, made.size(1) // rows // math.gcd(self.chunk, made.size(1) // rows)
+        three, theta, eta, alpha = made.split(self.sizes, -1)
+
+        def by_chunk(x):                                                # (S, T, H, ..) -> (S, H, R, n, c, ..)
+            return x.unflatten(1, (rows, n, -1)).movedim(4, 1)
+
+        q, k, v = by_chunk(three.unflatten(-1, (3, H, -1)).movedim(3, 2)).unbind(-2)
+        eta, alpha = by_chunk(eta).mean(-1), by_chunk(alpha).mean(-1)   # of a chunk
+        return Parts(F.normalize(q, dim=-1), F.normalize(k, dim=-1), norm(v),
+                     self.set["theta"] * by_chunk(theta).sigmoid(), F.logsigmoid(eta), F.logsigmoid(-alpha))
+
+    def recall(self, i, q, weights):
+        """What queries (S, H, n, c, d) read of the weights (S, H, n, 2, d, h) before their chunk, and of the persistent
+        tokens: (S, n c, H d)."""
+        one, two = weights.unbind(-3)
+        found = norm(F.silu(q @ one) @ two.mT)
+        if self.set["persistent"]:
+            keys, values = self.persistent[i].float().view(2, self.heads, 1, -1, self.dim)
+            found = found + (q @ keys.mT).softmax(-1) @ values
+        return found.flatten(2, 3).transpose(1, 2).flatten(2)
+
+    def answer(self, i, x, y, read, notes):
+        """y (.., D) given way to what was read (.., H d), by the gate; the gate's mean (..) too."""
+        gate = self.gate[i](x).sigmoid()
+        added = self.out[i](read.to(self.out[i].weight.dtype))
+        notes["read"] = added
+        note(notes, gate=gate.mean())
+        return (y + gate * (added.float() - y)).to(y.dtype), gate.mean(-1)
+
+    # ---- whole sequences
+
+    def row_starts(self, i, parts, opens):
+        """Weights (S, H, R, 2, d, h) with which each row begins, of sequences from their start; no gradients."""
+        first = self.first_weights(i).detach().expand(len(parts.q), -1, -1, -1, -1)
+        rows = parts.q.size(2)
+        if rows == 1:
+            return first[:, :, None]
+        parts = Parts(*(x.detach() for x in parts))
+        course = course_of(parts.log_eta, parts.log_keep)               # of each row by itself
+        ends = [x[..., -1, :] if x.dim() == 5 else x[..., -1] for x in course]      # (S, H, R, n) or (S, H, R)
+        weights, momentum, starts = first, torch.zeros_like(first), []
+        for r in range(rows):
+            weights = where(opens[:, r], first, weights)
+            momentum = where(opens[:, r], torch.zeros_like(first), momentum)
+            starts.append(weights)
+            if r + 1 < rows:
+                line = [x[:, :, r].contiguous() for x in ends]
+                k, v, theta = (x[:, :, r].contiguous() for x in (parts.k, parts.v, parts.theta))
+                weights, momentum = row_end(k, v, theta, line, weights, momentum)
+        return torch.stack(starts, 2)
+
+    def whole(self, place, x, y, opens, notes):
+        i, (N, C) = self.places.index(place), x.shape[:2]
+        three, rates = self.project(i, x, notes)
+        three = self.blend(i, three, lagged(three, 1, opens, 0.0))
+        rows = 1 if opens is None else opens.size(1)
+        parts = self.parts(sequences(torch.cat((three, rates), -1), opens), rows)
+        starts = self.row_starts(i, parts, opens)
+        u, surprise = updates(parts.k, parts.v, parts.theta, starts)    # (S, H, R, n, 2, d, h)
+        n = u.size(3)
+        begins = None
+        if opens is not None:
+            begins = F.pad(opens[..., None], (0, n - 1)).flatten(1)[:, None]        # (S, 1, R n)
+        course = course_of(parts.log_eta.flatten(2), parts.log_keep.flatten(2), begins)
+        weights = self.before_chunks(course, u.flatten(2, 3), self.first_weights(i), None, begins)
+        read = self.recall(i, parts.q.flatten(2, 3), weights)
+        last = weights[:, :, -1].detach()
+        first = self.first_weights(i).detach()
+        note(notes, surprise=surprise.mean(), distance=(last - first).norm() / (len(last) ** 0.5 * first.norm()))
+        return self.answer(i, x, y, read.reshape(N, C, -1), notes)[0]
+
+    def before_chunks(self, course, u, weights, momentum, begins=None):
+        """Weights (S, H, n, 2, d, h) that each of n chunks finds, given all updates u and what stood before the first:
+        weights (.., H, 2, d, h), momentum or None: 0."""
+        def earlier(x, fill):                                           # the line of the chunk before
+            moved = F.pad(x, (0, 0) * (x.dim() - 3) + (1, 0), value=fill)[:, :, :-1]
+            if begins is None:
+                return moved
+            flag = begins.view(len(begins), 1, -1, *[1] * (x.dim() - 3))
+            return moved.masked_fill(flag, fill)
+
+        added = (earlier(course.by_update, 0.0) @ u.flatten(3)).view_as(u)
+        found = added + earlier(course.by_weights, 1.0)[..., None, None, None] * weights[..., None, :, :, :]
+        if momentum is not None:
+            found = found + earlier(course.by_momentum, 0.0)[..., None, None, None] * momentum[:, :, None]
+        return found
+
+    # ---- a few tokens
+
+    def step(self, place, x, y, state, came, notes):
+        i, p = self.places.index(place), place
+        three, rates = self.project(i, x, notes)
+        three = three * came.real[..., None]
+        before = torch.cat((state[f"last.{p}"][:, None], three[:, :-1]), 1)
+        row = put_in_row(state[f"row.{p}"], came, torch.cat((self.blend(i, three, before), rates), -1))
+        parts = self.parts(row, 1)
+        weights, momentum = state[f"weights.{p}"], state[f"momentum.{p}"]
+        u, surprise = updates(*(getattr(parts, name)[:, :, 0] for name in ("k", "v", "theta")), weights)
+        course = course_of(parts.log_eta[:, :, 0], parts.log_keep[:, :, 0])
+        found = self.before_chunks(course, u, weights, momentum)
+        read = from_row(self.recall(i, parts.q[:, :, 0], found), came)
+        ends = [x[..., -1, :] if x.dim() == 4 else x[..., -1] for x in course]
+        by_update, by_weights, by_momentum, momentum_by_update, momentum_by_itself = ends
+        changed = {f"row.{p}": row, f"last.{p}": torch.where(came.real[:, -1:], three[:, -1], state[f"last.{p}"])}
+
+        def after(of_updates, of_weights, of_momentum):
+            fresh = (of_updates[..., None, :] @ u.flatten(3)).view_as(weights)
+            old = of_momentum[..., None, None, None] * momentum
+            return fresh + old if of_weights is None else fresh + old + of_weights[..., None, None, None] * weights
+
+        changed[f"weights.{p}"] = where(came.ended, after(by_update, by_weights, by_momentum), weights)
+        changed[f"momentum.{p}"] = where(came.ended, after(momentum_by_update, None, momentum_by_itself), momentum)
+        y, gate = self.answer(i, x, y, read, notes)
+        if place == self.places[-1]:
+            tokens = notes.get("arriving", torch.zeros_like(came.slots))
+            about = torch.stack((tokens.float(), gate.float()), -1)
+            changed["row_about"] = put_in_row(state["row_about"], came, about)
+        first = self.first_weights(i)
+        distance = (weights - first).norm() / (len(weights) ** 0.5 * first.norm())
+        note(notes, surprise=surprise.mean(), distance=distance)
+        return y, {**state, **changed}
+
+    # ---- to be seen
+
+    def contents(self, state, tokenizer=None, sequence=0):
+        """Of one sequence, place by place: a dict with place, distance (of the weights from their first, relative) and
+        momentum (its norm), then one for each token of the current row with place, token, text, surprise (mean square of
+        the error), theta, eta, alpha (means over heads) and, at the last place, gate."""
+        filled, found = int(state["filled"][sequence]), []
+        tokens, gates = state["row_about"][sequence, :filled].unbind(-1)
+        for i, p in enumerate(self.places):
+            weights, first = state[f"weights.{p}"][sequence], self.first_weights(i).detach()
+            found.append(dict(place=p, distance=float((weights - first).norm() / first.norm()),
+                              momentum=float(state[f"momentum.{p}"][sequence].norm())))
+            parts = self.parts(state[f"row.{p}"][sequence:sequence + 1], 1)
+            k, v, theta = (x[0, :, 0] for x in (parts.k, parts.v, parts.theta))
+            _, surprise = updates(k, v, theta, weights)
+            surprise, theta = surprise.mean(0).flatten(), theta.mean(0).flatten()
+            eta, alpha = parts.log_eta[0, :, 0].exp().mean(0), 1 - parts.log_keep[0, :, 0].exp().mean(0)
+            for t in range(filled):
+                token, chunk = int(tokens[t]), t // self.chunk
+                about = dict(place=p, token=token, text=text_of(token, tokenizer), surprise=float(surprise[t]),
+                             theta=float(theta[t]), eta=float(eta[chunk]), alpha=float(alpha[chunk]))
+                found.append(about | (dict(gate=float(gates[t])) if p == self.places[-1] else {}))
+        return found
+
+
+# ------------------------------------------------------------------------------------ a state that fades
+
+class Gru(RowMemory, kind="gru"):
+    """A vector that fades, at the embedding, between the fourth and the fifth of eight layers, and at the final state.
+
+    Follows GPT-2 with a GRU memory and decay; of one kin with minGRU (Feng et al. 2024), RG-LRU (De et al. 2024) and
+    block-recurrent transformers (Hutchins et al. 2022). At one place, x_t (D) what stands there, normalised, U units:
+
+        h_t = sigmoid(fade) (1 - z_t) h_{t-1} + z_t tanh(W_h x_t + b_h),  z_t = sigmoid(W_z x_t + b_z)      (Fading)
+        y_t + W_o norm(h_t)
+
+    With `cell`, the relative's own: a true GRU cell (Cho et al. 2014) that is updated once a row by the mean of its
+    tokens' x and decays by `fade` a row; a token reads what earlier rows left:
+
+        h_r = fade GRU(mean x, h_{r-1})
+
+    Start: W_o = 0; see Fading. Settings: units: U (None: 0.4 of the width); cell; fade: of the cell.
+
+    The state, at each place p: `fading.p` (B, U); with `cell`, `sum.p` (B, 3 U), of the current row's projections, too.
+    `reset` is `cache.clear()`; a turn that is given a new cache is ephemeral. Watched: `half_life`, tokens after which
+    half of a unit is left, at its mean rate; `gate`, the mean of z.
+    """
+
+    own = RowMemory.own | dict(units=None, cell=False, fade=0.97)
+    watched = ("half_life", "gate")
+
+    def __init__(self, config):
+        super().__init__(config)
+        D, units = config.n_embd, self.width_of("units", 0.4, 32)
+        self.units, self.by_row = units, self.set["cell"]
+        gates = 3 if self.by_row else 2
+        self.into = nn.ModuleList(Affine(D, gates * units) for _ in self.places)
+        self.out = nn.ModuleList(nn.Linear(units, D, bias=False) for _ in self.places)
+        self.fading = nn.ModuleList(Fading(units) for _ in self.places if not self.by_row)
+        self.again = nn.ModuleList(Affine(units, 3 * units) for _ in self.places if self.by_row)
+        for out in self.out:
+            nn.init.zeros_(out.weight)
+        for into, fading in zip(self.into, self.fading):
+            fading.start(into.bias)
+
+    def default_places(self):
+        return (-1, self.config.n_layer // 2, self.config.n_layer)
+
+    def held(self, batch, device):
+        def zeros(size):
+            return torch.zeros(batch, size, device=device)
+
+        state = {f"fading.{p}": zeros(self.units) for p in self.places}
+        return state | {f"sum.{p}": zeros(3 * self.units) for p in self.places if self.by_row}
+
+    def answer(self, i, y, h):
+        return y + self.out[i](by_pace(h).to(self.out[i].weight.dtype))
+
+    def noted(self, notes, gate, log_a):
+        half_life = math.log(0.5) / log_a.detach()
+        note(notes, gate=gate, half_life=half_life)
+
+    def whole(self, place, x, y, opens, notes):
+        i, (N, C) = self.places.index(place), x.shape[:2]
+        gates = self.into[i](x.to(self.out[i].weight.dtype))
+        if self.by_row:
+            return self.whole_cell(i, gates, y, opens, notes)
+        h, _, gate, log_a = self.fading[i](sequences(gates, opens), None, opens)
+        self.noted(notes, gate, log_a)
+        return self.answer(i, y, h.reshape(N, C, -1))
+
+    def step(self, place, x, y, state, came, notes):
+        i = self.places.index(place)
+        gates, h = self.into[i](x.to(self.out[i].weight.dtype)), state[f"fading.{place}"]
+        if not self.by_row:
+            h, last, gate, log_a = self.fading[i](gates, h, None, came.real)
+            self.noted(notes, gate, log_a)
+            return self.answer(i, y, h), {**state, f"fading.{place}": last}
+        total = state[f"sum.{place}"] + (gates * came.real[..., None]).sum(1)
+        after, gate = self.cell(i, total / self.row_length, h)
+        self.noted(notes, gate, torch.full_like(gate, math.log(self.set["fade"]) / self.row_length))
+        changed = {f"fading.{place}": where(came.ended, after, h),
+                   f"sum.{place}": where(came.ended, torch.zeros_like(total), total)}
+        return self.answer(i, y, h[:, None]), {**state, **changed}
+
+    # ---- the true cell
+
+    def cell(self, i, gates, h):
+        """The state (B, U) after a row whose projections' mean is gates (B, 3 U), and the mean of z."""
+        r, z, candidate = gates.chunk(3, -1)
+        r_again, z_again, again = self.again[i](h.to(self.again[i].weight.dtype)).chunk(3, -1)
+        z = (z + z_again).sigmoid()
+        candidate = (candidate + (r + r_again).sigmoid() * again).tanh()
+        return self.set["fade"] * ((1 - z) * h + z * candidate), z.mean()
+
+    def whole_cell(self, i, gates, y, opens, notes):
+        means = gates.mean(1) if opens is None else gates.mean(1).unflatten(0, opens.shape)
+        means = means.view(-1, 1 if opens is None else opens.size(1), 3 * self.units)   # (S, R, 3 U)
+        h, before, opened = means.new_zeros(len(means), self.units), [], []
+        for r in range(means.size(1)):
+            if opens is not None:
+                h = where(opens[:, r], torch.zeros_like(h), h)
+            before.append(h)
+            h, gate = self.cell(i, means[:, r], h)
+            opened.append(gate)
+        self.noted(notes, torch.stack(opened).mean(), torch.full_like(gate, math.log(self.set["fade"]) / y.size(1)))
+        # the last row's end is read by nobody: times zero, so that what made it has a gradient, zero, and not none
+        before = torch.stack(before, 1) + 0.0 * h[:, None]
+        return self.answer(i, y, before.flatten(0, 1)[:, None])
+
+    def contents(self, state, tokenizer=None, sequence=0):
+        """Of one sequence, a dict for each place: place, norm of the state, the units' half-lives in tokens (fastest,
+        median, slowest), gates at rest (mean), and the tokens that W_o norm(h) raises."""
+        found = []
+        for i, p in enumerate(self.places):
+            h = state[f"fading.{p}"][sequence]
+            added = self.answer(i, 0.0, h).float()
+            about = dict(place=p, norm=float(h.norm()), raises=self.raised(added, tokenizer))
+            if not self.by_row:
+                bias = self.into[i].bias.detach()
+                lives = self.fading[i].half_lives(bias).sort().values
+                about |= dict(half_lives=[float(lives[j]) for j in (0, len(lives) // 2, -1)],
+                              gate=float(bias[:self.units].sigmoid().mean()))
+            found.append(about)
+        return found
+
+
+# ------------------------------------------------------------------------------------ the model
+
+class RevenaHybrid(RevenaHybridTiny):
+    """RevenaHybridTiny in the file that knows the further memories, with what a store is asked for by its user.
+
+    `cache` is a RevenaCache: model.new_cache(). Texts are strings, for which a tokenizer is needed, or token ids.
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.memory.embedding = self.get_input_embeddings
+
+    def ids_of(self, text, tokenizer):
+        """Token ids (1, T) of a text, or of ids in whatever form they came."""
+        if isinstance(text, str):
+            if tokenizer is None:
+                raise ValueError("a text needs a tokenizer: pass tokenizer=.., or token ids")
+            text = tokenizer(text)["input_ids"]
+        ids = torch.as_tensor(text, device=self.device).view(1, -1)
+        if ids.size(1) == 0:
+            raise ValueError("the text is empty: there is nothing to remember or to ask for")
+        return ids
+
+    @torch.no_grad()
+    def store_experience(self, cache, text, tokenizer=None):
+        """Let the memory read a text; returns how many tokens were read."""
+        ids = self.ids_of(text, tokenizer)
+        ids = ids.expand(len(cache.real), -1)
+        self(ids, past_key_values=cache, logits_to_keep=1)
+        return ids.size(1)
+
+    @torch.no_grad()
+    def query_memory(self, cache, text, top_k=5, tokenizer=None, sequence=0):
+        """The items of a store that its last token would look for after a text, best first: dicts with place, token,
+        text, position, importance, count, cosine and score. The cache stays as it is."""
+        if not isinstance(self.memory, Store):
+            raise ValueError(f"a {self.config.memory} holds no items to ask for; see cache.contents()")
+        ids, trial = self.ids_of(text, tokenizer), copy.deepcopy(cache)
+        ids = ids.expand(len(cache.real), -1)
+        into = self(ids, past_key_values=trial, output_hidden_states=True).hidden_states
+        found = []
+        for place in self.memory.places:
+            x = norm(into[place][sequence, -1].float()).to(self.memory.out[0].weight.dtype)
+            items, best = self.memory.search(cache.state, place, x, top_k, sequence)
+            for number, score, cosine in best:
+                about = told(items.facts[number].tolist(), tokenizer)
+                found.append({"place": place, **about, "cosine": cosine, "score": score})
+        return sorted(found, key=_score, reverse=True)[:top_k]
+
+    def consolidate(self, cache, threshold):
+        """Merge a store's items whose keys have a cosine above `threshold`; returns how many were merged."""
+        if not isinstance(self.memory, Store):
+            raise ValueError(f"a {self.config.memory} holds no items to merge")
+        cache.state, merged = self.memory.consolidate(cache.state, threshold)
+        return merged
+
+
+def _score(item):
+    return item["score"]
