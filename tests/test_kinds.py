@@ -78,6 +78,7 @@ KINDS = {
         "tests": [
             "test_data.py::test_whatever_the_hub_raises_pip_is_asked",
             "test_data.py::test_without_pip_the_wheel_comes_from_the_index",
+            "test_data.py::test_a_pip_that_hangs_is_said_to",
             "test_data.py::test_the_index_is_the_one_that_is_set",
             "test_data.py::test_a_password_is_in_no_message",
             "test_data.py::test_an_endpoint_that_is_no_address_is_no_answer",
