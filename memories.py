@@ -310,6 +310,24 @@ class Items(NamedTuple):
 FACTS = ("importance", "count", "token", "position")       # importance: its logarithm; -inf: the slot is empty
 
 
+REACH = 12.0                    # nats below the best score, where a weight is 6e-6 of it: nothing is looked for there
+HALVINGS = 14                   # of that: scores are told apart by 0.0007
+
+
+def threshold(score, best, top):
+    """The least threshold, as near as halving comes, that at most `top` of the scores (.., I) reach; best (.., 1).
+
+    A compiler makes all of it one pass over the scores; sorting them, or torch.topk, takes more time than the rest.
+    """
+    low, high = best - REACH, best
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        few = (score >= middle).sum(-1, keepdim=True) <= top
+        low = torch.where(few, low, middle)
+        high = torch.where(few, middle, high)
+    return high
+
+
 class Store(RowMemory, kind="store"):
     """Keys and values of hidden states, found again by content, beside a state that fades; in two middle layers.
 
@@ -330,7 +348,7 @@ class Store(RowMemory, kind="store"):
     over heads) with an older one is merged into it: keys and values become means weighted by counts, importances add.
     When full, the least important of the older half go first.
 
-    Start: W_o = 0, scale 10, importance and gates 0.5. Settings: heads; dim: of a head (None: a tenth of the width);
+    Start: W_o = 0, scale 10, importance and gates 0.5. Settings: heads; dim: of a head (None: a fifth of the width);
     slots; top; scale; cosine_above: nothing below is found; merge_above; units: U (None: a fifth of the width).
 
     The state, at each place p: `keys.p`, `values.p`, `facts.p` (B, M, ..), oldest last to go first in order; the same of
@@ -339,14 +357,14 @@ class Store(RowMemory, kind="store"):
     item's; `gate`; `held`, the share of slots in use; `merged`, items merged a sequence.
     """
 
-    own = RowMemory.own | dict(heads=4, dim=None, slots=10_000, top=32, scale=10.0, cosine_above=-1.0, merge_above=1.0,
+    own = RowMemory.own | dict(heads=2, dim=None, slots=10_000, top=32, scale=10.0, cosine_above=-1.0, merge_above=1.0,
                                units=None)
     watched = ("found", "gate", "held", "merged")
     by_row = True
 
     def __init__(self, config):
         super().__init__(config)
-        self.heads, self.dim = self.set["heads"], self.width_of("dim", 0.1, 16)
+        self.heads, self.dim = self.set["heads"], self.width_of("dim", 0.2, 16)
         self.units = self.width_of("units", 0.2, 32)
         D, width = config.n_embd, self.heads * self.dim
         self.sizes = (3 * width, 2 * self.units, self.heads, 1)
@@ -411,10 +429,10 @@ class Store(RowMemory, kind="store"):
         scale = self.scale[i].exp()[:, None, None]
         score = cosine * scale + items.facts[:, None, None, :, 0]
         score = score.masked_fill(hidden, -math.inf)
+        best = score.detach().amax(-1, keepdim=True)
         if top < score.size(-1):
-            least = score.detach().topk(top, sorted=False).values.amin(-1, keepdim=True)
-            score = score.masked_fill(score < least, -math.inf)
-        peak = score.detach().amax(-1, keepdim=True).clamp(min=0)
+            score = score.masked_fill(score < threshold(score.detach(), best, top), -math.inf)
+        peak = best.clamp(min=0)
         weight = (score - peak).exp()
         weight = weight / (weight.sum(-1, keepdim=True) + (-peak).exp())
         read = weight.to(v.dtype) @ v
@@ -500,7 +518,7 @@ class Store(RowMemory, kind="store"):
         """What the M slots hold next: `old`, or where a row ended the best of `items` (B, M + C, ..); and how many
         items were merged and dropped, (B,) each."""
         none = torch.zeros_like(old.facts[:, 0, 0])
-        if not (items.facts.is_cuda or bool(ended.any())):              # on a CPU it is cheaper to ask
+        if not (items.facts.device.type != "cpu" or bool(ended.any())):     # there it is cheaper to ask
             return old, none, none
         M, above = self.set["slots"], self.set["merge_above"]
         merged = none
@@ -653,7 +671,7 @@ class Bank(RowMemory, kind="bank"):
     (Mixture of Chapters); beside it a loss that balances the chapters (Fedus et al. 2021, section 2.2) and one that
     keeps the router's logits small (Zoph et al. 2022, section 3.3). Weight decay leaves the bank alone.
 
-    Start: W_o = 0. Settings: slots; heads; dim: of a head (None: a twentieth of the width); chapters (1: no router);
+    Start: W_o = 0. Settings: slots; heads; dim: of a head (None: a tenth of the width); chapters (1: no router);
     best; rank: of a bank that is a product of two matrices, 0: it is none; width: of its vectors, 0: the model's;
     shared: one bank for all layers; after: the query has seen what attention found (block variant A: attention, memory,
     feed-forward), else the layer's input (after the last feed-forward: variant B); routing; balance, z_loss: weights of
@@ -664,14 +682,14 @@ class Bank(RowMemory, kind="bank"):
     mean weight of the slot that is read most.
     """
 
-    own = RowMemory.own | dict(slots=1024, heads=4, dim=None, chapters=16, best=4, rank=0, width=0, shared=True,
+    own = RowMemory.own | dict(slots=1024, heads=2, dim=None, chapters=16, best=4, rank=0, width=0, shared=True,
                                after=False, routing="token", balance=0.01, z_loss=0.001)
     watched = ("chapters", "sharpest")
     ROLLING = 32
 
     def __init__(self, config):
         super().__init__(config)
-        self.heads, self.dim = self.set["heads"], self.width_of("dim", 0.05, 8)
+        self.heads, self.dim = self.set["heads"], self.width_of("dim", 0.1, 8)
         self.routed = self.set["chapters"] > 1
         if self.set["routing"] not in ("token", "rolling", "hybrid"):
             raise ValueError(f"routing {self.set['routing']!r} is none of token, rolling, hybrid")
@@ -725,8 +743,8 @@ class Bank(RowMemory, kind="bank"):
         elif self.set["routing"] == "hybrid":
             logits = (logits + mean) / 2
         log_p, chapters = logits.log_softmax(-1), self.set["chapters"]
-        least = logits.detach().topk(self.set["best"]).values[..., -1:]
-        read = logits >= least
+        better = (logits[..., None, :] > logits[..., None]).sum(-1)     # chapters, of each one; cheaper than topk
+        read = better < self.set["best"]
         p = log_p.exp().flatten(0, -2).mean(0)
         share = read.float().flatten(0, -2).mean(0) / self.set["best"]
         balance = chapters * (share * p).sum()
@@ -819,6 +837,14 @@ class Course(NamedTuple):
     momentum_by_update: torch.Tensor
     momentum_by_itself: torch.Tensor
 
+    def forward(self):
+        """From before the first chunk to after the last: (.., 2, n + 2), for weights and momentum, by u, W and S."""
+        weights, momentum = self.by_update[..., -1, :], self.momentum_by_update[..., -1, :]
+        kept, moved, goes_on = (x[..., -1:] for x in (self.by_weights, self.by_momentum, self.momentum_by_itself))
+        weights = torch.cat((weights, kept, moved), -1)
+        momentum = torch.cat((momentum, torch.zeros_like(kept), goes_on), -1)
+        return torch.stack((weights, momentum), -2)
+
 
 def course_of(log_eta, log_keep, begins=None):
     """The Course of S_i = eta_i S_{i-1} + u_i, W_i = keep_i W_{i-1} + S_i; where it `begins` W is the first again, and
@@ -864,17 +890,18 @@ def updates(k, v, theta, weights):
 
 
 @compile_once
-def row_end(k, v, theta, course, weights, momentum):
-    """(weights, momentum) after a row, all without gradients; course: five tensors, the last line of its Course."""
-    u, _ = updates(k, v, theta, weights)
-    by_update, by_weights, by_momentum, momentum_by_update, momentum_by_itself = course
-    n, shape = u.size(-4), weights.shape
-    u = u.flatten(-3)                                                   # (S, H, n, P)
-    both = torch.stack((by_update, momentum_by_update), -2) @ u         # (S, H, 2, P)
-    weights, momentum = weights.flatten(-3), momentum.flatten(-3)
-    after = both[..., 0, :] + by_weights[..., None] * weights + by_momentum[..., None] * momentum
-    momentum = both[..., 1, :] + momentum_by_itself[..., None] * momentum
-    return after.view(shape), momentum.view(shape)
+def row_of(k, v, theta, forward, opened, first, held):
+    """One row of the loop over rows: with what it begins and with what it ends, (S, H, 2, P) each, no gradients.
+
+    Args:
+        k, v, theta: of the row, as in `updates`. forward: (S, H, 2, n + 2), the last line of its Course, for weights and
+            for momentum, each for the n updates, the weights and the momentum. opened: (S,) bool, a sequence starts.
+        first, held: (S, H, 2, P), weights and momentum that have read nothing, and those of the row before.
+    """
+    held = where(opened, first, held)
+    d = k.size(-1)
+    u, _ = updates(k, v, theta, held[:, :, 0].unflatten(-1, (2, d, -1)))
+    return held, forward @ torch.cat((u.flatten(-3), held), 2)
 
 
 class Parts(NamedTuple):
@@ -1025,17 +1052,13 @@ class Mag(RowMemory, kind="mag"):
         if rows == 1:
             return first[:, :, None]
         parts = Parts(*(x.detach() for x in parts))
-        course = course_of(parts.log_eta, parts.log_keep)               # of each row by itself
-        ends = [x[..., -1, :] if x.dim() == 5 else x[..., -1] for x in course]      # (S, H, R, n) or (S, H, R)
-        weights, momentum, starts = first, torch.zeros_like(first), []
+        forward = course_of(parts.log_eta, parts.log_keep).forward()    # of each row by itself
+        by_row = [x.movedim(2, 0).contiguous() for x in (parts.k, parts.v, parts.theta, forward)]
+        empty = torch.stack((first, torch.zeros_like(first)), 2).flatten(3)
+        held, starts = empty, []
         for r in range(rows):
-            weights = where(opens[:, r], first, weights)
-            momentum = where(opens[:, r], torch.zeros_like(first), momentum)
-            starts.append(weights)
-            if r + 1 < rows:
-                line = [x[:, :, r].contiguous() for x in ends]
-                k, v, theta = (x[:, :, r].contiguous() for x in (parts.k, parts.v, parts.theta))
-                weights, momentum = row_end(k, v, theta, line, weights, momentum)
+            start, held = row_of(*(x[r] for x in by_row), opens[:, r], empty, held)
+            starts.append(start[:, :, 0].view_as(first))
         return torch.stack(starts, 2)
 
     def whole(self, place, x, y, opens, notes):
@@ -1088,17 +1111,12 @@ class Mag(RowMemory, kind="mag"):
         course = course_of(parts.log_eta[:, :, 0], parts.log_keep[:, :, 0])
         found = self.before_chunks(course, u, weights, momentum)
         read = from_row(self.recall(i, parts.q[:, :, 0], found), came)
-        ends = [x[..., -1, :] if x.dim() == 4 else x[..., -1] for x in course]
-        by_update, by_weights, by_momentum, momentum_by_update, momentum_by_itself = ends
-        changed = {f"row.{p}": row, f"last.{p}": torch.where(came.real[:, -1:], three[:, -1], state[f"last.{p}"])}
-
-        def after(of_updates, of_weights, of_momentum):
-            fresh = (of_updates[..., None, :] @ u.flatten(3)).view_as(weights)
-            old = of_momentum[..., None, None, None] * momentum
-            return fresh + old if of_weights is None else fresh + old + of_weights[..., None, None, None] * weights
-
-        changed[f"weights.{p}"] = where(came.ended, after(by_update, by_weights, by_momentum), weights)
-        changed[f"momentum.{p}"] = where(came.ended, after(momentum_by_update, None, momentum_by_itself), momentum)
+        held = torch.stack((weights, momentum), 2).flatten(3)           # (B, H, 2, P)
+        after = course.forward() @ torch.cat((u.flatten(3), held), 2)
+        after = where(came.ended, after, held).unflatten(-1, weights.shape[-3:])
+        last = torch.where(came.real[:, -1:], three[:, -1], state[f"last.{p}"])
+        changed = {f"row.{p}": row, f"last.{p}": last,
+                   f"weights.{p}": after[:, :, 0], f"momentum.{p}": after[:, :, 1]}
         y, gate = self.answer(i, x, y, read, notes)
         if place == self.places[-1]:
             tokens = notes.get("arriving", torch.zeros_like(came.slots))

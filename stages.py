@@ -57,6 +57,16 @@ ARMS = {
     "with_bank": Arm("bank", "bank: learned vectors"),
     "with_mag": Arm("mag", "MAG: fast weights"),
     "with_gru": Arm("gru", "GRU: fading state"),
+
+    # what else a number could come from, one seed each
+    "wide": Arm(None, "wider feed-forward", backbone=dict(n_inner=2784), control=True),
+    "with_bank_low_rank": Arm("bank", "bank of rank 64", dict(rank=64), control=True),
+    "with_gru_cell": Arm("gru", "GRUCell a row, decay 0.97", dict(cell=True, fade=0.97), control=True),
+    "with_gru_reset": Arm("gru", "GRU, reset at every row", dict(carry=False), control=True),
+    "with_mag_reset": Arm("mag", "MAG, reset at every row", dict(carry=False), control=True),
+    "with_store_reset": Arm("store", "store, reset at every row", dict(carry=False), control=True),
+    "with_store_few": Arm("store", "store of 256, merging", dict(slots=256, merge_above=0.9), control=True),
+    "with_store_replay": Arm("store", "store, a fifth replayed", replay=0.2, control=True),
 }
 SPECIFIED = ("baseline", "with_ltm")            # the experiment of ./run_all.sh; --memories trains all
 
