@@ -619,12 +619,12 @@ def draw_speeds(axes, results, arms):
     most = 1.0
     for place, arm in enumerate(arms):
         evaluation = 1.0 if arm == REFERENCE else speed[arm]["ratio"]
-        training, lines = training_ratio(results, arm), []
-        for side, value, what in (-0.2, evaluation, "eval."), (0.2, training, "train."):
-            axes.barh(place + side, value or 0, 0.32, **filled(look_of(arm)))
-            lines.append(("\u2013" if value is None else f"{value:.2f} {what}", dict(fontsize=8)))
-            most = max(most, value or 0)
-        beside(axes, place, *lines)
+        training = training_ratio(results, arm)
+        for side, value in (-0.2, evaluation), (0.2, training or 0):
+            axes.barh(place + side, value, 0.32, **filled(look_of(arm)))
+            most = max(most, value)
+        said = f"{training:.2f} train." if training else "\u2013"
+        beside(axes, place, (f"{evaluation:.2f} eval.", dict(fontsize=8)), (said, dict(fontsize=8)))
     axes.axvline(1, color=look_of(REFERENCE).color, linewidth=1.6, linestyle=look_of(REFERENCE).line)
     axes.set_xlim(0, most)
     axes.set_xticks([0, 1], ["0", "\u00d71"])
@@ -635,11 +635,11 @@ def draw_sizes(axes, results, arms):
     """What a memory adds: its parameters, and what a sequence carries along."""
     for place, arm in enumerate(arms):
         about = results["detail"]["arms"][arm]
-        lines = f"{count_said(about['parameters'])} param.", "no state"
-        if arm != REFERENCE:
-            lines = (f"+{count_said(about['memory_parameters'])} param.",
-                     f"{bytes_said(about['state_bytes'])} state" if about["state_bytes"] else "no state")
-        for side, words in zip((-0.17, 0.23), lines):
+        parameters = f"+{count_said(about['memory_parameters'])}"
+        if arm == REFERENCE:
+            parameters = count_said(about["parameters"])
+        state = "no" if about["state_bytes"] == 0 else bytes_said(about["state_bytes"])
+        for side, words in (-0.17, f"{parameters} param."), (0.23, f"{state} state"):
             axes.text(0, place + side, words, va="center", fontsize=8)
     axes.set_xticks([])
     axes.spines[["left", "bottom"]].set_visible(False)
@@ -1106,11 +1106,10 @@ def tables(root):
     """({name: markdown}, {name: why it is left as it is}) of README.md; raises StageError where a field is wrong."""
     made, left = {}, {}
     for name, (file, table_of, again) in TABLES.items():
-        try:
-            value = read_json(root / file, again)
-        except StageError as error:
-            left[name] = str(error)
+        if not (root / file).exists():
+            left[name] = f"{root / file} is missing; make it with: {again}"
             continue
+        value = read_json(root / file, again)
         if of_old_layout(value):
             left[name] = f"{root / file} is of an earlier version; make it again with: {again}"
             continue

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -106,7 +107,7 @@ def long_range(arms):
         part[arm] = {"mean": mean, "ci95": wilson(mean), "per_seed": [mean], "top1": 0.7 * mean,
                      "top1_ci95": wilson(0.7 * mean), "value_nats": 2.0}
         if arm != "baseline":
-            gap = mean - part["baseline"]["mean"]
+            gap = mean - float(np.mean(SHARES["baseline"][FAR]))
             clear = "helps" if gap > 0.05 else "hurts" if gap < -0.02 else "inconclusive"
             part[arm] |= {"difference": {"mean": gap, "ci95": [gap - 0.02, gap + 0.02]}, "p_holm": 0.01,
                           "verdict": clear}
@@ -224,20 +225,64 @@ def refused(root, *words):
 
 # ------------------------------------------------------------------ what it draws
 
-def test_pictures_hold_both_arms_in_colours_that_differ_in_grey(root, capsys):
+def brightness(color):
+    return np.array([int(color[at:at + 2], 16) / 255 for at in (1, 3, 5)]) @ [0.299, 0.587, 0.114]
+
+
+def drawn(picture, color):
+    """The share of a picture's pixels in a colour."""
+    wanted = np.array([int(color[at:at + 2], 16) / 255 for at in (1, 3, 5)])
+    return (np.abs(picture - wanted).max(2) < 0.02).mean()
+
+
+@pytest.mark.parametrize("arms", [SPECIFIED, SEVERAL], ids=["two arms", "six arms"])
+def test_the_pictures_hold_every_arm(tmp_path, arms, capsys):
+    root = build(tmp_path / "run", synthetic(arms))
     plot(root)
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 and lines[0].startswith("With memory: BPC 1.566 vs 1.628 (-3.8%, helps), recall 160")
+    said = "With memory: BPC 1.566 vs 1.628 (-3.8%" if len(arms) == 2 else "Best, store: BPC 1.552 vs 1.628 (-4.7%"
+    assert len(lines) == 2 and lines[0].startswith(f"{said}, helps), recall 160")
     assert all(str(root / name) in lines[1] for name in ("results.png", "results_controls.png", "results_memory.png"))
     picture = imread(root / "results.png")[:, :, :3]
     assert picture.shape[1] == 1800 and 0.6 < (picture.min(2) > 0.95).mean() < 0.95     # mostly paper, not all of it
-    greys = []
-    for look in plot_eval.ARMS.values():
-        colour = np.array([int(look["color"][at:at + 2], 16) / 255 for at in (1, 3, 5)])
-        assert (np.abs(picture - colour).max(2) < 0.02).mean() > 0.01, look
-        greys.append(colour @ [0.299, 0.587, 0.114])
-    assert abs(greys[0] - greys[1]) > 0.25
+    for arm in ARMS:
+        assert (drawn(picture, plot_eval.look_of(arm).color) > 0.001) == (arm in arms), arm
     assert pixels(root / "results_controls.png").std() > 0.1
+
+
+def test_arms_differ_in_grey_and_in_pattern():
+    """In grey by their brightness, on paper and in curves besides by hatch, marker and dash."""
+    looks = plot_eval.LOOKS
+    assert len(looks) >= len(ARMS)
+    grey = sorted(brightness(look.color) for look in looks)
+    assert np.diff(grey).min() > 0.08
+    for part in ("hatch", "marker", "line"):
+        assert len({getattr(look, part) for look in looks}) == len(looks), part
+
+
+def test_arms_come_in_the_order_of_stages_whichever_are_there(tmp_path):
+    results = synthetic(["with_gru", "baseline", "with_store"])
+    del results["detail"]["memory"], results["detail"]["controls"]      # of with_ltm
+    assert plot_eval.arms_of(results) == ["baseline", "with_store", "with_gru"]
+    plot(build(tmp_path / "three", results))
+    picture = imread(tmp_path / "three/results.png")[:, :, :3]
+    assert [arm for arm in ARMS if drawn(picture, plot_eval.look_of(arm).color) > 0.001] == plot_eval.arms_of(results)
+
+
+def words_of(figure):
+    """All that is written in a figure."""
+    axes = [text.get_text() for one in figure.axes for text in one.texts]
+    return [text.get_text() for text in figure.texts] + axes
+
+
+def test_the_picture_of_several_arms_says_what_each_is_worth_and_costs():
+    results = synthetic(SEVERAL)
+    results["detail"]["training"]["with_mag"]["tokens_per_sec"] = None
+    words = words_of(plot_eval.draw_many(results, []))
+    for fact in ("store", "keys and values", "1.552", "-4.7% helps", "-4.9 to -4.5", "0.88 helps", "0.61 eval.",
+                 "0.37 train.", "+2.1M param.", "41 MB state",             # of with_store
+                 "-0.1% unclear", "0.13 unclear", "+0.8% hurts", "0.33 eval.", "\u2013"):
+        assert fact in words, fact
 
 
 def test_the_same_results_give_the_same_bytes(root, tmp_path):
@@ -284,8 +329,27 @@ def test_the_words_say_the_verdict_and_where_the_numbers_come_from():
 ])
 def test_the_title_follows_the_verdicts(bpc_verdict, recall_verdict, title):
     results = synthetic()
-    results["detail"]["bpc"]["verdict"] = bpc_verdict
-    results["detail"]["recall"]["long_range"]["verdict"] = recall_verdict
+    results["detail"]["bpc"]["with_ltm"]["verdict"] = bpc_verdict
+    results["detail"]["recall"]["long_range"]["arms"]["with_ltm"]["verdict"] = recall_verdict
+    assert plot_eval.headline(results)[0] == title
+
+
+@pytest.mark.parametrize("bpc_verdicts, recall_verdicts, title", [
+    ("helps helps inconclusive", "helps helps inconclusive", "LTM and store help compression and long-range recall"),
+    ("helps helps hurts", "inconclusive helps inconclusive",
+     "LTM and store help compression; store helps long-range recall; bank hurts compression"),
+    ("inconclusive inconclusive hurts", "helps inconclusive inconclusive",
+     "No memory helps compression; LTM helps long-range recall; bank hurts compression"),
+    ("inconclusive inconclusive inconclusive", "inconclusive inconclusive inconclusive",
+     "No memory helps compression and long-range recall"),
+])
+def test_the_title_of_several_arms_follows_the_verdicts(bpc_verdicts, recall_verdicts, title):
+    arms = ["baseline", "with_ltm", "with_store", "with_bank"]
+    results = synthetic(arms)
+    for part, verdicts in ((results["detail"]["bpc"], bpc_verdicts),
+                           (results["detail"]["recall"]["long_range"]["arms"], recall_verdicts)):
+        for arm, verdict in zip(arms[1:], verdicts.split()):
+            part[arm]["verdict"] = verdict
     assert plot_eval.headline(results)[0] == title
 
 
@@ -393,6 +457,135 @@ def test_without_controls_or_memory_no_such_picture_and_a_word_on_an_old_one(roo
     assert path.read_bytes() == b"old"
 
 
+@pytest.mark.parametrize("broken", ["MPLBACKEND", "matplotlibrc here", "MATPLOTLIBRC", "MPLCONFIGDIR"])
+def test_no_setting_of_matplotlib_ends_the_stage(root, tmp_path, broken):
+    """A backend that is not installed, a matplotlibrc that cannot be read, no folder for its cache."""
+    here = tmp_path / "here"
+    here.mkdir()
+    values = {"MPLBACKEND": "Qt4Agg", "MATPLOTLIBRC": str(tmp_path / "rc"), "MPLCONFIGDIR": "/dev/null/cache"}
+    (tmp_path / "rc").write_bytes(b"\xff\xfe")
+    environment = {**os.environ, "HOME": str(tmp_path)}
+    if broken in values:
+        environment[broken] = values[broken]
+    else:
+        (here / "matplotlibrc").write_bytes(b"backend: no\n\xff\xfe")
+    code = f"import sys; sys.path.insert(0, {str(PROJECT)!r}); import plot_eval; plot_eval.DPI = 10; plot_eval.main()"
+    done = subprocess.run([sys.executable, "-c", code, "--root", root], cwd=here, env=environment, timeout=300,
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert len(list(root.glob("*.png"))) == 3
+
+
+def test_help_needs_neither_torch_nor_matplotlib():
+    code = ("import sys, contextlib, plot_eval\n"
+            "with contextlib.suppress(SystemExit): plot_eval.main(['--help'])\n"
+            "sys.exit(bool({'torch', 'matplotlib', 'transformers'} & sys.modules.keys()))")
+    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True)
+    assert done.returncode == 0 and "usage:" in done.stdout, done.stdout + done.stderr
+
+
+# ------------------------------------------------------------------ the tables of README.md
+
+README = """# Title
+<!-- table: results -->
+<!-- end of table -->
+words | between
+<!-- table: arms -->
+an old table
+<!-- end of table -->
+<!-- table: speed -->
+<!-- end of table -->
+the end"""
+
+
+@pytest.fixture
+def published(tmp_path):
+    """A folder with README.md and the three files of results that its tables are made from."""
+    (tmp_path / "README.md").write_text(README)
+    (tmp_path / "results.json").write_text(json.dumps(synthetic()))
+    several = synthetic(SEVERAL, seeds=1)
+    several["detail"]["run"]["settings"]["chained"] = 1.0
+    (tmp_path / "results_arms.json").write_text(json.dumps(several))
+    rows = [{"what": what, "median": 2.0, "low": 1.5, "high": 2.5} for what in plot_eval.RATIOS]
+    bench = {"run": {"device": "NVIDIA H100", "torch": "2.13.0", "size": "70M", "batch": 8}, "compared": rows}
+    (tmp_path / "results_bench.json").write_text(json.dumps(bench))
+    return tmp_path
+
+
+def table(root, name):
+    """The lines of a table in README.md."""
+    return (root / "README.md").read_text().split(f"<!-- table: {name} -->\n")[1].split("<!-- end")[0].splitlines()
+
+
+def test_the_tables_of_the_readme_are_written_from_the_results(published):
+    plot(published, "--readme")
+    results, arms, speed = (table(published, name) for name in ("results", "arms", "speed"))
+    assert results[0].startswith("| 10,000 steps of 8 x 128 tokens, seeds 0, 1 and 2 | no memory | LTM")
+    assert results[2] == ("| **bits per character**, whole documents | 1.6280 | 1.5660 "
+                          "| -0.062 (-0.065 to -0.059), x 0.962 |")
+    assert [line.split(" | ")[0] for line in results[3:9]] == [
+        "| bits per character, 128-token windows",
+        "| **long-range recall**, 160 to 384 tokens back (chance 0.125)",
+        "| the same, likeliest of all 50,257 tokens (top-1)", "| share of predictions that retrieved something",
+        "| training, tokens/s", "| evaluation, tokens/s"]
+    assert "openwebtext" in results[-1] and "H100" in results[-1] and "commit 1234567" in results[-1]
+    assert [line.split(" | ")[0][2:] for line in arms[2:8]] == [ARMS[arm].label for arm in SEVERAL]
+    assert arms[4] == ("| store: keys and values | +2.1M | 1.5520 | 0.953 (0.951 to 0.955) | helps | 0.878 "
+                       "| x 0.37 | 41 MB |")
+    assert ", seed 0, chained." in arms[-1]
+    assert speed[2] == f"| {plot_eval.RATIOS[0]} | x 2.00 | 1.50 to 2.50 |" and len(speed) == 9
+    # all else is as it was, nothing is drawn, and once more changes nothing
+    text = (published / "README.md").read_text()
+    outside = re.compile("( -->\n).*?(<!-- end)", re.DOTALL)
+    assert outside.sub(r"\1\2", text) == outside.sub(r"\1\2", README)
+    plot(published, "--readme")
+    assert (published / "README.md").read_text() == text and not list(published.glob("*.png"))
+
+
+def test_a_table_without_results_or_of_an_earlier_version_is_left_as_it_is(published, capsys):
+    (published / "results_arms.json").unlink()
+    (published / "results.json").write_text('{"baseline": {"bpc": 1}, "detail": {"bpc": {}}}')
+    (published / "results_bench.json").unlink()
+    plot(published, "--readme")
+    assert (published / "README.md").read_text() == README
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    assert [why in note for note, why in zip(notes, ("earlier version", "missing", "missing"))] == [True] * 3
+
+
+def test_odd_words_do_not_break_a_table(published):
+    results = synthetic()
+    results["detail"]["data"]["source"] = "a | b\n<!-- end of table -->\\1"
+    (published / "results.json").write_text(json.dumps(results))
+    for _ in range(2):
+        plot(published, "--readme")
+    assert (published / "README.md").read_text().count("<!-- end of table -->") == 3
+    assert "a \\| b &lt;!-- end of table --&gt;" in table(published, "results")[-1].replace("-->", "--&gt;")
+
+
+@pytest.mark.parametrize("file, old, new", [
+    ("results.json", '"ratio"', '"other"'), ("results_arms.json", '"state_bytes"', '"other"'),
+    ("results_bench.json", plot_eval.RATIOS[1], "other"), ("results_bench.json", "}", ""), ("results.json", '"bpc": 1.566,', '"bpc": NaN,'),
+    ("README.md", "<!-- table: arms -->", ""), ("README.md", "<!-- table: arms -->", "<!-- table: speed -->"),
+    ("README.md", "the end", "<!-- table: arms -->\n<!-- end of table -->"),
+    ("README.md", "an old table\n<!-- end of table -->", "an old table")])
+def test_a_readme_or_results_that_are_damaged_leave_the_readme_as_it_is(published, file, old, new):
+    text = (published / file).read_text()
+    (published / file).write_text(text.replace(old, new))
+    assert text != (published / file).read_text()
+    before = (published / "README.md").read_bytes()
+    with pytest.raises(StageError, match=file):
+        plot(published, "--readme")
+    assert (published / "README.md").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", plot_eval.TABLES)
+def test_the_readme_says_what_the_published_results_say(name):
+    made, left = plot_eval.tables(PROJECT)
+    if name in left:
+        pytest.skip(left[name])
+    assert "".join(line + "\n" for line in table(PROJECT, name)) == made[name], "run: python plot_eval.py --readme"
+
+
 # ------------------------------------------------------------------ wandb
 
 def test_wandb_gets_the_pictures(root, monkeypatch, capsys):
@@ -414,10 +607,9 @@ def test_wandb_gets_the_pictures(root, monkeypatch, capsys):
     monkeypatch.setattr(plot_eval, "DPI", 10)
     plot(root)
     named, images, artifact, finished = told
-    assert (named["project"], named["group"], named["job_type"]) == (models.WANDB_PROJECT, "seed0", "eval")
+    assert (named["project"], named["group"], named["job_type"]) == (stages.WANDB_PROJECT, "seed0", "eval")
     assert named["config"]["data"]["val_sha256"] == "0" * 64 and named["config"]["seeds"] == [0, 1, 2]
-    assert named["config"]["code"] == {path.name: sha256(path) for path in
-                                       (PROJECT / "models.py", PROJECT / "plot_eval.py")}
+    assert named["config"]["code"]["plot_eval.py"] == sha256(PROJECT / "plot_eval.py")
     paths = [str(root / f"results{what}.png") for what in ("", "_controls", "_memory")]
     assert images == dict(zip(("results", "results_controls", "results_memory"), paths))
     assert artifact == ["pictures-seed0", *paths] and finished == "finished"
@@ -439,10 +631,9 @@ def test_without_wandb_the_pictures_and_a_warning(root, monkeypatch, capsys):
 
 def test_without_histories_receptive_field_groups_and_with_one_seed(tmp_path):
     results = synthetic(seeds=1)
-    del results["detail"]["recall"]["receptive_field"], results["detail"]["recall"]["mcnemar_p"]
-    del results["detail"]["recall"]["baseline"]["top1"]
+    del results["detail"]["recall"]["receptive_field"], results["detail"]["recall"]["arms"]["baseline"]["top1"]
     results["detail"]["controls"] = [{"name": "a name that goes on " * 9, "bpc_ratio": None}, {"name": "b"}]
-    for arm in RECALL:
+    for arm in SPECIFIED:
         results["detail"]["tokens_per_sec"][arm]["runs"] = [1234.5]
     root = build(tmp_path / "one", results)
     for path in root.glob("trained/*/history.jsonl"):
@@ -490,7 +681,7 @@ def test_row_20_a_number_that_is_none(root, value):
     refused(root, "not JSON compliant")
 
 
-@pytest.mark.parametrize("flags", [["--steps", "3"], ["--root"], ["--quick=1"], ["extra"]])
+@pytest.mark.parametrize("flags", [["--steps", "3"], ["--root"], ["--quick=1"], ["extra"], ["--readme", "--quick"]])
 def test_row_23_bad_flags(flags, capsys):
     with pytest.raises(SystemExit) as caught:
         plot_eval.main(flags)
@@ -516,26 +707,53 @@ def places(value, place=()):
             yield from places(inner, (*place, key))
 
 
-OPTIONAL = {"detail.memory", "detail.data.val_tokens", "detail.data.val_sha256", "detail.recall.receptive_field",
-            "detail.controls", "detail.recall.mcnemar_p", "detail.memory_hit_rate", "baseline.memory_hit_rate"}
-OPTIONAL_ENDS = ("top1", "top1_ci95", "by_format", "mean", "median", "pair", "colon", "sentence", "routed_token_ratio",
-                 "bpc_windows.verdict")
-NEEDED = [".".join(place) for place in places(synthetic()) if not ".".join(place).endswith(OPTIONAL_ENDS)
-          and not any(".".join(place).startswith(optional) for optional in OPTIONAL)]
+TWO_UNREAD = {      # by the pictures of two arms; several arms or the tables of README.md may need them
+    "val_tokens", "val_sha256", "commit", "settings", "batch", "chained", "hit_means", "memory_parameters",
+    "state_bytes", "p", "p_holm", "median", "off_runs", "ratio_ci95", "per_seed", "receptive_field", "top1",
+    "top1_ci95", "stored", "stored_ci95", "retrieved", "retrieved_ci95", "value_nats", "by_format", "pair", "colon",
+    "sentence", "mean", "seeds", "routed_token_ratio", "controls"}
+TWO_UNREAD_PARTS = {"targets", "training", "memory_hit_rate", "memory"}
+DRAWN_OF_TWO = {"detail.bpc.baseline.per_seed", "detail.bpc_windows.with_ltm.per_seed", "detail.run.seeds",
+                "with_ltm.memory_hit_rate", "detail.arms.baseline.parameters"}
+NOT_OF_TWO = {"detail.arms.with_ltm.parameters", "detail.bpc_windows.with_ltm.verdict", "baseline.memory_hit_rate",
+              "detail.tokens_per_sec.with_ltm.verdict", "detail.recall.long_range.arms.with_ltm.difference",
+              "detail.recall.long_range.arms.with_ltm.difference.ci95"}
 
 
+def needed_of_two():
+    """Every field that is drawn in the pictures of two arms."""
+    for place in places(synthetic()):
+        name, last = ".".join(place), place[-1]
+        unread = last in TWO_UNREAD or TWO_UNREAD_PARTS & set(place[:-1] + (last,)) or name in NOT_OF_TWO
+        if name in DRAWN_OF_TWO or not unread:
+            yield name
+
+
+NEEDED_OF_SEVERAL = [
+    "detail.arms.with_store", *(f"detail.arms.with_store.{name}" for name in (
+        "label", "memory_parameters", "state_bytes", "checkpoints")),
+    *(f"detail.bpc.with_store.{name}" for name in ("difference", "difference.ci95", "ratio", "verdict")),
+    *(f"detail.recall.arms.with_store.{name}" for name in ("forced_choice", "forced_choice_ci95", "value_nats")),
+    *(f"detail.recall.long_range.arms.with_store.{name}" for name in ("ci95", "verdict")),
+    "detail.tokens_per_sec.with_store.ratio", "detail.training.with_store", "detail.targets",
+    "detail.targets.last seen beyond both.arms.with_store", "with_store", "with_store.bpc",
+    "with_store.long_range_recall"]
+
+
+@pytest.mark.parametrize("arms, needed", [(SPECIFIED, list(needed_of_two())), (SEVERAL[:3], NEEDED_OF_SEVERAL)],
+                         ids=["two arms", "three arms"])
 @pytest.mark.parametrize("value", ["gone", None, "word", []], ids=repr)
-def test_results_that_lack_a_field_or_hold_another_thing(tmp_path, monkeypatch, value):
+def test_results_that_lack_a_field_or_hold_another_thing(tmp_path, monkeypatch, value, arms, needed):
     """Every field that is drawn, one at a time; a word or an empty list may pass for what is only printed or listed."""
-    assert len(NEEDED) > 50
+    assert len(needed) > 20
     monkeypatch.setattr(plot_eval, "DPI", 10)           # these pictures are not looked at
-    root = build(tmp_path / "root", synthetic(seeds=1))
+    root = build(tmp_path / "root", synthetic(arms, seeds=1))
     for path in root.glob("trained/*/history.jsonl"):
         path.unlink()
     results = read(root)
-    del results["detail"]["memory"]                     # has its own tests
+    del results["detail"]["memory"], results["detail"]["controls"]      # have their own tests
     whole, passed = json.dumps(results), set()
-    for place in NEEDED:
+    for place in needed:
         results = inner = json.loads(whole)
         *above, last = place.split(".")
         for key in above:
@@ -547,12 +765,17 @@ def test_results_that_lack_a_field_or_hold_another_thing(tmp_path, monkeypatch, 
         try:
             refused(root, "results.json")
         except pytest.fail.Exception:
-            passed.add(last)
+            passed.add(place)
             for path in root.glob("*.png"):
                 path.unlink()
-    printed = {"source", "device", "torch", "quick"}
-    may_pass = set() if value == "gone" else printed | {"seeds"} if value == "word" else printed
-    assert passed <= (printed | {"seeds", *RECALL} if value == [] else may_pass), passed
+    printed = {f"detail.{name}" for name in ("data.source", "run.device", "run.torch", "data.quick")}
+    if value == "word":
+        printed |= {"detail.run.seeds"} | {f"detail.arms.{arm}.label" for arm in arms}
+    if value == []:
+        printed |= {"detail.run.seeds"} | {f"detail.arms.{arm}.checkpoints" for arm in arms}
+    # an arm that is gone from detail.arms is another picture, of one arm fewer
+    gone = {f"detail.arms.{arm}" for arm in arms[2:]} if value == "gone" else set()
+    assert passed <= (gone if value == "gone" else printed), passed
 
 
 @pytest.mark.parametrize("folder", ["/etc", "../other", "trained/../../other", ".."])
@@ -561,7 +784,7 @@ def test_no_folder_is_followed_out_of_the_root(root, folder):
     other = root.parent / "other"
     other.mkdir()
     (other / "model.safetensors").write_bytes(b"not ours")
-    results["detail"]["run"]["checkpoints"]["baseline"][0] = {
+    results["detail"]["arms"]["baseline"]["checkpoints"][0] = {
         "seed": 0, "folder": folder, "sha256": hashlib.sha256(b"not ours").hexdigest(), "step": 1}
     write(root, results)
     refused(root, "names a folder outside")
