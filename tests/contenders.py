@@ -1,7 +1,8 @@
 """What tests/bench.py times: each function here makes one contender, a Case, out of a Setup.
 
-Training: train.py's own step in three ways, a loop like nanoGPT's, Hugging Face's Trainer; the two measured limits of
-the floor, a matrix product and a copy. Evaluation: scoring packed documents. Generation: one token after another.
+Training: train.py's own step, of each arm and in both regimes; the baseline's without its graph, and without a compiler;
+a loop like nanoGPT's; Hugging Face's Trainer; the two measured limits of the floor, a matrix product and a copy.
+Evaluation: scoring packed documents. Generation: one token after another.
 """
 
 import copy
@@ -21,21 +22,23 @@ from torch.nn import functional as F
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
-import train                                                                                            # noqa: E402
-from add_memory import make_models                                                                      # noqa: E402
-from models import (EOT, GPT, SIZES, Memory, RevenaConfig, StageError, compiled, has_compiler,           # noqa: E402
-                    load_split, lower_precision, pick_device)
+import add_memory                                                                   # noqa: E402
+import eval as evaluation                                                           # noqa: E402
+import train                                                                        # noqa: E402
+from models import EOT, GPT, SIZES, Memory, RevenaCache, RevenaConfig               # noqa: E402
+from stages import ARMS, StageError, load_split, lower_precision, model_class, pick_device      # noqa: E402
 
-CAP = 8e9                       # bytes that training may take while it starts: those of a small consumer GPU
+CAP = 8e9                       # bytes that a training may take while it starts: those of a small consumer GPU
 CALLS = 10_000                  # of a contender in one window, at most
 STEPS = 8 * CALLS               # steps laid out: more than all windows take
 C = 128                         # tokens in a row
+DOCUMENT = 16                   # rows of one, where tokens are random
 LOG_INTERVAL = 10               # steps; so often nanoGPT reads its loss
 # documents: length in rows, and how many of them, beside one document of as many rows
-FULL = dict(size="70M", batch=train.BATCH, seconds=1.5, warm=5, documents=(16, 32), generated=64,
-            lengths=(128, 512, 2048, 4096), product=8192, copied=1 << 30)
-SMALL = dict(size="quick", batch=train.QUICK["BATCH"], seconds=0.3, warm=1, documents=(2, 4), generated=16,
-             lengths=(128,), product=1024, copied=1 << 26)
+FULL = dict(size="70M", seconds=1.5, warm=5, documents=(16, 32), generated=64, lengths=(128, 512, 2048, 4096),
+            product=8192, copied=1 << 30)
+SMALL = dict(size="quick", seconds=0.3, warm=1, documents=(2, 4), generated=16, lengths=(128,), product=1024,
+             copied=1 << 26)
 
 
 class Case(NamedTuple):
@@ -50,6 +53,21 @@ class Skip(Exception):
     """What can't be measured here, and why."""
 
 
+def has_memory(arm):
+    """Whether the memory of an arm is there: a class that has registered itself."""
+    memory = ARMS[arm].memory
+    try:
+        model_class(memory)
+    except (ImportError, AttributeError):
+        return False
+    return memory is None or memory in Memory.kinds
+
+
+def in_regime(arm, chained):
+    """What an arm's training is called: "with_ltm", or "with_ltm, chained"."""
+    return f"{arm}, chained" if chained else arm
+
+
 class Setup:
     """What the contenders share: device, sizes, rows of tokens, initial weights; train.py's step once it is made."""
 
@@ -57,12 +75,13 @@ class Setup:
         self.device = pick_device()
         self.cuda = self.device == "cuda"
         self.set = SimpleNamespace(**FULL if self.cuda else SMALL)
-        self.hybrid = make_models(self.set.size, 0)[1]
-        self.trainings, self.started = {}, {}
+        self.settings = train.FULL if self.cuda else train.QUICK
+        self.starts, self.trainings, self.started = {}, {}, {}
         try:
             self.rows, self.data = load_split(root, "train")[0], f"{root}/data/train.bin"
         except StageError:
             self.rows, self.data = np.random.default_rng(0).integers(0, EOT, (4096, C), np.uint16), "random tokens"
+            self.rows[::DOCUMENT, 0] = EOT
         self.tokens = np.resize(np.asarray(self.rows[:8192]), (8192, C)).astype(np.int64)
 
     def sync(self):
@@ -79,13 +98,17 @@ class Setup:
         return Case(seconds, units, most)
 
     def model(self, arm):
-        """A copy of the initial weights, float32."""
-        model = copy.deepcopy(self.hybrid)
-        model.config.ltm_enabled = arm == "with_ltm"
+        """A copy of an arm's initial weights, float32."""
+        if arm not in self.starts:
+            shape = add_memory.Settings(size=self.set.size)
+            self.starts[arm] = add_memory.make_models(shape, 0, arm)[1]
+        model = copy.deepcopy(self.starts[arm])
+        model.config.memory_enabled = ARMS[arm].memory is not None
         return model.to(self.device)
 
-    def training(self, arm):
-        return train.Training(self.model(arm), self.rows, train.row_order(len(self.rows), STEPS, self.set.batch, 0))
+    def training(self, arm, chained):
+        plan = train.plan_rows(self.rows, STEPS, self.settings, 0, float(chained))
+        return train.Training(self.model(arm), self.rows, plan, self.settings)
 
 
 def repeated(call):
@@ -97,69 +120,74 @@ def repeated(call):
 
 # ------------------------------------------------------------------------------------ training
 
-def accelerated(setup, arm):
-    """train.py's own way, started while the process is capped at 8 GB; `setup.started` says what that took."""
-    if arm in setup.trainings:
-        return setup.trainings[arm]
+def accelerated(setup, arm, chained=False):
+    """train.py's own way, started while it may take 8 GB and no more; `setup.started` says what that took."""
+    name = in_regime(arm, chained)
+    if name in setup.trainings:
+        return setup.trainings[name]
     if setup.cuda:
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, CAP / total))
+        gc.collect()
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         held, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, (reserved + CAP) / total))
     try:
-        training, began = setup.training(arm), time.perf_counter()
+        training, began = setup.training(arm, chained), time.perf_counter()
         facts = {"step": training.accelerate()}
         setup.sync()
         facts["seconds"] = time.perf_counter() - began
         training.run(setup.set.warm)
-        assert not bool(training.halted), "the loss or its gradient is not finite"
+        if bool(training.halted):
+            raise ValueError("the loss or its gradient is not finite")
         if setup.cuda:
             facts |= {"peak_gib": (torch.cuda.max_memory_allocated() - held) / 2 ** 30, "capped_at": min(CAP, total),
                       "reserved_gib": (torch.cuda.max_memory_reserved() - reserved) / 2 ** 30}
     finally:
         if setup.cuda:
             torch.cuda.set_per_process_memory_fraction(1.0)
-    setup.trainings[arm], setup.started[arm] = training, facts
+    setup.trainings[name], setup.started[name] = training, facts
     return training
 
 
-def own_step(setup, arm):
-    return setup.case(accelerated(setup, arm).run)
+def own_step(setup, arm, chained=False):
+    return setup.case(accelerated(setup, arm, chained).run)
 
 
-def without_graph(setup, compile):
-    """The baseline's step launched kernel by kernel: compiled, or as eager PyTorch."""
+def without_graph(setup, arm, compile):
+    """An arm's step launched kernel by kernel: compiled, or as eager PyTorch."""
     if not setup.cuda:
         raise Skip(f"on {setup.device} the step is the plain one anyway")
     if not compile:
-        return setup.case(setup.training("baseline").run)
-    training = accelerated(setup, "baseline")
+        return setup.case(setup.training(arm, False).run)
+    training = accelerated(setup, arm)
 
     def run(steps):
-        graph, training.graph = training.graph, None
+        graphs, training.graphs = training.graphs, {}
         try:
             training.run(steps)
         finally:
-            training.graph = graph                      # the baseline's own, which takes its turn as well
+            training.graphs = graphs                    # the arm's own, which takes its turn as well
     return setup.case(run)
 
 
-def conventional(setup, folder):
+def conventional(setup, arm, folder):
     """The same model trained as nanoGPT's train.py does it: batches, precision, optimizer, logging."""
-    device, path = setup.device, Path(folder) / "train.bin"
+    device, path, settings = setup.device, Path(folder) / "train.bin", setup.settings
     np.asarray(setup.rows).tofile(path)
-    model = setup.model("baseline").train()
+    model = setup.model(arm).train()
     parameters = list(model.backbone.parameters())                                       # matrices: all decay
-    optimizer = torch.optim.AdamW(parameters, lr=train.LR, betas=train.BETAS, weight_decay=train.WEIGHT_DECAY,
-                                  fused=setup.cuda)
-    rates = train.learning_rates(STEPS).tolist()
+    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, betas=(settings.beta1, settings.beta2),
+                                  weight_decay=settings.weight_decay, fused=setup.cuda)
+    rates = train.learning_rates(STEPS, settings).tolist()
 
     def loss_of(tokens, targets):
-        return F.cross_entropy(model.logits(model.states(tokens)).flatten(0, 1), targets.flatten())
+        h, _ = model.states(tokens)
+        return F.cross_entropy(model.logits(h).flatten(0, 1), targets.flatten())
 
     def get_batch():
         data = np.memmap(path, np.uint16, mode="r")
-        starts = torch.randint(len(data) - C, (setup.set.batch,))
+        starts = torch.randint(len(data) - C, (settings.batch,))
         pair = [torch.stack([torch.from_numpy(data[i + shift:i + shift + C].astype(np.int64)) for i in starts])
                 for shift in (0, 1)]
         return [x.pin_memory().to(device, non_blocking=True) if setup.cuda else x.to(device) for x in pair]
@@ -174,7 +202,7 @@ def conventional(setup, folder):
             loss = loss_of(*at.batch)
         at.batch = get_batch()                                                           # while the GPU is busy
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, train.CLIP)
+        torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if at.step % LOG_INTERVAL == 0:
@@ -191,7 +219,7 @@ def hugging_face(setup, folder):
     template = transformers.GPT2LMHeadModel(transformers.GPT2Config(
         **SIZES[setup.set.size], n_positions=C, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, use_cache=False))
     data = [{"input_ids": row, "labels": row} for row in setup.tokens]
-    warm, times = setup.set.warm, {}
+    warm, times, settings = setup.set.warm, {}, setup.settings
 
     class Clock(transformers.TrainerCallback):
         def on_step_end(self, arguments, state, control, **_):
@@ -203,9 +231,9 @@ def hugging_face(setup, folder):
         gc.collect()
         times.clear()
         arguments = transformers.TrainingArguments(
-            output_dir=folder, max_steps=warm + steps, per_device_train_batch_size=setup.set.batch, bf16=setup.cuda,
-            use_cpu=setup.device == "cpu", learning_rate=train.LR, weight_decay=train.WEIGHT_DECAY,
-            adam_beta2=train.BETAS[1], max_grad_norm=train.CLIP, logging_strategy="no", save_strategy="no",
+            output_dir=folder, max_steps=warm + steps, per_device_train_batch_size=settings.batch, bf16=setup.cuda,
+            use_cpu=setup.device == "cpu", learning_rate=settings.lr, weight_decay=settings.weight_decay,
+            adam_beta2=settings.beta2, max_grad_norm=settings.clip, logging_strategy="no", save_strategy="no",
             eval_strategy="no", report_to="none", disable_tqdm=True)
         # a copy each time: Trainer wraps a model's forward, and would wrap it again
         trainer = transformers.Trainer(copy.deepcopy(template), arguments, train_dataset=data, callbacks=[Clock()])
@@ -230,40 +258,38 @@ def device_copy(setup):
 
 # ------------------------------------------------------------------------------------ evaluation and generation
 
-def pack_scorer():
-    """score(model, tokens, targets, opens), compiled for each shape where that can be had, as eval.py does it."""
-    score = lambda model, *rows: model.score(*rows)
-    return compiled(score, dynamic=False) if has_compiler(pick_device()) else score
-
-
-def scoring(setup, score, arm, rows, per_document):
-    """Documents of `per_document` rows, packed row after row."""
-    model, tokens = lower_precision(setup.model(arm)).eval(), torch.from_numpy(setup.tokens[:rows]).to(setup.device)
+def scoring(setup, arm, lanes, rows):
+    """One document a lane of `rows` rows, scored as eval.py does it."""
+    model = lower_precision(setup.model(arm)).eval()
+    tokens = torch.from_numpy(setup.tokens[:lanes * rows]).to(setup.device)
     targets = F.pad(tokens.flatten()[1:], (0, 1), value=EOT).view_as(tokens)
-    opens = torch.arange(rows, device=setup.device) % per_document == 0
-    return setup.case(repeated(lambda: score(model, tokens, targets, opens)), tokens.numel())
+    opens = (torch.arange(rows, device=setup.device) == 0).expand(lanes, rows)
+    pack = evaluation.Pack(tokens, targets, opens, [], True)
+    return setup.case(repeated(lambda: evaluation.score(pack, model)), tokens.numel())
 
 
-def generators(setup):
-    """The hybrid, and GPT with a KV cache that grows."""
+def generator(setup, arm=None):
+    """An arm's model, or GPT with a KV cache that grows."""
+    if arm:
+        return lower_precision(setup.model(arm)).eval()
     longest = max(setup.set.lengths) + setup.set.generated + 1
-    gpt = GPT(RevenaConfig(**SIZES[setup.set.size], stm_window=None, n_positions=longest)).to(setup.device)
-    return {"with_ltm": lower_precision(setup.model("with_ltm")).eval(), "gpt": lower_precision(gpt).eval()}
+    gpt = GPT(RevenaConfig(**SIZES[setup.set.size], stm_window=None, n_positions=longest))
+    return lower_precision(gpt.to(setup.device)).eval()
 
 
 def generating(setup, model, length):
     """One sequence, token by token, always after the same context of `length` tokens, which is not timed."""
     text = torch.from_numpy(setup.tokens).to(setup.device).view(1, -1)[:, :length]
-    memory = Memory(model)
-    first = model(text, past_key_values=memory, logits_to_keep=1).logits.argmax(-1)
-    context = {name: x.clone() for name, x in memory._tensors().items()}
+    cache = RevenaCache(model)
+    first = model(text, past_key_values=cache, logits_to_keep=1).logits.argmax(-1)
+    context = {name: x.clone() for name, x in cache.tensors().items()}
 
     def seconds(_):
-        memory._put({name: x.clone() for name, x in context.items()})       # a recorded CUDA graph stays
-        memory.length, at = length, SimpleNamespace(token=first)
+        cache.put({name: x.clone() for name, x in context.items()})         # a recorded CUDA graph stays
+        cache.length, at = length, SimpleNamespace(token=first)
 
         def step():
-            at.token = model(at.token, past_key_values=memory).logits.argmax(-1)
+            at.token = model(at.token, past_key_values=cache).logits.argmax(-1)
         step()                                                              # records it, the first time
         return setup.case(repeated(step)).seconds(setup.set.generated)
     return Case(seconds, setup.set.generated, most=1)
