@@ -23,6 +23,7 @@ import hashlib
 import html
 import io
 import json
+import logging
 import os
 import re
 import subprocess
@@ -106,6 +107,8 @@ def from_hub(settings):
     """{name: bytes} from the hub, or from its local cache if out of reach."""
     from huggingface_hub import hf_hub_download
 
+    # what it has to say of a network, `download` says in one line
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
     local_only = not hub_answers(settings.hub_seconds)
     files = {}
     for name in TOKENIZER_SHA256:

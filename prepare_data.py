@@ -446,6 +446,10 @@ def open_hub():
         try:
             from datasets import load_dataset           # even this may raise, for a proxy
 
+            # what they have to say of a network, a StageError says in one line;
+            # set before they are imported, they would set it back
+            for library in ("datasets", "huggingface_hub"):
+                logging.getLogger(library).setLevel(logging.CRITICAL)
             check_caches()
             rows = load_dataset(DATASET, split="train", streaming=True, revision=revision)
             return rows, revision
@@ -924,9 +928,6 @@ def main(argv=None):
     flags = parser.parse_args(argv)
     settings = QUICK if flags.quick else FULL
     root = default_root(flags.root, flags.quick)
-    # what these libraries have to say of a network or a file, a StageError says in one line
-    for library in ("datasets", "huggingface_hub"):
-        logging.getLogger(library).setLevel(logging.CRITICAL)
 
     start = time.monotonic()
     if flags.planted:

@@ -312,6 +312,26 @@ def test_no_network_names_the_ways_without(make_root, stage):
     assert code == 1 and "--text FILE" in err and "--quick" in err and "\n" not in err
 
 
+CHATTERING = """
+import logging, sys
+sys.path.insert(0, sys.argv[1])
+import prepare_data, stages
+
+def chatter():
+    for library in ("datasets.load", "huggingface_hub.file_download"):
+        logging.getLogger(library).warning("Retrying in 8s [Retry 5/5].")
+    raise ConnectionError("no network")
+
+prepare_data.check_caches = chatter
+stages.run_stage(lambda: prepare_data.main(["--root", sys.argv[2]]))
+"""
+
+
+def test_a_hub_out_of_reach_is_one_line_whatever_its_client_says(make_root):
+    done = subprocess.run([sys.executable, "-c", CHATTERING, PROJECT, make_root()], capture_output=True, text=True)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "(no network)" in done.stderr
+
+
 def test_a_full_disk_leaves_what_was_there(make_root, write_jsonl, stage, monkeypatch):
     root = make_root()
     prepared(root, write_jsonl(plain(12)))
