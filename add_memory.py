@@ -9,10 +9,11 @@ writes  trained/init/              the weights that baseline and with_ltm start 
     python add_memory.py --seed 1       another initialisation, into trained/seed1/
     python add_memory.py --quick        a small model of the same class, into quick/trained/
 
-No GPT-2-style checkpoint of 70M is published, so GPT-70M starts from a seeded initialisation. Before anything is
-written, the model is put to the proof: with its memory off it equals GPT-70M bit for bit on 128 tokens; sequences
-share nothing; a memory starts empty; token by token it says what it says of all tokens at once; no prediction depends
-on what comes after it. The LTM holds 256 items, first in first out.
+No GPT-2-style checkpoint of 70M is published, so GPT-70M starts from a seeded initialisation.
+Before anything is written, the model is put to the proof: with its memory off it equals GPT-70M
+bit for bit on 128 tokens; sequences share nothing; a memory starts empty; token by token it says
+what it says of all tokens at once; no prediction depends on what comes after it. The LTM holds
+256 items, first in first out.
 """
 
 import os
@@ -51,7 +52,9 @@ def make_gpt(settings, seed, backbone=None):
 
 
 def make_models(settings, seed, arm="with_ltm"):
-    """GPT-70M and the hybrid that an arm starts from, both on the CPU: the hybrid's backbone holds GPT-70M's weights."""
+    """GPT-70M and the hybrid that an arm starts from, both on the CPU: the hybrid's backbone holds
+    GPT-70M's weights.
+    """
     about = ARMS[arm]
     gpt = make_gpt(settings, seed)
     if arm not in SPECIFIED:
@@ -72,7 +75,7 @@ def make_models(settings, seed, arm="with_ltm"):
     return gpt.eval(), hybrid.eval()
 
 
-# ------------------------------------------------------------------------------------ proofs
+# ------------------------------------------------------------ proofs
 
 def check(holds, what):
     """Raise StageError unless a proof holds."""
@@ -102,9 +105,12 @@ def prove(gpt, hybrid):
 
 @torch.no_grad()
 def prove_ltm(hybrid):
-    """Raise StageError unless the LTM starts empty, and holds its slots' worth of items, first in first out."""
+    """Raise StageError unless the LTM starts empty, and holds its slots' worth of items, first in
+    first out.
+    """
     slots, draw = hybrid.config.ltm_slots, torch.Generator().manual_seed(2)
-    # an untrained model is surprised by everything: token i becomes item i - 1, and 44 more than the slots overflow
+    # an untrained model is surprised by everything: token i becomes item i - 1, and 44 more than
+    # the slots overflow
     long = torch.randint(0, EOT, (1, slots + 44), generator=draw)
     cache = hybrid.new_cache()
     check(cache.contents() == [], "a memory must start empty")
@@ -115,7 +121,9 @@ def prove_ltm(hybrid):
 
 @torch.no_grad()
 def milliseconds(hybrid, repeats=5):
-    """Median time of scoring 8 rows of 128 tokens on the CPU with the memory off and on, measured in turn."""
+    """Median time of scoring 8 rows of 128 tokens on the CPU with the memory off and on, measured
+    in turn.
+    """
     draw = torch.Generator().manual_seed(2)
     rows = torch.randint(0, EOT, (8, hybrid.config.stm_window), generator=draw)
     times = {False: [], True: []}
@@ -128,7 +136,7 @@ def milliseconds(hybrid, repeats=5):
     return [sorted(taken[1:])[repeats // 2] for taken in times.values()]
 
 
-# ------------------------------------------------------------------------------------ the stage
+# ------------------------------------------------------------ the stage
 
 def parameters_by_group(model):
     """Trainable parameters: {group: count}."""

@@ -1,7 +1,8 @@
-"""What the scripts share: the table of arms, failures in one line, files that are whole or absent, data, wandb.
+"""What the scripts share: the table of arms, failures in one line, files that are whole or absent,
+data, wandb.
 
-Importing this file does not import torch: a script that needs none starts at once. What needs torch (loading a
-model, picking a device) imports it where it is called.
+Importing this file does not import torch: a script that needs none starts at once. What needs
+torch (loading a model, picking a device) imports it where it is called.
 """
 
 import argparse
@@ -35,7 +36,7 @@ TOKENIZER_SHA256 = {            # GPT-2's tokenizer (Radford et al. 2019), where
 }
 
 
-# ------------------------------------------------------------------------------------ the arms of the experiment
+# ------------------------------------------------------------ the arms of the experiment
 
 class Arm(NamedTuple):
     """One line of the comparison: the backbone that all arms share, and what is added to it."""
@@ -77,7 +78,9 @@ def arm_flag(arm):
 
 
 def init_name(arm):
-    """The folder under trained/ that holds the weights which an arm starts from; the specification's two share one."""
+    """The folder under trained/ that holds the weights which an arm starts from; the
+    specification's two share one.
+    """
     return "init" if arm in SPECIFIED else f"init_{arm}"
 
 
@@ -89,17 +92,19 @@ def arm_folder(root, seed, name):
 def model_class(memory):
     """The class of a model with that memory: the one place where names become code.
 
-    It lives in the file that a checkpoint has to carry: models.py alone for the specification's arms, memories.py
-    with it for the further ones.
+    It lives in the file that a checkpoint has to carry: models.py alone for the specification's
+    arms, memories.py with it for the further ones.
     """
     home, name = ("models", "RevenaHybridTiny") if memory in (None, "ltm") else ("memories", "RevenaHybrid")
     return getattr(importlib.import_module(home), name)
 
 
-# ------------------------------------------------------------------------------------ failures
+# ------------------------------------------------------------ failures
 
 class StageError(Exception):
-    """A failure the user can act on: one line that says what is wrong and which command to run next."""
+    """A failure the user can act on: one line that says what is wrong and which command to run
+    next.
+    """
 
 
 def one_line(error, most=200):
@@ -108,7 +113,9 @@ def one_line(error, most=200):
 
 
 def leave_on_sigterm():
-    """Turn SIGTERM into SystemExit(143). Outside the main thread (a notebook's) Python allows no handlers: then not."""
+    """Turn SIGTERM into SystemExit(143). Outside the main thread (a notebook's) Python allows no
+    handlers: then not.
+    """
     def on_sigterm(*_):
         raise SystemExit(143)
 
@@ -117,9 +124,11 @@ def leave_on_sigterm():
 
 
 def run_stage(main):
-    """Run a script's `main()` and leave the process; every failure a user can cause is one line on stderr.
+    """Run a script's `main()` and leave the process; every failure a user can cause is one line on
+    stderr.
 
-    Exit codes: 0 done, 1 a StageError, a failing disk or no memory, 2 bad flags (argparse), 130 Ctrl-C, 143 SIGTERM.
+    Exit codes: 0 done, 1 a StageError, a failing disk or no memory, 2 bad flags (argparse), 130
+    Ctrl-C, 143 SIGTERM.
     """
     name = Path(sys.argv[0]).name
     leave_on_sigterm()
@@ -165,7 +174,9 @@ def seed_number(text):
 
 
 def default_root(root, quick):
-    """The folder that data/, trained/ and the results lie in: --root, or the project's own, or its quick/."""
+    """The folder that data/, trained/ and the results lie in: --root, or the project's own, or its
+    quick/.
+    """
     if root:
         try:
             str(root).encode()
@@ -177,7 +188,9 @@ def default_root(root, quick):
 
 
 def command(script, root, quick, seed=None):
-    """The command line that runs a script ("train.py --baseline") on the same root, size and, where given, seed."""
+    """The command line that runs a script ("train.py --baseline") on the same root, size and, where
+    given, seed.
+    """
     words = [] if script.startswith("./") else ["python"]
     words += [script, "--root", shlex.quote(str(root))]
     if seed is not None:
@@ -187,7 +200,7 @@ def command(script, root, quick, seed=None):
     return " ".join(words)
 
 
-# ------------------------------------------------------------------------------------ files
+# ------------------------------------------------------------ files
 
 def sha256(path):
     """SHA-256 of a file's bytes, as hex."""
@@ -199,7 +212,9 @@ def sha256(path):
 
 
 def follow_umask(path):
-    """Give a file the mode that open() would have given it: safetensors writes 0600, for its owner's eyes only."""
+    """Give a file the mode that open() would have given it: safetensors writes 0600, for its
+    owner's eyes only.
+    """
     mask = os.umask(0)
     os.umask(mask)
     os.chmod(path, 0o666 & ~mask)
@@ -212,7 +227,9 @@ def fsync(path):
 
 
 def write_atomic(path, data):
-    """Write `data` (bytes or str) so that `path` is either what it was or all of `data`, never a part of it."""
+    """Write `data` (bytes or str) so that `path` is either what it was or all of `data`, never a
+    part of it.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -229,7 +246,9 @@ def write_atomic(path, data):
 
 
 def write_json(path, value):
-    """Write a JSON file atomically; raises StageError on NaN and Infinity, which JSON has no words for."""
+    """Write a JSON file atomically; raises StageError on NaN and Infinity, which JSON has no words
+    for.
+    """
     try:
         text = json.dumps(value, indent=1, allow_nan=False)
     except ValueError:
@@ -238,7 +257,9 @@ def write_json(path, value):
 
 
 def read_json(path, made_by):
-    """Read a JSON object; raises StageError naming `made_by`, the command that makes it, where that fails."""
+    """Read a JSON object; raises StageError naming `made_by`, the command that makes it, where that
+    fails.
+    """
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
@@ -251,13 +272,17 @@ def read_json(path, made_by):
 
 
 def seal(value):
-    """SHA-256 of a JSON object but for its own "sha256": kept there, it tells when a byte of the file has changed."""
+    """SHA-256 of a JSON object but for its own "sha256": kept there, it tells when a byte of the
+    file has changed.
+    """
     rest = {key: entry for key, entry in value.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def write_manifest(folder, **facts):
-    """Write `folder`/manifest.json: the hash of every file in it, and `facts`. Comes last: no manifest, no folder."""
+    """Write `folder`/manifest.json: the hash of every file in it, and `facts`. Comes last: no
+    manifest, no folder.
+    """
     folder = Path(folder)
     names = sorted(path.name for path in folder.iterdir() if path.name != "manifest.json")
     manifest = {"files": {name: sha256(folder / name) for name in names}, **facts}
@@ -265,7 +290,9 @@ def write_manifest(folder, **facts):
 
 
 def read_manifest(folder, made_by="the stage that writes this folder"):
-    """The manifest of a folder whose files all match it; raises StageError naming the first that does not."""
+    """The manifest of a folder whose files all match it; raises StageError naming the first that
+    does not.
+    """
     folder = Path(folder)
     manifest = read_json(folder / "manifest.json", made_by)
     files = manifest.get("files")
@@ -280,7 +307,8 @@ def read_manifest(folder, made_by="the stage that writes this folder"):
 
 
 def lock(file, refusal):
-    """Hold an open file until it is closed or the process ends; raises StageError(refusal) where another one does.
+    """Hold an open file until it is closed or the process ends; raises StageError(refusal) where
+    another one does.
 
     A file system without locks (ENOSYS, ENOLCK) gives none: better to go on than never to start.
     """
@@ -292,7 +320,9 @@ def lock(file, refusal):
 
 
 def commit():
-    """The commit of this code, "-dirty" where it was changed since; "unknown" outside a checkout of its own."""
+    """The commit of this code, "-dirty" where it was changed since; "unknown" outside a checkout of
+    its own.
+    """
     def git(*words):
         # the variables by which git is told of another repository are not for this question
         clean = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
@@ -308,10 +338,12 @@ def commit():
         return "unknown"
 
 
-# ------------------------------------------------------------------------------------ tokenizer and data
+# ------------------------------------------------------------ tokenizer and data
 
 def load_tokenizer(root, quick=False):
-    """GPT-2's tokenizer from `root`/data/tokenizer; raises StageError where a file is missing or another one."""
+    """GPT-2's tokenizer from `root`/data/tokenizer; raises StageError where a file is missing or
+    another one.
+    """
     from transformers import GPT2TokenizerFast
 
     folder, again = Path(root) / "data" / "tokenizer", command("download_models.py", root, quick)
@@ -328,9 +360,11 @@ def load_tokenizer(root, quick=False):
 
 
 def characters_per_token(tokenizer):
-    """Characters each token adds to a text: its bytes that are not UTF-8 continuation bytes. (vocab,) int64 array.
+    """Characters each token adds to a text: its bytes that are not UTF-8 continuation bytes.
+    (vocab,) int64 array.
 
-    Summed over a document's tokens this is len(text), also where one character is spread over two tokens.
+    Summed over a document's tokens this is len(text), also where one character is spread over two
+    tokens.
     """
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -387,7 +421,9 @@ def load_split(root, split, quick=False):
 
 
 def documents(rows):
-    """The documents that the rows of a .bin were cut from: list of int64 arrays, each opened by EOT."""
+    """The documents that the rows of a .bin were cut from: list of int64 arrays, each opened by
+    EOT.
+    """
     starts = np.flatnonzero(rows[:, 0] == EOT)
     stride = rows.shape[1] // 2
     found = []
@@ -399,10 +435,12 @@ def documents(rows):
     return found
 
 
-# ------------------------------------------------------------------------------------ models on a device
+# ------------------------------------------------------------ models on a device
 
 def save_model(model, tokenizer, folder):
-    """Write a Hugging Face folder: config, weights (safetensors, float32), tokenizer, and the model's file as code."""
+    """Write a Hugging Face folder: config, weights (safetensors, float32), tokenizer, and the
+    model's file as code.
+    """
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -416,8 +454,8 @@ def save_model(model, tokenizer, folder):
 def load_model(folder, device="cpu", made_by="python add_memory.py", weights=None):
     """The model of `folder`; raises StageError where its config or weights are missing or damaged.
 
-    `weights`: another safetensors file than the folder's own. Nothing but JSON and safetensors is read: no code of
-    the folder's runs.
+    `weights`: another safetensors file than the folder's own. Nothing but JSON and safetensors is
+    read: no code of the folder's runs.
     """
     from safetensors.torch import load_file
 
@@ -459,9 +497,11 @@ def device_name(device):
 
 
 def lower_precision(model):
-    """Let the matrices compute in bfloat16 where the GPU does, those of a memory that is off excepted.
+    """Let the matrices compute in bfloat16 where the GPU does, those of a memory that is off
+    excepted.
 
-    The residual stream, norms, softmax, states and the weighing of what is retrieved stay float32.
+    The residual stream, norms, softmax, states and the weighing of what is retrieved stay
+    float32.
     """
     import torch
 
@@ -476,7 +516,8 @@ def lower_precision(model):
 
 
 def compiled(function, **options):
-    """torch.compile, but for its habit of choosing how to sum by a stopwatch: two runs are to sum alike.
+    """torch.compile, but for its habit of choosing how to sum by a stopwatch: two runs are to sum
+    alike.
 
     Before torch 2.10 it has no other way.
     """
@@ -489,9 +530,11 @@ def compiled(function, **options):
 
 @functools.cache
 def has_compiler(device):
-    """Whether torch.compile is of use on this device: a CUDA GPU, and all that makes its kernels, tried on a small one.
+    """Whether torch.compile is of use on this device: a CUDA GPU, and all that makes its kernels,
+    tried on a small one.
 
-    That takes Triton, a C compiler and Python's headers: which of them is missing shows nowhere before.
+    That takes Triton, a C compiler and Python's headers: which of them is missing shows nowhere
+    before.
     """
     import torch
 
@@ -508,14 +551,16 @@ def has_compiler(device):
     return True
 
 
-# ------------------------------------------------------------------------------------ wandb
+# ------------------------------------------------------------ wandb
 
 WANDB_PROJECT = "revena"
 WANDB_SECONDS = 15              # that its start and its end may take
 
 
 def wandb_mode():
-    """None (the environment decides) where there are credentials; else "offline": wandb would ask for them."""
+    """None (the environment decides) where there are credentials; else "offline": wandb would ask
+    for them.
+    """
     host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).netloc
     try:
         entry = netrc.netrc(os.path.expanduser(os.environ.get("NETRC", "~/.netrc"))).authenticators(host)
@@ -526,10 +571,12 @@ def wandb_mode():
 
 
 class Wandb:
-    """Weights & Biases in a thread of its own: missing, raising or hanging, it costs a warning and nothing else.
+    """Weights & Biases in a thread of its own: missing, raising or hanging, it costs a warning and
+    nothing else.
 
-    Online where the user has logged in (`wandb login`, WANDB_API_KEY) and WANDB_MODE does not say otherwise. A seed is
-    a group and each arm a job type of its own, so that charts overlay the arms, also where they are drawn by group.
+    Online where the user has logged in (`wandb login`, WANDB_API_KEY) and WANDB_MODE does not say
+    otherwise. A seed is a group and each arm a job type of its own, so that charts overlay the
+    arms, also where they are drawn by group.
 
     Args:
         folder: where it writes. seed, job (an arm, or "eval"): what the run is called and grouped by.

@@ -1,4 +1,5 @@
-"""Train one arm: the backbone alone (--baseline), with its long-term memory (--with-ltm), or with another memory.
+"""Train one arm: the backbone alone (--baseline), with its long-term memory (--with-ltm), or with
+another memory.
 
 reads   data/train.bin, data/meta.json, trained/init/ (of a further memory: trained/init_with_NAME/)
 writes  trained/baseline/, trained/with_ltm/, ..   the newest weights as a Hugging Face folder, history.jsonl,
@@ -11,13 +12,14 @@ writes  trained/baseline/, trained/with_ltm/, ..   the newest weights as a Huggi
     python train.py --baseline --quick      the small model under quick/, on any CPU
     torchrun --nproc_per_node=2 train.py --baseline     the same batch, shared by two processes
 
-All arms start from the same backbone and see the same rows in the same order. On CUDA the whole step - rows
-gathered, forward, backward, clipping, AdamW, statistics - is one CUDA graph, which the host only replays.
+All arms start from the same backbone and see the same rows in the same order. On CUDA the whole
+step - rows gathered, forward, backward, clipping, AdamW, statistics - is one CUDA graph, which
+the host only replays.
 
-Two regimes. Isolated (the default): a step is 8 windows of 128 tokens, each a sequence of its own. Chained: the same
-1,024 tokens as one lane of 8 consecutive rows of the .bin (i, i+2, i+4, ..: they start 64 tokens apart and overlap by
-half), so that there is something beyond attention's sight to remember. `--chained SHARE` chains only the last SHARE of
-the steps.
+Two regimes. Isolated (the default): a step is 8 windows of 128 tokens, each a sequence of its
+own. Chained: the same 1,024 tokens as one lane of 8 consecutive rows of the .bin (i, i+2, i+4,
+..: they start 64 tokens apart and overlap by half), so that there is something beyond attention's
+sight to remember. `--chained SHARE` chains only the last SHARE of the steps.
 """
 
 import contextlib
@@ -71,7 +73,7 @@ QUICK = Settings(steps=200, batch=2, lane=2, warmup=20, log_every=10, checkpoint
 STATISTICS = ("loss", "routed_token_ratio", "avg_surprisal_routed", "ltm_hit_rate", "grad_norm", "grad_norm_ltm")
 
 
-# ------------------------------------------------------------------------------------ which rows a step sees
+# ------------------------------------------------------------ which rows a step sees
 
 class Plan(NamedTuple):
     """What each step of a training sees, the same for all arms."""
@@ -88,7 +90,8 @@ def isolated_order(count, need, seed):
 
 
 def runs_of(starts, count, parity, lane):
-    """The rows of each document that follow one another without overlap, at most `lane` of them a run.
+    """The rows of each document that follow one another without overlap, at most `lane` of them a
+    run.
 
     Example: documents of rows 0..19 and 20..24, parity 0, lane 8: [0 2 .. 14] [16 18] [20 22 24].
 
@@ -105,8 +108,8 @@ def runs_of(starts, count, parity, lane):
 def chained_order(starts, count, need, lane, seed):
     """`need` row numbers in lanes, and which of them open a run: two int64 and bool arrays (need,).
 
-    Runs are shuffled and laid one after the other; epochs take even and odd rows in turn. A lane opens with its first
-    row, wherever that stands: a state never outlives a step.
+    Runs are shuffled and laid one after the other; epochs take even and odd rows in turn. A lane
+    opens with its first row, wherever that stands: a state never outlives a step.
     """
     rows, opens, epoch, have = [], [], 0, 0
     while have < need:
@@ -123,13 +126,15 @@ def chained_order(starts, count, need, lane, seed):
 
 
 def plan_rows(rows, steps, settings, seed, share=0.0):
-    """The Plan of a training on `rows` (N, 128): isolated rows first, the last `share` of the steps chained."""
+    """The Plan of a training on `rows` (N, 128): isolated rows first, the last `share` of the steps
+    chained.
+    """
     batch = settings.batch
     chained_from = steps - round(share * steps)
     lane = settings.lane if chained_from < steps else 1
     if batch % lane:
-        raise StageError(f"a batch of {batch} rows is not made of lanes of {lane}; set batch at the top of train.py to a "
-                         f"multiple of lane, or lane to {batch}")
+        raise StageError(f"a batch of {batch} rows is not made of lanes of {lane}; set batch at the top of "
+                         f"train.py to a multiple of lane, or lane to {batch}")
     starts = np.flatnonzero(rows[:, 0] == EOT)
     order = isolated_order(len(rows), chained_from * batch, seed)
     opens = np.ones(steps * batch, bool)
@@ -142,7 +147,8 @@ def plan_rows(rows, steps, settings, seed, share=0.0):
 
 
 def replayed(plan, share, seed):
-    """A Plan in which a share of what comes is drawn again from what came before (experience replay), at equal steps.
+    """A Plan in which a share of what comes is drawn again from what came before (experience
+    replay), at equal steps.
 
     What is drawn is a row where steps are isolated, a whole lane where they are chained.
     """
@@ -161,11 +167,11 @@ def replayed(plan, share, seed):
     return Plan(rows, opens, plan.chained_from)
 
 
-def with_planted(plan, first, lanes, share, seed):
+def with_planted(plan, first, lane, share, seed):
     """A Plan in which a share of the chained lanes are planted ones, in their order: a curriculum.
 
-    first: (documents,) the row with which each planted document begins; `lanes` rows of each, without overlap, fill
-    one lane.
+    first: (documents,) the row with which each planted document begins; `lane` rows of each,
+    without overlap, fill one lane.
     """
     rows, opens = plan.rows.clone(), plan.opens.clone()
     places = [(step, place) for step in range(plan.chained_from, len(rows)) for place in range(opens.size(1))]
@@ -174,14 +180,15 @@ def with_planted(plan, first, lanes, share, seed):
     for number, which in enumerate(chosen):
         step, place = places[which]
         document = first[number * len(first) // len(chosen)]
-        rows[step, place * lanes:(place + 1) * lanes] = torch.from_numpy(document + 2 * np.arange(lanes))
-        opens[step, place] = torch.arange(lanes) == 0
+        rows[step, place * lane:(place + 1) * lane] = torch.from_numpy(document + 2 * np.arange(lane))
+        opens[step, place] = torch.arange(lane) == 0
     return Plan(rows, opens, plan.chained_from)
 
 
 def targets_of(tokens, opens=None):
-    """The next token of each of tokens (N, C), EOT where there is none; in a lane a row's last one is that with which
-    the next row of its run begins."""
+    """The next token of each of tokens (N, C), EOT where there is none; in a lane a row's last one
+    is that with which the next row of its run begins.
+    """
     targets = F.pad(tokens[:, 1:], (0, 1), value=EOT)
     if opens is None:
         return targets
@@ -192,7 +199,7 @@ def targets_of(tokens, opens=None):
     return torch.cat((targets[:, :-1], last), dim=1)
 
 
-# ------------------------------------------------------------------------------------ the training step
+# ------------------------------------------------------------ the training step
 
 def learning_rates(steps, settings):
     """Linear warm-up, then a cosine to min_lr: float32 (steps,)."""
@@ -204,7 +211,9 @@ def learning_rates(steps, settings):
 
 
 def norms_of(tensors):
-    """2-norms of some tensors, float32 (len(tensors),); in one pass over all of a dtype: mixed, each takes its own."""
+    """2-norms of some tensors, float32 (len(tensors),); in one pass over all of a dtype: mixed,
+    each takes its own.
+    """
     found = {}
     for dtype in dict.fromkeys(x.dtype for x in tensors):
         places = [i for i, x in enumerate(tensors) if x.dtype == dtype]
@@ -214,10 +223,12 @@ def norms_of(tensors):
 
 
 def adamw(weight, master, gradient, first, second, decay, rate, step, norm, halted, settings):
-    """One AdamW step (Loshchilov & Hutter 2019) on a float32 master; `weight`, or None, is its copy to compute with.
+    """One AdamW step (Loshchilov & Hutter 2019) on a float32 master; `weight`, or None, is its copy
+    to compute with.
 
-    `norm`: of all gradients that are clipped together; above settings.clip they are scaled down to it. `halted` (a
-    bool tensor) keeps the weights. Compiled, all this is one pass over memory; elsewhere it runs as it stands.
+    `norm`: of all gradients that are clipped together; above settings.clip they are scaled down
+    to it. `halted` (a bool tensor) keeps the weights. Compiled, all this is one pass over memory;
+    elsewhere it runs as it stands.
     """
     b1, b2 = settings.beta1, settings.beta2
     gradient = gradient.float() * (settings.clip / norm).clamp(max=1)
@@ -231,10 +242,14 @@ def adamw(weight, master, gradient, first, second, decay, rate, step, norm, halt
 
 
 class Group:
-    """Parameters that are clipped together, and AdamW's state of them (float32, also where they compute in bf16)."""
+    """Parameters that are clipped together, and AdamW's state of them (float32, also where they
+    compute in bf16).
+    """
 
     def __init__(self, named, settings, memory=None):
-        """named: {name: parameter}; memory: the module whose `undecayed` and `rates` say what is different for whom."""
+        """named: {name: parameter}; memory: the module whose `undecayed` and `rates` say what is
+        different for whom.
+        """
         self.names = list(named)
         self.parameters = list(named.values())
         self.weights = [p.detach() for p in self.parameters]
@@ -287,7 +302,9 @@ class Training:
         self.graphs = {}                                                # {chained: CUDA graph}
 
     def group(self, prefix, originals, memory=None):
-        """The Group of all parameters whose name begins with `prefix`, its masters as they were in float32."""
+        """The Group of all parameters whose name begins with `prefix`, its masters as they were in
+        float32.
+        """
         named = {name: p for name, p in self.model.named_parameters() if name.startswith(prefix)}
         group = Group(named, self.settings, memory)
         for name, master in zip(group.names, group.masters):
@@ -319,8 +336,9 @@ class Training:
         return loss, torch.stack([x.detach().float() for x in sums])
 
     def lay(self, x):
-        """A parameter's elements as rows of the model's width, where they fill them: AdamW does not mind, and is
-        compiled for the first of them and for any number of rows, not for each size."""
+        """A parameter's elements as rows of the model's width, where they fill them: AdamW does not
+        mind, and is compiled for the first of them and for any number of rows, not for each size.
+        """
         width = self.model.config.n_embd
         return x.view(-1, width) if x.numel() % width == 0 else x
 
@@ -331,7 +349,9 @@ class Training:
         return tokens, targets_of(tokens, opens), opens
 
     def gradients(self, tokens, targets, opens, targets_in_batch):
-        """(gradients of all parameters, sums) of this process's share of the batch: some of its rows, or lanes."""
+        """(gradients of all parameters, sums) of this process's share of the batch: some of its
+        rows, or lanes.
+        """
         if opens is not None:
             tokens, targets = (x.unflatten(0, opens.shape) for x in (tokens, targets))
             opens = opens.tensor_split(self.world)[self.rank]
@@ -343,8 +363,10 @@ class Training:
         parameters = [p for group in self.groups for p in group.parameters]
         *gradients, looked_up = torch.autograd.grad(loss, [*parameters, embedded])
 
-        # the embedding is also the output matrix, whose gradient is whole; the look-up adds to its own rows alone.
-        # Rows of equal tokens are summed by a matrix product and written with equal values: no atomics, same bits
+        # the embedding is also the output matrix, whose gradient is whole; the look-up adds to
+        # its own rows alone.
+        # Rows of equal tokens are summed by a matrix product and written with equal values: no
+        # atomics, same bits
         flat, looked_up = tokens.flatten(), looked_up.flatten(0, 1)
         same = (flat[:, None] == flat).to(looked_up.dtype)
         whole = gradients[[p is embed for p in parameters].index(True)]
@@ -387,7 +409,9 @@ class Training:
                 self.update(*tensors, decay, own, step, norm, self.halted, self.settings)
 
     def run(self, steps):
-        """Take `steps` steps, all isolated or all chained; returns at once where a CUDA graph is replayed."""
+        """Take `steps` steps, all isolated or all chained; returns at once where a CUDA graph is
+        replayed.
+        """
         graph = self.graph
         for _ in range(steps):
             if graph is None:
@@ -404,9 +428,11 @@ class Training:
         return min(*stops, len(self.plan.rows) - self.done)
 
     def accelerate(self):
-        """Compile the step and capture it as a CUDA graph where that can be had; returns one line that says so.
+        """Compile the step and capture it as a CUDA graph where that can be had; returns one line
+        that says so.
 
-        Takes up to three steps (the warm-up that capture asks for): they are steps like any other.
+        Takes up to three steps (the warm-up that capture asks for): they are steps like any
+        other.
         """
         if self.device.type != "cuda":
             return f"plain PyTorch step on {self.device.type} (no CUDA)"
@@ -434,14 +460,18 @@ class Training:
         return how
 
     def state(self):
-        """Everything a resumed run needs beside the weights: optimizer, statistics so far. On the CPU."""
+        """Everything a resumed run needs beside the weights: optimizer, statistics so far. On the
+        CPU.
+        """
         tensors = {name: x for group in self.groups for name, x in group.state().items()}
         tensors["statistics"] = self.statistics[:self.done]
         tensors["rng"] = torch.get_rng_state()
         return {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
 
     def weights(self):
-        """All the model's float32 tensors by name: masters, a memory's weights also where it is off, buffers."""
+        """All the model's float32 tensors by name: masters, a memory's weights also where it is
+        off, buffers.
+        """
         masters = {name: p for group in self.groups for name, p in zip(group.names, group.masters)}
         tensors = {}
         for name, x in self.model.state_dict().items():
@@ -463,10 +493,12 @@ class Training:
         torch.set_rng_state(state["rng"])
 
 
-# ------------------------------------------------------------------------------------ checkpoints
+# ------------------------------------------------------------ checkpoints
 
 def save_tensors(tensors, path, **metadata):
-    """Write a safetensors file that is on the disk when this returns, readable by whom the umask lets."""
+    """Write a safetensors file that is on the disk when this returns, readable by whom the umask
+    lets.
+    """
     save_file(tensors, path, metadata=metadata or None)
     follow_umask(path)
     fsync(path)
@@ -475,13 +507,16 @@ def save_tensors(tensors, path, **metadata):
 class Run:
     """The folder of a run: what it was started with, its checkpoints, its newest weights.
 
-    A checkpoint is written aside, its manifest (hashes) last, and renamed; older ones go only after that. The
-    folder's own model.safetensors is replaced in one rename, and manifest.json names the new hash before that beside
-    the old one, so that whoever reads the folder at any time finds a whole model that its manifest knows.
+    A checkpoint is written aside, its manifest (hashes) last, and renamed; older ones go only
+    after that. The folder's own model.safetensors is replaced in one rename, and manifest.json
+    names the new hash before that beside the old one, so that whoever reads the folder at any
+    time finds a whole model that its manifest knows.
     """
 
     def __init__(self, folder, facts, keep):
-        """facts: {name: value} of all that the outcome follows from; only a run of the same facts is gone on with."""
+        """facts: {name: value} of all that the outcome follows from; only a run of the same facts
+        is gone on with.
+        """
         self.folder, self.keep = folder, keep
         self.facts = json.loads(json.dumps(facts))       # as they come back from a file: a tuple as a list
         self.checkpoints = folder / "checkpoints"
@@ -516,7 +551,9 @@ class Run:
         return f"the last good checkpoint is {next(iter(self.saved()), 'none')}"
 
     def manifest(self):
-        """What manifest.json holds: step, weights {hash: step}, settings; nothing where it is missing or damaged."""
+        """What manifest.json holds: step, weights {hash: step}, settings; nothing where it is
+        missing or damaged.
+        """
         try:
             found = read_json(self.folder / "manifest.json", "train.py")
         except StageError:
@@ -543,7 +580,8 @@ class Run:
         raise StageError(f"{self.folder} holds a run already, at step {theirs.get('step')}{how}")
 
     def newest(self):
-        """(folder, weights, state) of the newest whole checkpoint, damaged ones named and passed over; None: no run.
+        """(folder, weights, state) of the newest whole checkpoint, damaged ones named and passed
+        over; None: no run.
 
         Raises StageError where the run was started with other settings, or where no checkpoint is whole.
         """
@@ -566,12 +604,16 @@ class Run:
         return None
 
     def begin(self, model, tokenizer):
-        """Lay out the folder, so that it loads from the first moment: config, code, tokenizer, initial weights."""
+        """Lay out the folder, so that it loads from the first moment: config, code, tokenizer,
+        initial weights.
+        """
         save_model(model, tokenizer, self.folder)
         self.describe(0, {sha256(self.folder / "model.safetensors"): 0})
 
     def describe(self, step, hashes):
-        """Write manifest.json: the step, which weights may be found here, the config as it was at the start."""
+        """Write manifest.json: the step, which weights may be found here, the config as it was at
+        the start.
+        """
         config = self.manifest().get("config") or sha256(self.folder / "config.json")
         write_json(self.folder / "manifest.json",
                    {"step": step, "weights": hashes, "config": config, "settings": self.facts})
@@ -619,10 +661,12 @@ class Run:
             fresh.unlink(missing_ok=True)
 
 
-# ------------------------------------------------------------------------------------ what a run says
+# ------------------------------------------------------------ what a run says
 
 def say(what, stream=None):
-    """Print a line above the progress bar. That nobody listens any more (a closed pipe) is no reason to end."""
+    """Print a line above the progress bar. That nobody listens any more (a closed pipe) is no
+    reason to end.
+    """
     stream = stream or sys.stdout
     try:
         tqdm.write(what, file=stream)
@@ -633,8 +677,9 @@ def say(what, stream=None):
 
 
 class History:
-    """history.jsonl: a line every `log_every` steps, the mean of its steps. Read back a whole interval late, so that
-    the device never waits for the host."""
+    """history.jsonl: a line every `log_every` steps, the mean of its steps. Read back a whole
+    interval late, so that the device never waits for the host.
+    """
 
     def __init__(self, path, training, report):
         """report(entry) is called with each new line."""
@@ -650,7 +695,9 @@ class History:
             write_atomic(path, "".join(json.dumps(line) + "\n" for line in lines))
 
     def remade(self):
-        """The lines of all steps so far, from the statistics; how fast they were, from the file as it was."""
+        """The lines of all steps so far, from the statistics; how fast they were, from the file as
+        it was.
+        """
         timing, statistics, before = {}, self.training.statistics, ""
         with self.at_most_a_warning(), contextlib.suppress(FileNotFoundError):
             before = self.path.read_text(errors="replace")
@@ -674,7 +721,9 @@ class History:
             self.warned = True
 
     def restart(self):
-        """Time the next interval from here: what came before (compiling, a checkpoint) is not training."""
+        """Time the next interval from here: what came before (compiling, a checkpoint) is not
+        training.
+        """
         self.mark, self.since = self.now(), self.training.done
 
     def now(self):
@@ -686,10 +735,13 @@ class History:
         return event
 
     def entry(self, end, rows, pace):
-        """The line of the interval that ends with step `end`; rows: its statistics; pace: seconds a step, or None."""
+        """The line of the interval that ends with step `end`; rows: its statistics; pace: seconds a
+        step, or None.
+        """
         training = self.training
         means = dict(zip((*STATISTICS, *training.watched), rows.double().mean(0).tolist()))
-        # routed surprisal is a mean over routed tokens, not over steps: weigh each step by the share that it routed
+        # routed surprisal is a mean over routed tokens, not over steps: weigh each step by the
+        # share that it routed
         routed = rows[:, 1].double()
         surprisal = (rows[:, 2].double() * routed).sum() / routed.sum().clamp(min=1e-12)
         means["avg_surprisal_routed"] = float(surprisal)
@@ -710,7 +762,8 @@ class History:
     def settle(self, keep=0):
         """Write the lines of all pending intervals but the last `keep`.
 
-        With none left pending, every step so far is known to be finite: a checkpoint may be written.
+        With none left pending, every step so far is known to be finite: a checkpoint may be
+        written.
         """
         while len(self.pending) > keep:
             end, rows, mark = self.pending.pop(0)
@@ -730,7 +783,9 @@ class History:
             self.refuse_nan(0, self.training.statistics[:self.training.done].cpu())
 
     def refuse_nan(self, start, rows):
-        """Raise StageError where a loss or gradient after step `start` is not finite: the device stopped there."""
+        """Raise StageError where a loss or gradient after step `start` is not finite: the device
+        stopped there.
+        """
         bad = (~torch.isfinite(rows).all(1)).nonzero()
         if len(bad):
             raise StageError(f"the loss or its gradient is not finite at step {start + int(bad[0]) + 1}, and no weight "
@@ -772,7 +827,9 @@ repeats itself, and says whatever its data said.
 
 
 class Console:
-    """What the first process of a run says and writes: progress bar, history, wandb, checkpoints, the card."""
+    """What the first process of a run says and writes: progress bar, history, wandb, checkpoints,
+    the card.
+    """
 
     def __init__(self, run, training, job):
         self.run, self.training, self.job = run, training, job
@@ -832,7 +889,9 @@ class Console:
             self.checkpointed = self.training.done
 
     def end(self):
-        """All that is to be taken has been taken. The weights come first: nothing else is worth losing them."""
+        """All that is to be taken has been taken. The weights come first: nothing else is worth
+        losing them.
+        """
         self.history.note()
         self.settle()
         self.save()
@@ -867,7 +926,7 @@ class Mute:
         pass
 
 
-# ------------------------------------------------------------------------------------ a training from end to end
+# ------------------------------------------------------------ a training from end to end
 
 class Processes:
     """The processes that share a training: one, or those that torchrun started."""
@@ -891,12 +950,15 @@ class Processes:
         return int(text)
 
     def join(self):
-        """Join torchrun's process group. Until all have come there is nothing to save: a signal ends the wait."""
+        """Join torchrun's process group. Until all have come there is nothing to save: a signal
+        ends the wait.
+        """
         local = self.number("LOCAL_RANK")
         self.number("MASTER_PORT")
         if self.number("RANK") >= self.world:
-            raise StageError(f"the environment says RANK={os.environ['RANK']} of WORLD_SIZE={self.world}; start several "
-                             f"processes with: torchrun --nproc_per_node={self.world} train.py, or unset WORLD_SIZE")
+            raise StageError(f"the environment says RANK={os.environ['RANK']} of WORLD_SIZE={self.world}; start "
+                             f"several processes with: torchrun --nproc_per_node={self.world} train.py, or unset "
+                             f"WORLD_SIZE")
         if not os.environ.get("MASTER_ADDR"):
             raise StageError("the environment says WORLD_SIZE but not MASTER_ADDR; start several processes with: "
                              "torchrun --nproc_per_node=2 train.py, or unset WORLD_SIZE")
@@ -944,7 +1006,9 @@ def default_signals():
 
 
 def caught_signals():
-    """A list to which SIGTERM and SIGINT are added from now on, where they can be caught (in the main thread)."""
+    """A list to which SIGTERM and SIGINT are added from now on, where they can be caught (in the
+    main thread).
+    """
     caught = []
 
     def catch(number, _):
@@ -990,7 +1054,9 @@ class Job:
         self.facts = self.all_facts(start)
 
     def plant(self, made_by):
-        """Put the rows of data/planted.bin behind the others; raises StageError where they are of other data."""
+        """Put the rows of data/planted.bin behind the others; raises StageError where they are of
+        other data.
+        """
         path, real = self.root / "data" / "planted.bin", len(self.rows)
         about = read_json(path.with_suffix(".json"), made_by)
         ours = self.meta["splits"]["train"]["sha256"]
@@ -1012,15 +1078,17 @@ class Job:
                     init=start["model.safetensors"], init_config=start["config.json"])
 
     def plan(self, world):
-        """The Plan of this training's rows; raises StageError where `world` processes cannot share its batches."""
+        """The Plan of this training's rows; raises StageError where `world` processes cannot share
+        its batches.
+        """
         real = self.rows[:self.real_rows] if self.planted else self.rows
         plan = plan_rows(real, self.steps, self.settings, self.seed, self.chained)
         if self.planted:
             plan = with_planted(plan, self.first_planted, self.settings.lane, self.planted, self.seed)
         lanes = plan.opens.size(1)
         if plan.chained_from < self.steps and lanes < world:
-            raise StageError(f"a step of {lanes} chained lane{'s' * (lanes > 1)} cannot be shared by {world} processes; "
-                             f"start fewer, or raise batch at the top of train.py to {world * self.settings.lane}")
+            raise StageError(f"a step of {lanes} chained lane{'s' * (lanes > 1)} cannot be shared by {world} "
+                             f"processes; start fewer, or raise batch at the top of train.py to {world * self.settings.lane}")
         return replayed(plan, self.about.replay, self.seed) if self.about.replay else plan
 
     def card(self, training, folder, loss):
@@ -1046,7 +1114,8 @@ def parse(argv=None):
     parser.add_argument("--chained", type=float, nargs="?", const=1.0, default=0.0, metavar="SHARE",
                         help="chain the rows of the last SHARE of the steps (all, where no share is given)")
     parser.add_argument("--planted", type=float, nargs="?", const=0.25, default=0.0, metavar="SHARE",
-                        help="of the chained lanes, a share that asks for facts planted in it (0.25; see prepare_data.py)")
+                        help="of the chained lanes, a share that asks for facts planted in it (0.25; see "
+                             "prepare_data.py)")
     parser.add_argument("--steps", type=int, metavar="N", help=f"optimizer steps (default {FULL.steps:,})")
     parser.add_argument("--seed", type=seed_number, default=0, metavar="S", help="of weights and data (default 0)")
     args = parser.parse_args(argv)
@@ -1087,7 +1156,9 @@ def open_run(job, args, processes):
 
 
 def resume(run, training, checkpoint, first):
-    """Let `training` go on from a checkpoint (folder, weights, state); raises StageError where it does not fit."""
+    """Let `training` go on from a checkpoint (folder, weights, state); raises StageError where it
+    does not fit.
+    """
     folder, weights, state = checkpoint
     try:
         training.restore(weights, state)
