@@ -60,6 +60,7 @@ Besides, which test holds which fault:
                                    test_run_all.py::test_bad_flags
 """
 
+import dataclasses
 import functools
 import gzip
 import io
@@ -83,6 +84,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import torch
+import transformers
 from safetensors.torch import load, load_file, save
 
 import add_memory
@@ -91,6 +93,7 @@ import eval as evaluation
 import models
 import plot_eval
 import prepare_data
+import stages
 import train
 
 PROJECT = Path(models.__file__).parent
@@ -100,9 +103,10 @@ MODULES = {"download_models": download_models, "prepare_data": prepare_data, "ad
 MAKES = {           # what a stage may change, and no other file
     "download_models": ("data/tokenizer/",), "prepare_data": ("data/train.bin", "data/val.bin", "data/meta.json"),
     "add_memory": ("trained/init/", "trained/seed"), "train": ("trained/baseline/", "trained/with_ltm/"),
-    "eval": ("results.json",), "plot_eval": ("results.png", "results_memory.png", "results_controls.png")}
+    "eval": ("results.json", "trained/baseline/evaluation.", "trained/with_ltm/evaluation."),
+    "plot_eval": ("results.png", "results_memory.png", "results_controls.png")}
 # one of these a line must have: a command to run, or what is to be done by hand
-ADVICE = r"python \w+\.py|run_all\.sh|run \S+ again|--resume|--fresh|--text|mend it|rename one|read from \.jsonl"
+ADVICE = r"python \w+\.py|run_all\.sh|run \S+ again|--resume|--fresh|--text|mend it|rename one|another name|read from \.jsonl"
 
 
 class Case(NamedTuple):
@@ -226,7 +230,7 @@ def retyping(path, place=None, sealed=False, junk=JUNK):
             del inner[last]
         else:
             inner[last] = draw.choice(junk)
-        return json.dumps({**whole, "sha256": models.seal(whole)} if sealed else whole).encode()
+        return json.dumps({**whole, "sha256": stages.seal(whole)} if sealed else whole).encode()
     return rewriting(path, change)
 
 
@@ -236,11 +240,11 @@ def refitting(folder):
         folder_, path = root / folder, root / folder / "manifest.json"
         manifest = json.loads(path.read_text())
         if "weights" in manifest:                                       # of an arm
-            manifest["weights"] = {models.sha256(folder_ / "model.safetensors"): manifest["step"]}
-            manifest["config"] = models.sha256(folder_ / "config.json")
-            models.write_json(path, manifest)
+            manifest["weights"] = {stages.sha256(folder_ / "model.safetensors"): manifest["step"]}
+            manifest["config"] = stages.sha256(folder_ / "config.json")
+            stages.write_json(path, manifest)
         else:
-            models.manifest_of(folder_, **{k: v for k, v in manifest.items() if k not in ("files", "sha256")})
+            stages.write_manifest(folder_, **{k: v for k, v in manifest.items() if k not in ("files", "sha256")})
     return damage
 
 
@@ -317,7 +321,9 @@ def add_corpora():
         add("corpus", f".parquet of {name}", "prepare_data", writing(
             "in.parquet", lambda *_, columns=columns: parquet(**columns)), "--text", "{root}/in.parquet")
 
-    holding = lambda data: lambda path: path.write_bytes(data)
+    def holding(data):
+        return functools.partial(Path.write_bytes, data=data)
+
     for name, make in {
             "folder.jsonl": Path.mkdir, "loop.jsonl": lambda path: path.symlink_to(path), "fifo.jsonl": os.mkfifo,
             "missing.jsonl": gone, ".jsonl": Path.touch, "in.gz.xz": Path.touch, "in.pkl": Path.touch,
@@ -425,7 +431,7 @@ def add_trained():
     for name in ("../../../results.json", "/etc/passwd", "..", ".", "", "a\0b", "x" * 300):
         add("trained", f"a manifest that names {name[:30]!r}", "train", rewriting(
             "trained/init/manifest.json", lambda data, _, name=name: json.dumps(
-                {**(value := {**json.loads(data), "files": {name: "0" * 64}}), "sha256": models.seal(value)}).encode()),
+                {**(value := {**json.loads(data), "files": {name: "0" * 64}}), "sha256": stages.seal(value)}).encode()),
             "--with-ltm", "--resume")
     for folder in ("trained/init", NEWEST, ARM):
         add("trained", f"pickles and code all over {folder}, resealed",
@@ -455,7 +461,7 @@ def add_results():
         add("results", f"results.json, another value {number}", "plot_eval", retyping("results.json"))
     for name in ("..", "/etc", "trained/../trained/with_ltm", "a\0b", "", "x" * 300, "\ud83d", 7):
         add("results", f"a checkpoint in {str(name)[:20]!r}", "plot_eval", retyping(
-            "results.json", ("detail", "run", "checkpoints", "with_ltm", 0, "folder"), junk=[name]))
+            "results.json", ("detail", "arms", "with_ltm", "checkpoints", 0, "folder"), junk=[name]))
     for number in range(4):
         add("results", f"history.jsonl, another value {number}", "plot_eval", rewriting(
             history, lambda data, draw: b"\n".join(json.dumps(
@@ -465,8 +471,8 @@ def add_results():
 
 # ------------------------------------------------------------------ the cases: command lines
 
-FLAGS = ["--root", "--seed", "--steps", "--text", "--name", "--quick", "--baseline", "--with-ltm", "--resume",
-         "--fresh", "--controls", "--lr", "-x", "--", "--help"]
+FLAGS = ["--root", "--seed", "--steps", "--text", "--name", "--quick", "--baseline", "--with-ltm", "--with-gru", "--resume",
+         "--chained", "--planted", "--fresh", "--controls", "--lr", "-x", "--", "--help"]
 ROOTS = ["{root}", "{root}/none", "{root}/two\nlines", "{root}/\udcff", "{root}/results.json", "/dev/null",
          "/proc/none", "x" * 300, " "]
 VALUES = [*ROOTS, "-1", "0", "1", "x", "", "9" * 30, "1e3", "NaN", "\u0663", "0x10", "1_0", "-", "%s", "{{}}",
@@ -493,23 +499,28 @@ for add_cases in (add_corpora, add_data, add_trained, add_results, add_commands)
 
 def shrink(patch, home):
     """Constants for a model of two dimensions and seconds of work; `home` in place of the project's own folder."""
-    tiny = dict(n_layer=1, n_embd=2, n_head=1, ltm_dim=8, ltm_ngrams=1, ltm_learned=1)
-    quick = dict(STEPS=4, BATCH=1, WARMUP=1, LOG_EVERY=1, CHECKPOINT_STEPS=2)
-    asked = dict(PACK=3, TRIALS=1, DISTANCES=(40,), LONG_RANGE=(40,), DISTRACTORS=(0,), DISTRACTED=40, SHOWN=50,
-                 BOOTSTRAP=100, REPEATS=1, TIMED=1, CONTROL_TRIALS=1, FITTED=2)
+    def smaller(settings, **values):
+        return dict.fromkeys(("FULL", "QUICK"), dataclasses.replace(settings, **values))
+
+    tiny = dict(n_layer=1, n_embd=2, n_head=1)
+    asked = dict(pack=4, lane=2, trials=1, forms=("pair",), distances=(40,), long_range=(40,), lead=8, distractors=(0,),
+                 distracted=40, dialogues=1, turn=30, together=1, repeats=1, timed=1, shown=50, bootstrap=100,
+                 control_trials=1, fitted=2)
     for module, constants in {
-            prepare_data: dict(WINDOW=WIDTH, STRIDE=WIDTH // 2, PROJECT=home,
-                               read_python_documentation=lambda: iter(GOOD)),
-            download_models: dict(PROJECT=home, SOURCES=[("the hub", unreachable), ("the package index", unreachable)]),
-            add_memory: dict(WINDOW=WIDTH, SLOTS=24, TOTAL=(0, 1e9), milliseconds=lambda _: (1, 1)),
-            train: dict(quick, QUICK=quick, Wandb=lambda *_: SimpleNamespace(log=gone, finish=lambda: None)),
-            evaluation: dict(asked, QUICK=asked, LEAD=8, FORMATS={"pair": evaluation.FORMATS["pair"]}),
-            plot_eval: dict(PROJECT=home, DPI=10)}.items():
+            stages: dict(PROJECT=home),
+            prepare_data: dict(smaller(prepare_data.FULL, window=WIDTH, stride=WIDTH // 2),
+                               read_python_documentation=lambda settings: iter(GOOD)),
+            download_models: dict(SOURCES=dict.fromkeys(download_models.SOURCES, unreachable)),
+            add_memory: dict(smaller(add_memory.QUICK, window=WIDTH, slots=24), TOTAL=(0, 1e9),
+                             milliseconds=lambda _: (1, 1)),
+            train: dict(smaller(train.FULL, steps=4, batch=1, lane=1, warmup=1, log_every=1, checkpoint_steps=2),
+                        Wandb=lambda *_: SimpleNamespace(log=gone, finish=lambda: None)),
+            evaluation: smaller(evaluation.FULL, **asked),
+            plot_eval: dict(DPI=10)}.items():
         for name, value in constants.items():
             patch.setattr(module, name, value)
     for module in (add_memory, train, evaluation):
-        patch.setattr(module, "default_root", lambda root, quick: Path(root) if root else home)
-    patch.setitem(models.SIZES, "70M", tiny)
+        patch.setattr(module, "default_root", lambda root, quick: stages.default_root(root or home, quick))
     patch.setitem(models.SIZES, "quick", tiny)
     patch.setattr(os, "fsync", lambda _: None)
 
@@ -521,13 +532,14 @@ def unreachable(_):
 @pytest.fixture(scope="module", autouse=True)
 def slow_constants():
     """A tokenizer takes a tenth of a second to make; its files' hashes are still looked at each time."""
-    tokenizers, make, count = [], models.GPT2TokenizerFast, functools.cache(models.characters_per_token)
+    tokenizers, make = [], transformers.GPT2TokenizerFast
+    count = functools.cache(stages.characters_per_token)
 
     def once(*arguments, **named):
         tokenizers[:] = tokenizers or [make(*arguments, **named)]
         return tokenizers[0]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(models, "GPT2TokenizerFast", once)
+        patch.setattr(transformers, "GPT2TokenizerFast", once)
         patch.setattr(make, "save_pretrained", lambda *_: None)         # 3.5 MB into each folder, not read here
         for module in (prepare_data, evaluation):
             patch.setattr(module, "characters_per_token", count)
@@ -541,7 +553,7 @@ def whole(tmp_path_factory, tokenizer_dir):
     shutil.copytree(tokenizer_dir, root / "data" / "tokenizer")
     (root / "corpus.jsonl").write_bytes(json_lines(GOOD))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(models.signal, "signal", lambda *_: None)
+        patch.setattr(stages.signal, "signal", lambda *_: None)
         shrink(patch, root)
         for stage, *flags in (("prepare_data", "--text", str(root / "corpus.jsonl")), ("add_memory",),
                               ("train", "--baseline"), ("train", "--with-ltm"), ("eval",), ("plot_eval",)):
@@ -560,7 +572,7 @@ def files(root):
             about = os.lstat(path)
             key = about.st_ino, about.st_size, about.st_mtime_ns
             if key not in HASHES:
-                HASHES[key] = models.sha256(path) if os.path.isfile(path) else about.st_mode
+                HASHES[key] = stages.sha256(path) if os.path.isfile(path) else about.st_mode
             found[os.path.relpath(path, root)] = HASHES[key]
     return found
 
@@ -616,7 +628,7 @@ def sane(path):
     elif path.suffix == ".png":
         assert path.read_bytes().startswith(b"\x89PNG")
     elif path.suffix == ".bin":
-        models.load_split(path.parent.parent, path.stem)
+        stages.load_split(path.parent.parent, path.stem)
 
 
 # every second case is left to -m slow: the others are enough to find what a change breaks
