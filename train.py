@@ -1088,7 +1088,8 @@ class Job:
         lanes = plan.opens.size(1)
         if plan.chained_from < self.steps and lanes < world:
             raise StageError(f"a step of {lanes} chained lane{'s' * (lanes > 1)} cannot be shared by {world} "
-                             f"processes; start fewer, or raise batch at the top of train.py to {world * self.settings.lane}")
+                             f"processes; start fewer, or raise batch at the top of train.py to "
+                             f"{world * self.settings.lane}")
         return replayed(plan, self.about.replay, self.seed) if self.about.replay else plan
 
     def card(self, training, folder, loss):
