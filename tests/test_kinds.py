@@ -7,6 +7,7 @@ tests, as "file::name"; a parametrised test has several members of its own.
 """
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,7 @@ KINDS = {
 }
 
 
+@functools.cache
 def names_in(file):
     """The names of the tests in a file of this folder, read and not imported."""
     tree = ast.parse((TESTS / file).read_bytes())
