@@ -15,25 +15,25 @@ from pathlib import Path
 
 import pytest
 
-from models import load_model, load_split, sha256
+from stages import load_model, load_split, sha256
 
 PROJECT = Path(__file__).resolve().parent.parent
 
-EDITS = {           # script: {constant as the line starts: its new value}
+EDITS = {           # script: {settings as their line starts: their new value}
     "models.py": {'    "quick": dict(': "n_layer=1, n_embd=16, n_head=2),"},
-    "train.py": {"QUICK = dict(": "STEPS=4, BATCH=1, WARMUP=2, LOG_EVERY=2, CHECKPOINT_STEPS=2)"},
-    "eval.py": {"QUICK = dict(": "PACK=3, TRIALS=1, DISTANCES=(32, 140), LONG_RANGE=(140,), LEAD=16, BOOTSTRAP=100, "
-                                 "REPEATS=1, TIMED=1, DISTRACTORS=(0, 9), DISTRACTED=140)"},
-    "plot_eval.py": {"WIDTH, DPI = ": "9.0, 40"},
+    "train.py": {"QUICK = Settings(": "steps=4, batch=2, lane=2, warmup=2, log_every=2, checkpoint_steps=2)"},
+    "eval.py": {"QUICK = Settings(": "pack=4, lane=4, trials=1, distances=(32, 140), long_range=(140,), lead=16, "
+                                     "distractors=(0, 9), distracted=140, dialogues=2, turn=40, together=2, repeats=1, "
+                                     "timed=1, bootstrap=100)"},
+    "plot_eval.py": {"DPI = ": "40"},
 }
 STAGES = ["download_models.py", "prepare_data.py", "add_memory.py", "train.py --baseline", "train.py --with-ltm",
           "eval.py", "plot_eval.py"]
 
 
 def edit(path, start, value):
-    """Give the one line that begins so another value; a comment after it stays."""
-    text, count = re.subn(rf"(?m)^{re.escape(start)}[^#\n]*?( *#.*)?$", lambda found: start + value + (found[1] or ""),
-                          path.read_text())
+    """Give what begins with that line, and goes on in lines further in, another value."""
+    text, count = re.subn(rf"(?m)^{re.escape(start)}.*(\n {{9,}}.*)*", lambda _: start + value, path.read_text())
     assert count == 1, f"{path.name} has {count} lines that start with {start}"
     path.write_text(text)
 
@@ -86,7 +86,7 @@ def test_seven_stages(project):
     for arm in ("baseline", "with_ltm"):
         folder = root / "trained" / arm
         model = load_model(folder)
-        assert model.config.ltm_enabled == (arm == "with_ltm") and model.config.n_embd == 16
+        assert model.config.memory_enabled == (arm == "with_ltm") and model.config.n_embd == 16
         assert model.config.stm_window == 128 and model.config.ltm_slots == 256
         manifest = json.loads((folder / "manifest.json").read_text())
         assert manifest["step"] == 4 and manifest["weights"][sha256(folder / "model.safetensors")] == 4
@@ -100,7 +100,7 @@ def test_seven_stages(project):
         assert list(results[arm]) == ["bpc", "long_range_recall", "memory_hit_rate", "tokens_per_sec"]
         assert 1 < results[arm]["bpc"] < 10 and 0 <= results[arm]["long_range_recall"] <= 1
         assert results[arm]["tokens_per_sec"] > 0
-        checkpoint, = results["detail"]["run"]["checkpoints"][arm]
+        checkpoint, = results["detail"]["arms"][arm]["checkpoints"]
         assert checkpoint["sha256"] == sha256(root / checkpoint["folder"] / "model.safetensors")
     assert results["baseline"]["memory_hit_rate"] == 0 < results["with_ltm"]["memory_hit_rate"] <= 1
     assert results["detail"]["data"]["quick"] and results["detail"]["recall"]["distances"] == [32, 140]
@@ -110,7 +110,7 @@ def test_seven_stages(project):
     made = files(root)
     assert run_all(project) == dict.fromkeys(STAGES, "skipped")
     assert files(root) == made
-    edit(project / "plot_eval.py", "WIDTH, DPI = ", "9.0, 30")
+    edit(project / "plot_eval.py", "DPI = ", "30")
     assert run_all(project) == {**dict.fromkeys(STAGES, "skipped"), "plot_eval.py": "done in"}
     changed = {path for path, digest in files(root).items() if made[path] != digest}
     assert changed == {root / "results.png", root / "results_memory.png"}
