@@ -30,6 +30,14 @@ KINDS = {
             "test_data.py::test_a_name_is_a_path_and_nothing_else",
             "test_data.py::test_a_name_given_by_hand_can_be_printed_too",
             "test_data.py::test_a_bad_file_with_an_odd_name_is_named_in_one_line",
+            "test_train.py::test_whatever_the_source_is_called",
+            "test_train.py::test_a_root_whose_name_is_not_utf8_is_refused",
+            "test_train.py::test_the_card_comes_after_the_weights",
+            "test_train.py::test_a_log_or_card_that_cannot_be_written_costs_a_warning",
+            "test_train.py::test_nobody_need_listen",
+            "test_train.py::test_an_old_checkpoint_that_stays_does_no_harm",
+            "test_train.py::test_code_that_cannot_be_read_is_wandbs_trouble",
+            "test_train.py::test_wandb_costs_a_warning_at_most",
         ],
     },
     3: {
@@ -50,6 +58,15 @@ KINDS = {
             "test_run_all.py::test_python_is_asked_for",
             "test_run_all.py::test_through_symbolic_links",
             "test_run_all.py::test_any_shell_may_be_told_to_run_it",
+            "test_train.py::test_what_torchrun_did_not_say_is_one_line",
+            "test_train.py::test_one_process_needs_nobody",
+            "test_train.py::test_the_commit_is_that_of_this_code",
+        ],
+    },
+    8: {
+        "what": "Every file that is written has the mode that the umask lets it have.",
+        "tests": [
+            "test_train.py::test_modes_follow_the_umask",
         ],
     },
     9: {
@@ -92,6 +109,9 @@ KINDS = {
             "test_data.py::test_both_scripts_run_in_a_notebook",
             "test_data.py::test_in_a_notebook_the_bar_is_a_notebooks",
             "test_data.py::test_a_name_is_a_path_and_nothing_else",
+            "test_train.py::test_outside_the_main_thread",
+            "test_train.py::test_a_notebooks_output_will_do",
+            "test_train.py::test_nobody_need_listen",
         ],
     },
     15: {
@@ -116,6 +136,9 @@ KINDS = {
             "test_run_all.py::test_second_installation_waits_for_the_first",
             "test_run_all.py::test_waiting_for_an_installation_heeds_signals",
             "test_run_all.py::test_installing_heeds_signals",
+            "test_train.py::test_only_a_held_lock_refuses",
+            "test_train.py::test_two_runs_into_one_folder",
+            "test_train.py::test_who_waits_for_another_process_hears_signals",
         ],
     },
 }
