@@ -672,7 +672,7 @@ for number, command in enumerate(json.load(sys.stdin)):
         sys.exit("it did not leave")
     print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
 """
-REAL = ["corpus: .jsonl.xz cut", "data: data/train.bin flipped", f"trained: {ARM}/config.json a pickle",
+REAL = ["corpus: .jsonl.xz cut", "data: data/train.bin flipped", "trained: trained/init/config.json a pickle",
         "results: results.json zeros", "command: add_memory 0"]
 
 
