@@ -1044,6 +1044,7 @@ class Job:
         made_by = command(script, self.root, args.quick, args.seed)
         self.tokenizer = load_tokenizer(self.root, args.quick)
         self.rows, self.meta = load_split(self.root, "train", args.quick)
+        self.planted_data = None
         if self.planted:
             self.plant(command("prepare_data.py --planted", self.root, args.quick))
         start = read_manifest(init, made_by)["files"]
@@ -1065,7 +1066,7 @@ class Job:
         planted = np.fromfile(path, np.uint16).reshape(-1, self.rows.shape[1])
         self.rows = np.concatenate((self.rows, planted))
         self.first_planted = real + np.flatnonzero(planted[:, 0] == EOT)
-        self.real_rows = real
+        self.real_rows, self.planted_data = real, about["sha256"]
 
     def all_facts(self, start):
         """{name: value} of all that the outcome follows from."""
@@ -1075,6 +1076,7 @@ class Job:
                     chained=self.chained, planted=self.planted, batch=s.batch,
                     lane=s.lane, lr=s.lr, min_lr=s.min_lr, warmup=s.warmup, betas=[s.beta1, s.beta2], eps=s.eps,
                     weight_decay=s.weight_decay, clip=s.clip, data=self.meta["splits"]["train"]["sha256"],
+                    planted_data=self.planted_data,
                     init=start["model.safetensors"], init_config=start["config.json"])
 
     def plan(self, world):

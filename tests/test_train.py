@@ -430,6 +430,50 @@ def test_replay_draws_from_what_was_seen():
     assert not torch.equal(train.replayed(plan, 0.2, 1).rows, found.rows)
 
 
+def test_planted_lanes_take_their_share_in_their_order():
+    """A share of the lanes, none of the isolated steps; a lane is one planted document; the easiest come first."""
+    rows = np.ones((600, 16), np.uint16)
+    rows[::12, 0] = EOT
+    settings = dataclasses.replace(train.FULL, batch=8, lane=4)
+    plan = train.plan_rows(rows, 100, settings, 0, share=0.5)
+    first = 600 + 7 * np.arange(20)
+    found = train.with_planted(plan, first, 4, 0.25, 0)
+    lanes, opens = found.rows.view(100, 2, 4), found.opens
+    planted = lanes[..., 0] >= 600
+    assert not planted[:50].any() and planted.sum() == 25
+    taken = lanes[planted]
+    assert torch.equal(taken, taken[:, :1] + 2 * torch.arange(4)) and set(taken[:, 0].tolist()) <= set(first.tolist())
+    assert (taken[1:, 0] >= taken[:-1, 0]).all() and taken[0, 0] == 600 and taken[-1, 0] == first[-1]
+    assert (opens[planted] == (torch.arange(4) == 0)).all()
+    assert torch.equal(lanes[~planted], plan.rows.view(100, 2, 4)[~planted])
+    assert torch.equal(opens[~planted], plan.opens[~planted])
+
+
+def test_planted_rows_are_those_of_this_data(root, here):
+    """They train, go on to the same bits only with the same rows, and are refused beside other data."""
+    flags = "--baseline", "--chained", "--planted", "0.5"
+    assert refused(here(root, *flags), "planted.json is missing", "prepare_data.py --planted")
+    path = root / "data" / "planted.bin"
+    draw = np.random.default_rng(0)
+
+    def plant(train_sha256=None):
+        rows = draw.integers(0, EOT, (12, 16)).astype(np.uint16)
+        rows[::3, 0] = EOT
+        rows.tofile(path)
+        meta = json.loads((root / "data" / "meta.json").read_text())
+        ours = train_sha256 or meta["splits"]["train"]["sha256"]
+        stages.write_json(path.with_suffix(".json"), {"sha256": sha256(path), "train_sha256": ours})
+    plant("0" * 64)
+    assert refused(here(root, *flags), "of other data than train.bin", "prepare_data.py --planted")
+    plant()
+    assert here(root, *flags)[0] == 0
+    assert "all 12 steps are done" in here(root, *flags, "--resume")[1]
+    plant()
+    assert refused(here(root, *flags, "--resume"), "planted_data was ", "--fresh")
+    path.write_bytes(path.read_bytes()[:-32])
+    assert refused(here(root, *flags, "--fresh"), "missing, damaged or of other data")
+
+
 # ------------------------------------------------------------------ what it computes
 
 
