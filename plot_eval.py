@@ -1,17 +1,18 @@
 """Draw results.json: one look tells which memory helps, at what cost, and where.
 
-reads   results.json (eval.py); of each checkpoint it names, the hash of model.safetensors and history.jsonl
+reads   results.json (eval.py); model.safetensors (its hash) and history.jsonl of the checkpoints it names
 writes  results.png; where results.json holds them, results_controls.png (detail.controls) and
         results_memory.png (detail.memory: what the memory did on one document)
 
     python plot_eval.py
     python plot_eval.py --quick
-    python plot_eval.py --readme    only the tables in README.md, from results.json, results_arms.json (six arms,
-                                    chained) and results_bench.json (tests/bench.py)
+    python plot_eval.py --readme    only the tables in README.md, from results.json,
+                                    results_arms.json (six arms) and results_bench.json
 
-Two arms give one picture, more of them another. Results of other checkpoints than those in the root are refused. The
-same results give the same picture, byte for byte, whatever matplotlib's settings are. The pictures also go to wandb:
-offline unless you are logged in, and not at all with WANDB_MODE=disabled.
+Two arms give one picture, more of them another. Results of other checkpoints than those in the
+root are refused. The same results give the same picture, byte for byte, whatever matplotlib's
+settings are. The pictures also go to wandb: offline unless you are logged in, and not at all with
+WANDB_MODE=disabled.
 """
 
 import collections
@@ -35,7 +36,8 @@ import numpy as np
 from stages import (ARMS, EOT, StageError, Wandb, command, default_root, one_line, parser_of,
                     read_json, run_stage, sha256, write_atomic)
 
-# matplotlib is imported where it is used: --help need not wait for it, and its settings are ours (own_settings)
+# matplotlib is imported where it is used: --help need not wait for it, and its settings are
+# ours (own_settings)
 
 WIDTH = 9.0                     # inches
 DPI = 200                       # pixels per inch: sharp at twice the 900 pixels that a README gives
@@ -86,7 +88,8 @@ LEAST_SHARE = 0.05              # .. if they matter
 
 
 class Look(NamedTuple):
-    """How an arm is drawn: told apart by colour and brightness and, in print, by hatch, marker and dash."""
+    """How an arm is drawn: told apart by colour and brightness and, in print, by hatch, marker
+    and dash."""
 
     color: str
     hatch: str
@@ -95,7 +98,8 @@ class Look(NamedTuple):
     edge: str = "white"         # of the hatch
 
 
-# in the order of ARMS; their brightness, 0.59, 0.25, 0.47, 0.83, 0.34, 0.70, 0.10 and 0.93, tells them apart in grey
+# in the order of ARMS; in grey their brightness tells them apart: 0.59, 0.25, 0.47, 0.83, 0.34,
+# 0.70, 0.11 and 0.95
 LOOKS = (
     Look("#d98a2b", "////", "s", "--"),
     Look("#17497a", "", "o", "-"),
@@ -117,7 +121,8 @@ def look_of(arm):
 # ------------------------------------------------------------------------------------ what is drawn
 
 def arms_of(results):
-    """The arms of results.json in the order of ARMS; raises KeyError where one has no place there."""
+    """The arms of results.json in the order of ARMS; raises KeyError where one has no place
+    there."""
     there = results["detail"]["arms"]
     unknown = [arm for arm in there if arm not in ARMS]
     if unknown:
@@ -160,7 +165,8 @@ def why(error):
 
 
 def verify(root, results, again):
-    """[(arm, folder)] of all checkpoints, and those that are gone; raises StageError where one was changed since."""
+    """[(arm, folder)] of all checkpoints, and those that are gone; raises StageError where one
+    was changed since."""
     folders = []
     gone = []
     for arm in arms_of(results):
@@ -182,7 +188,8 @@ def verify(root, results, again):
 
 
 def hit_rates(path):
-    """The memory's hit rate at each logged step of a history.jsonl, (2, N); nothing where there is none."""
+    """The memory's hit rate at each logged step of a history.jsonl, (2, N); nothing where there
+    is none."""
     rates = {}
     unread = 0
     for line in path.read_bytes().splitlines() if path.is_file() else ():
@@ -196,10 +203,11 @@ def hit_rates(path):
     return np.array(sorted(rates.items()), float).reshape(-1, 2).T
 
 
-# ------------------------------------------------------------------------------------ parts of a picture
+# ------------------------------------------------------------------------------- parts of a picture
 
 def heading(axes, title, what):
-    """A panel's title in bold, below it what is measured, in which unit, and which direction is good."""
+    """A panel's title in bold, below it what is measured, in which unit, and which direction is
+    good."""
     axes.set_title(what, loc="left", fontsize=8.5, color=QUIET, pad=7)
     axes.annotate(title, (0, 1), (0, 21), xycoords="axes fraction", textcoords="offset points",
                   weight="bold", fontsize=10.5)
@@ -229,7 +237,8 @@ def filled(look):
 
 def stroke(look):
     """How a curve of an arm is drawn."""
-    return dict(color=look.color, linestyle=look.line, marker=look.marker, markersize=5, linewidth=1.8)
+    return dict(color=look.color, linestyle=look.line, marker=look.marker, markersize=5,
+                linewidth=1.8)
 
 
 def inches(axes):
@@ -241,7 +250,8 @@ def beside(axes, place, *lines):
     """Words to the right of a row's drawing, one line or two: [(words, how they look)]."""
     middle = (len(lines) - 1) / 2
     for number, (words, look) in enumerate(lines):
-        axes.text(1 + BESIDE / inches(axes), place + 0.4 * (number - middle) + 0.03, words, va="center",
+        axes.text(1 + BESIDE / inches(axes), place + 0.4 * (number - middle) + 0.03, words,
+                  va="center",
                   transform=axes.get_yaxis_transform(), **look)
 
 
@@ -257,7 +267,8 @@ def distances_axis(axes, recall):
         last = np.log2(place) * octave if free else last
     axes.set_xscale("log", base=2)
     axes.axvspan(low, window, color=SHADE, linewidth=0)
-    for place, label in (window, "attention window"), (recall.get("receptive_field") or 0, "receptive field"):
+    for place, label in (window, "attention window"), (recall.get("receptive_field") or 0,
+                                                       "receptive field"):
         if low < place < high:
             axes.axvline(place, color=QUIET, linewidth=1, linestyle="-.")
             axes.text(place / 1.03, 0.95, f"{label} {place:,}", ha="right", va="center", fontsize=8,
@@ -280,7 +291,8 @@ def draw_curve(axes, recall, arms):
 
 
 def draw_history(axes, folders, title, evaluated):
-    """Share of predictions that retrieved something, as training went on: the first seed in full, the others thin."""
+    """Share of predictions that retrieved something, as training went on: the first seed in
+    full, the others thin."""
     drawn = set()
     for arm, folder in folders:
         steps, rates = hit_rates(folder / "history.jsonl")
@@ -289,8 +301,10 @@ def draw_history(axes, folders, title, evaluated):
         look, first = look_of(arm), arm not in drawn
         half = int(len(steps) * SMOOTHING / 2)
         smooth = [np.mean(rates[max(0, at - half):at + half + 1]) for at in range(len(steps))]
-        axes.plot(steps, rates, ".", color=look.color, markersize=4, alpha=0.2 * first, markeredgewidth=0)
-        axes.plot(steps, smooth, linestyle=look.line, color=look.color, linewidth=2 if first else 0.8)
+        axes.plot(steps, rates, ".", color=look.color, markersize=4, alpha=0.2 * first,
+                  markeredgewidth=0)
+        axes.plot(steps, smooth, linestyle=look.line, color=look.color,
+                  linewidth=2 if first else 0.8)
         drawn.add(arm)
     if not drawn:
         axes.text(0.5, 0.5, "no history.jsonl\nto draw it from", ha="center", color=QUIET,
@@ -312,7 +326,7 @@ def and_list(names):
     return f"{', '.join(most)} and {last}" if most else last
 
 
-# ------------------------------------------------------------------------------------ the figure around the panels
+# --------------------------------------------------------------------- the figure around the panels
 
 def numbers_of(results, arm, name):
     """The two numbers that an arm stands on, beside the baseline's, in one line."""
@@ -351,7 +365,8 @@ def headline_of_many(results, others):
 
 
 def headline(results):
-    """The verdict in one line, and the numbers it stands on in another: those of the arm of the fewest bits."""
+    """The verdict in one line, and the numbers it stands on in another: those of the arm of the
+    fewest bits."""
     bpc = results["detail"]["bpc"]
     others = others_of(results)
     for part in bpc, results["detail"]["recall"]["long_range"]["arms"]:
@@ -360,7 +375,8 @@ def headline(results):
     if len(others) == 1:
         return headline_of_two(results, others[0]), numbers_of(results, others[0], "With memory")
     best = min(others, key=lambda arm: bpc[arm]["ratio"])
-    return headline_of_many(results, others), numbers_of(results, best, f"Best, {short(results, best)}")
+    return headline_of_many(results, others), numbers_of(results, best,
+                                                         f"Best, {short(results, best)}")
 
 
 def provenance(results, gone, notes):
@@ -388,7 +404,8 @@ def new_figure(height, results, gone, title, sentence, notes, badge=0.8):
     from matplotlib.figure import Figure
 
     figure = Figure((WIDTH, height))
-    figure.text(0.03, 1 - 0.14 / height, title, fontsize=14, weight="bold", va="top", linespacing=1.3)
+    figure.text(0.03, 1 - 0.14 / height, title, fontsize=14, weight="bold", va="top",
+                linespacing=1.3)
     down = 0.48 + 0.28 * title.count("\n")
     figure.text(0.03, 1 - down / height, sentence, fontsize=9.5, va="top")
     if results["detail"]["data"]["quick"]:
@@ -413,7 +430,8 @@ class Page(NamedTuple):
 
     def text(self, left, down, columns, lines):
         """Axes whose unit is a character's cell."""
-        axes = self.panel(left, down, columns * CELL[0], lines * CELL[1], xlim=(0, columns), ylim=(lines, 0))
+        axes = self.panel(left, down, columns * CELL[0], lines * CELL[1], xlim=(0, columns),
+                          ylim=(lines, 0))
         axes.axis("off")
         return axes
 
@@ -426,10 +444,11 @@ def arms_legend(figure, results, arms, handle):
                   bbox_to_anchor=(0.022, 1 - 0.66 / figure.get_figheight()))
 
 
-# ------------------------------------------------------------------------------------ results.png of two arms
+# -------------------------------------------------------------------------- results.png of two arms
 
 def draw_bars(axes, form, groups):
-    """Bars side by side from zero. groups: {label: ({arm: (value, [low, high])}, note above the bars)}."""
+    """Bars side by side from zero. groups: {label: ({arm: (value, [low, high])}, note above the
+    bars)}."""
     arms = list(next(iter(groups.values()))[0])
     for number, arm in enumerate(arms):
         side = 0.4 * (number - (len(arms) - 1) / 2)
@@ -446,9 +465,11 @@ def draw_bars(axes, form, groups):
 
 
 def draw_compression_bars(axes, results, arms):
-    """Documents differ, so an arm's interval of BPC is wide; the note is of the difference on the same documents."""
+    """Documents differ, so an arm's interval of BPC is wide; the note is of the difference on
+    the same documents."""
     detail, groups = results["detail"], {}
-    for label, part in (("whole documents", detail["bpc"]), ("128-token windows", detail["bpc_windows"])):
+    for label, part in (("whole documents", detail["bpc"]),
+                        ("128-token windows", detail["bpc_windows"])):
         bpc = {arm: (np.mean(part[arm]["per_seed"]), part[arm]["ci95"]) for arm in arms}
         low, high = percent_bounds(results, part, arms[-1])
         change = per_cent(part[arms[-1]]["ratio"])
@@ -468,7 +489,8 @@ def draw_recall_bars(axes, results, arms):
 
 
 def draw_speed_bars(axes, results, arms):
-    """Evaluation's tokens a second; the note is of the same model with its memory off, timed in turn."""
+    """Evaluation's tokens a second; the note is of the same model with its memory off, timed in
+    turn."""
     speed, rng, bars = results["detail"]["tokens_per_sec"], np.random.default_rng(SEED), {}
     for arm in arms:
         runs = speed[arm]["runs"]
@@ -496,11 +518,12 @@ def draw_two(results, folders, gone):
     draw_recall_bars(panels["B"], results, arms)
     draw_speed_bars(panels["C"], results, arms)
     draw_curve(panels["D"], results["detail"]["recall"], arms)
-    draw_history(panels["E"], folders, "Memory hits in training", results[arms[-1]]["memory_hit_rate"])
+    draw_history(panels["E"], folders, "Memory hits in training",
+                 results[arms[-1]]["memory_hit_rate"])
     return figure
 
 
-# ------------------------------------------------------------------------------------ results.png of more arms
+# ------------------------------------------------------------------------- results.png of more arms
 
 ROW = 0.38                      # inches of an arm's row in the table
 TABLE = {                       # its columns: inches from the left margin, and the width of what is drawn
@@ -556,16 +579,19 @@ SMALL = dict(fontsize=8, color=QUIET)
 def draw_names(axes, results, arms):
     """Before each row the arm's mark, as in the curves, and its label."""
     for place, arm in enumerate(arms):
-        axes.plot([0.0, 0.14, 0.28], [place] * 3, markevery=[1], clip_on=False, **stroke(look_of(arm)))
+        axes.plot([0.0, 0.14, 0.28], [place] * 3, markevery=[1], clip_on=False,
+                  **stroke(look_of(arm)))
         name, _, what = label_of(results, arm).partition(":")
-        axes.text(0.34, place - 0.17 * bool(what), textwrap.shorten(name, 24), weight="bold", va="center")
+        axes.text(0.34, place - 0.17 * bool(what), textwrap.shorten(name, 24), weight="bold",
+                  va="center")
         axes.text(0.34, place + 0.23, textwrap.shorten(what, 24), va="center", **SMALL)
     axes.set(xlim=(0, 1.5), xticks=[])
     axes.spines[["left", "bottom"]].set_visible(False)
 
 
 def draw_bpc(axes, results, arms):
-    """Each arm's bits per character, from zero: how small the differences are, is part of the answer."""
+    """Each arm's bits per character, from zero: how small the differences are, is part of the
+    answer."""
     for place, arm in enumerate(arms):
         axes.barh(place, results[arm]["bpc"], 0.6, **filled(look_of(arm)))
         beside(axes, place, (f"{results[arm]['bpc']:.3f}", {}))
@@ -582,7 +608,8 @@ def draw_changes(axes, results, arms):
     for place, arm in enumerate(arms[1:], 1):
         change = per_cent(bpc[arm]["ratio"])
         low, high = percent_bounds(results, bpc, arm)
-        axes.errorbar(change, place, xerr=spread(np.array([change]), [[low, high]]), capsize=3.5, ecolor=INK,
+        axes.errorbar(change, place, xerr=spread(np.array([change]), [[low, high]]), capsize=3.5,
+                      ecolor=INK,
                       **stroke(look_of(arm)))
         beside(axes, place, said_verdict(f"{change:+.1f}%", bpc[arm]["verdict"], "unclear"),
                (f"{low:+.1f} to {high:+.1f}", SMALL))
@@ -601,7 +628,8 @@ def draw_recalls(axes, results, arms):
     far = recall["long_range"]["arms"]
     for place, arm in enumerate(arms):
         value, (low, high) = results[arm]["long_range_recall"], far[arm]["ci95"]
-        axes.barh(place, value, 0.6, xerr=spread(np.array([value]), [[low, high]]), capsize=2.5, ecolor=INK,
+        axes.barh(place, value, 0.6, xerr=spread(np.array([value]), [[low, high]]), capsize=2.5,
+                  ecolor=INK,
                   **filled(look_of(arm)))
         said = (f"{value:.2f}", {})
         if arm != REFERENCE:
@@ -625,7 +653,8 @@ def draw_speeds(axes, results, arms):
             most = max(most, value)
         said = f"{training:.2f} train." if training else "\u2013"
         beside(axes, place, (f"{evaluation:.2f} eval.", dict(fontsize=8)), (said, dict(fontsize=8)))
-    axes.axvline(1, color=look_of(REFERENCE).color, linewidth=1.6, linestyle=look_of(REFERENCE).line)
+    axes.axvline(1, color=look_of(REFERENCE).color, linewidth=1.6,
+                 linestyle=look_of(REFERENCE).line)
     axes.set_xlim(0, most)
     axes.set_xticks([0, 1], ["0", "\u00d71"])
     heading(axes, "Speed", "higher is better")
@@ -677,7 +706,8 @@ def draw_nats(axes, recall, arms):
 
 
 def draw_targets(axes, targets, others):
-    """By how many bits each arm differs from the baseline, by where the target was last seen in its document."""
+    """By how many bits each arm differs from the baseline, by where the target was last seen in
+    its document."""
     wide = 0.84 / len(others)
     for number, arm in enumerate(others):
         side = (number - (len(others) - 1) / 2) * wide
@@ -685,14 +715,16 @@ def draw_targets(axes, targets, others):
         bars = axes.bar(np.arange(len(gaps)) + side, gaps, 0.9 * wide, **filled(look_of(arm)))
         said = [f"{gap:+.2f}" if abs(gap) >= 0.005 else "0" for gap in gaps]
         axes.bar_label(bars, said, padding=2, fontsize=7.5)
-    axes.axhline(0, color=look_of(REFERENCE).color, linewidth=1.6, linestyle=look_of(REFERENCE).line)
+    axes.axhline(0, color=look_of(REFERENCE).color, linewidth=1.6,
+                 linestyle=look_of(REFERENCE).line)
     names = [f"{textwrap.fill(name, 26)}\n({kind['share_of_tokens']:.0%} of tokens)"
              for name, kind in targets.items()]
     axes.set_xticks(range(len(names)), names, fontsize=8.5)
     axes.tick_params(axis="x", length=0)
     axes.margins(y=0.15)
     axes.grid(axis="y")
-    heading(axes, "Where it helps", "bits a token more or fewer than without memory, by where the token was "
+    heading(axes, "Where it helps",
+            "bits a token more or fewer than without memory, by where the token was "
                                     "last seen; below zero is better")
 
 
@@ -711,7 +743,8 @@ def draw_many(results, gone):
              f"Verdicts: Holm over the memories, unclear: neither. Speed: "
              f"evaluation by the same model with its memory off, training by the baseline's. State: what a "
              f"sequence carries beyond attention's keys and values. Error bars: 95% intervals.")
-    page = Page(new_figure(height, results, gone, title, sentence, notes, badge=table - 0.6 - quick))
+    page = Page(new_figure(height, results, gone, title, sentence, notes,
+                           badge=table - 0.6 - quick))
     draw_table(page, table, results, arms)
     draw_curve(page.panel(0.33, curves, 3.9, 2.2), detail["recall"], arms)
     draw_nats(page.panel(4.75, curves, 3.7, 2.2), detail["recall"], arms)
@@ -719,7 +752,7 @@ def draw_many(results, gone):
     return page.figure
 
 
-# ------------------------------------------------------------------------------------ results_controls.png
+# ----------------------------------------------------------------------------- results_controls.png
 
 def with_titles(controls):
     """The rows of detail.controls, each group of them below a row with its name."""
@@ -744,7 +777,8 @@ def draw_control_bars(axes, rows, key, origin):
 
 
 def draw_controls(results, gone):
-    """A table of bars, group by group: each control's BPC by the baseline's, and its long-range recall."""
+    """A table of bars, group by group: each control's BPC by the baseline's, and its long-range
+    recall."""
     from matplotlib.lines import Line2D
 
     detail = results["detail"]
@@ -754,8 +788,10 @@ def draw_controls(results, gone):
     notes = (f"Recall: forced choice, {trials:,} questions. Lines: all seeds; bars: seed "
              f"{detail['run']['seeds'][0]}, the first, not trained again.")
     sentence = numbers_of(results, EXPLAINED, "With memory")
-    figure = new_figure(height, results, gone, "Controls: what the gain depends on", sentence, notes)
-    arms_legend(figure, results, arms, lambda look: Line2D([], [], color=look.color, linestyle=look.line))
+    figure = new_figure(height, results, gone, "Controls: what the gain depends on", sentence,
+                        notes)
+    arms_legend(figure, results, arms,
+                lambda look: Line2D([], [], color=look.color, linestyle=look.line))
     columns = figure.subplots(1, 2, sharey=True, gridspec_kw=dict(
         left=0.34, right=0.94, top=1 - 1.55 / height, bottom=0.95 / height, wspace=0.22))
     lines = {"bpc_ratio": (1, detail["bpc"][EXPLAINED]["ratio"]),
@@ -763,7 +799,8 @@ def draw_controls(results, gone):
     for axes, key, origin in zip(columns, lines, (1, 0)):
         draw_control_bars(axes, rows, key, origin)
         for arm, value in zip(arms, lines[key]):
-            axes.axvline(value, color=look_of(arm).color, linestyle=look_of(arm).line, linewidth=1.6)
+            axes.axvline(value, color=look_of(arm).color, linestyle=look_of(arm).line,
+                         linewidth=1.6)
     columns[1].set(xlim=(0, 1.02), ylim=(len(rows) - 0.4, -0.6))
     columns[1].set_yticks(range(len(rows)), [textwrap.shorten(row["name"], 42) for row in rows])
     for label, row in zip(columns[0].get_yticklabels(), rows):
@@ -774,7 +811,7 @@ def draw_controls(results, gone):
     return figure
 
 
-# ------------------------------------------------------------------------------------ results_memory.png
+# ------------------------------------------------------------------------------- results_memory.png
 
 def flow(texts):
     """The texts run on in lines of COLUMNS: [[(line, column, character)] of each], what the font lacks as a box.
@@ -802,7 +839,8 @@ def flow(texts):
 
 
 def spans(cells):
-    """[(line, first column, the one past the last)] that a token takes, without the spaces around it."""
+    """[(line, first column, the one past the last)] that a token takes, without the spaces
+    around it."""
     found = {}
     for line, column, _ in [cell for cell in cells if cell[2] != " "] or cells:
         found[line] = found.get(line, (column,))[0], column + 1
@@ -811,14 +849,17 @@ def spans(cells):
 
 @functools.cache
 def surprisal_colors():
-    """What a token costs without the memory, in the baseline's colour; its brightness alone tells it, too."""
+    """What a token costs without the memory, in the baseline's colour; its brightness alone
+    tells it, too."""
     from matplotlib.colors import LinearSegmentedColormap
 
-    return LinearSegmentedColormap.from_list("surprisal", ["#ffffff", "#fae6cd", "#efbd80", "#d98a2b", "#8c500c"])
+    return LinearSegmentedColormap.from_list("surprisal", ["#ffffff", "#fae6cd", "#efbd80",
+                                                           "#d98a2b", "#8c500c"])
 
 
 def draw_token(axes, cells, bits, stored):
-    """A token on a ground that is the darker the more bits it cost (None: unknown), underlined where it was stored."""
+    """A token on a ground that is the darker the more bits it cost (None: unknown), underlined
+    where it was stored."""
     from matplotlib.patches import Rectangle
 
     ground = surprisal_colors()(min((bits or 0) / MOST_BITS, 1.0))
@@ -827,25 +868,30 @@ def draw_token(axes, cells, bits, stored):
         wide = stop - start
         axes.add_patch(Rectangle((start, line + 0.17), wide, 0.67, color=ground, linewidth=0))
         if stored:
-            axes.add_patch(Rectangle((start + 0.1, line + 0.86), wide - 0.2, 0.07, color=BLUE, linewidth=0))
+            axes.add_patch(Rectangle((start + 0.1, line + 0.86), wide - 0.2, 0.07, color=BLUE,
+                                     linewidth=0))
         word = "".join(letter for at, _, letter in cells if at == line).strip(" ")
         axes.text(start, line + 0.67, word, family=MONO, fontsize=LETTER, color=ink,
                   alpha=1 if word.strip("\u00b6") else 0.5)
 
 
 def chip(axes, x, y, letter, predicted):
-    """The letter of a prediction in a disc: a dark one for the prediction itself, a light one for what it drew on."""
+    """The letter of a prediction in a disc: a dark one for the prediction itself, a light one
+    for what it drew on."""
     ink, ground = ("white", BLUE) if predicted else (BLUE, "white")
     disc = dict(boxstyle="circle,pad=0.22", facecolor=ground, edgecolor=BLUE, linewidth=1)
-    axes.text(x, y, letter, fontsize=6.5, weight="bold", ha="center", va="center", zorder=6, color=ink, bbox=disc)
+    axes.text(x, y, letter, fontsize=6.5, weight="bold", ha="center", va="center", zorder=6,
+              color=ink, bbox=disc)
 
 
 def frame(axes, cells, letter, predicted, beside=0):
-    """A box around a token, with the letter of its prediction; `beside`: letters that stand there already."""
+    """A box around a token, with the letter of its prediction; `beside`: letters that stand
+    there already."""
     from matplotlib.patches import Rectangle
 
     for line, start, stop in spans(cells):
-        axes.add_patch(Rectangle((start - 0.15, line + 0.1), stop - start + 0.3, 0.84, fill=False, zorder=5,
+        axes.add_patch(Rectangle((start - 0.15, line + 0.1), stop - start + 0.3, 0.84, fill=False,
+                                 zorder=5,
                                  edgecolor=BLUE, linewidth=1.8 if predicted else 1.2))
     line, start, _ = spans(cells)[0]
     chip(axes, start - 0.4 + 1.7 * beside, line + 0.14, letter, predicted)
@@ -855,13 +901,16 @@ def arrow(axes, start, stop, bend):
     """An arrow, edged in white, over the grounds of the text, but under its letters."""
     from matplotlib.patches import FancyArrowPatch
 
-    form = dict(connectionstyle=f"arc3,rad={bend}", arrowstyle="-|>", shrinkA=0, shrinkB=0, mutation_scale=9)
+    form = dict(connectionstyle=f"arc3,rad={bend}", arrowstyle="-|>", shrinkA=0, shrinkB=0,
+                mutation_scale=9)
     for width, color, height in (3, "white", 2.4), (1.4, BLUE, 2.5):
-        axes.add_patch(FancyArrowPatch(start, stop, linewidth=width, color=color, zorder=height, **form))
+        axes.add_patch(FancyArrowPatch(start, stop, linewidth=width, color=color, zorder=height,
+                                       **form))
 
 
 def heaviest(read):
-    """The stored tokens that are shown for a prediction: the first in any case, others where they matter."""
+    """The stored tokens that are shown for a prediction: the first in any case, others where
+    they matter."""
     return [source for rank, source in enumerate(read["from"][:SOURCES])
             if not rank or source["share"] >= LEAST_SHARE]
 
@@ -874,14 +923,16 @@ def draw_reads(axes, reads, texts):
         for at in [source["at"] for source in heaviest(read)] + [read["at"]]:
             if at != read["at"]:
                 above, first, last = spans(texts[at])[-1]
-                arrow(axes, ((first + last) / 2, above + 0.95), ((start + stop) / 2, line + 0.1), bend)
+                arrow(axes, ((first + last) / 2, above + 0.95), ((start + stop) / 2, line + 0.1),
+                      bend)
             frame(axes, texts[at], letter, at == read["at"], framed[at])
             framed[at] += 1
 
 
 def draw_scale(axes, threshold):
     """The grounds by bits, with the `threshold` above which a token is stored."""
-    axes.imshow(np.linspace(0, 1, 256)[None], cmap=surprisal_colors(), extent=(0, MOST_BITS, 0, 1), aspect="auto")
+    axes.imshow(np.linspace(0, 1, 256)[None], cmap=surprisal_colors(), extent=(0, MOST_BITS, 0, 1),
+                aspect="auto")
     axes.set(yticks=[], xticks=[0, threshold, 8, 12, MOST_BITS])
     axes.xaxis.set_major_formatter("{x:g}")
     axes.axvline(threshold, color=INK, linewidth=1)
@@ -904,20 +955,24 @@ def draw_key(axes, threshold):
 def draw_cost_bars(axes, rows, tokens):
     """The bits of each prediction without and with the memory, in pairs of bars."""
     looks = (look_of(REFERENCE), look_of(EXPLAINED))
-    for side, key, look, said in zip((-0.19, 0.19), ("bits", "bits_mixture"), looks, ("memory off", "memory on")):
-        drawn = axes.barh(np.arange(len(rows)) + side, [tokens[at][key] for at in rows], 0.34, **filled(look))
+    for side, key, look, said in zip((-0.19, 0.19), ("bits", "bits_mixture"), looks,
+                                     ("memory off", "memory on")):
+        drawn = axes.barh(np.arange(len(rows)) + side, [tokens[at][key] for at in rows], 0.34,
+                          **filled(look))
         first = axes.bar_label(drawn, fmt="{:.1f}", padding=3, fontsize=8.5)[0]
         first.set_text(f"{first.get_text()} {said}")
     axes.axvline(0, color=QUIET, linewidth=1)
 
 
 def draw_costs(words, bars, found, reads, tokens, texts):
-    """A row for each prediction: the token, its bits without and with the memory, and the stored tokens it drew on."""
+    """A row for each prediction: the token, its bits without and with the memory, and the stored
+    tokens it drew on."""
     draw_cost_bars(bars, [read["at"] for read in reads], tokens)
     for row, (letter, read) in enumerate(zip(string.ascii_uppercase, reads)):
         chip(words, 0.08, row, letter, True)
         word = "".join(shown for _, _, shown in texts[read["at"]]).strip()
-        words.text(0.22, row, word if len(word) < 15 else word[:14] + "\u2026", family=MONO, va="center")
+        words.text(0.22, row, word if len(word) < 15 else word[:14] + "\u2026", family=MONO,
+                   va="center")
         lines = [f"{read['at'] - source['at']:,} tokens back: share {source['share']:.2g}, "
                  f"cosine {source['cosine']:.2f}" for source in heaviest(read)]
         found.text(0, row, "\n".join(lines), fontsize=8.5, va="center")
@@ -926,7 +981,8 @@ def draw_costs(words, bars, found, reads, tokens, texts):
         axes.spines[["bottom", "left"]].set_visible(False)
     heading(words, "Prediction", "the token that came")
     heading(bars, "What it cost", "bits, lower is better")
-    heading(found, "What it drew on from memory", "share of all probability; cosine of the addresses")
+    heading(found, "What it drew on from memory",
+            "share of all probability; cosine of the addresses")
 
 
 def check_reads(reads, tokens):
@@ -981,7 +1037,7 @@ def draw_memory(results, gone):
     return page.figure
 
 
-# ------------------------------------------------------------------------------------ the tables of README.md
+# -------------------------------------------------------------------------- the tables of README.md
 
 def cell(words):
     """Words as a cell of a table, or in the line below one: on one line, without markup."""
@@ -1030,25 +1086,49 @@ def bpc_row(name, part, arm):
     return [name, f"{base:.4f}", f"{own:.4f}", said]
 
 
+def recall_rows(recall, arm):
+    """The two rows of long-range recall: of 8 values, and of all tokens."""
+    base, own = (recall["long_range"]["arms"][which] for which in (REFERENCE, arm))
+    gap = own["difference"]
+    said = f"{gap['mean']:+.3f} ({from_to(gap['ci95'], '+.3f')})"
+    of_all = f"95% interval {from_to(own['top1_ci95'], '.3f')}"
+    return [
+        [f"**long-range recall**, {reach_said(recall)}", f"{base['mean']:.3f}",
+         f"{own['mean']:.3f}", said],
+        [f"the same, likeliest of all {EOT + 1:,} tokens (top-1)", f"{base['top1']:.3f}",
+         f"{own['top1']:.3f}", of_all]]
+
+
+def training_row(results, arm):
+    """Tokens a second of both trainings; nothing where a history.jsonl was gone."""
+    training = results["detail"]["training"]
+    row = ["training, tokens/s"]
+    for which in (REFERENCE, arm):
+        rate = training[which]["tokens_per_sec"]
+        row.append(f"{rate:,.0f}" if rate else "")
+    ratio = training_ratio(results, arm)
+    return row + [f"x {ratio:.3f}" if ratio else ""]
+
+
+def evaluation_row(results, arm):
+    """Tokens a second of both evaluations; the ratio is to the same model, memory off, timed in turn."""
+    base, own = (results[which]["tokens_per_sec"] for which in (REFERENCE, arm))
+    part = results["detail"]["tokens_per_sec"][arm]
+    said = f"x {part['ratio']:.3f} ({from_to(part['ratio_ci95'], '.3f')}) by memory off"
+    return ["evaluation, tokens/s", f"{base:,.0f}", f"{own:,.0f}", said]
+
+
 def table_of_results(results):
     """The baseline and the one memory of ./run_all.sh, a measure a line."""
     detail, arm = results["detail"], others_of(results)[0]
-    recall, speed, training = detail["recall"], detail["tokens_per_sec"], detail["training"]
-    base, own = (recall["long_range"]["arms"][which] for which in (REFERENCE, arm))
-    gap = own["difference"]
-    ratio = training_ratio(results, arm)
-    rates = [training[which]["tokens_per_sec"] for which in (REFERENCE, arm)]
+    hits = f"{results[arm]['memory_hit_rate']:.3f}"
     rows = [
         bpc_row("**bits per character**, whole documents", detail["bpc"], arm),
         bpc_row("bits per character, 128-token windows", detail["bpc_windows"], arm),
-        [f"**long-range recall**, {reach_said(recall)}", f"{base['mean']:.3f}", f"{own['mean']:.3f}",
-         f"{gap['mean']:+.3f} ({from_to(gap['ci95'], '+.3f')})"],
-        [f"the same, likeliest of all {EOT + 1:,} tokens (top-1)", f"{base['top1']:.3f}", f"{own['top1']:.3f}",
-         f"95% interval {from_to(own['top1_ci95'], '.3f')}"],
-        ["share of predictions that retrieved something", "", f"{results[arm]['memory_hit_rate']:.3f}", ""],
-        ["training, tokens/s", *(f"{rate:,.0f}" if rate else "" for rate in rates), f"x {ratio:.3f}" if ratio else ""],
-        ["evaluation, tokens/s", *(f"{results[which]['tokens_per_sec']:,.0f}" for which in (REFERENCE, arm)),
-         f"x {speed[arm]['ratio']:.3f} ({from_to(speed[arm]['ratio_ci95'], '.3f')}) by memory off"]]
+        *recall_rows(detail["recall"], arm),
+        ["share of predictions that retrieved something", "", hits, ""],
+        training_row(results, arm),
+        evaluation_row(results, arm)]
     labels = [cell(label_of(results, which)) for which in (REFERENCE, arm)]
     header = [how_trained(results), *labels, "difference (95% interval)"]
     return markdown(header, rows, where_measured(results))
@@ -1058,14 +1138,16 @@ def row_of_arm(results, arm):
     """An arm of the table of arms."""
     detail = results["detail"]
     about, part = detail["arms"][arm], detail["bpc"][arm]
-    own = detail["recall"]["long_range"]["arms"][arm]["mean"]
+    label, bpc = cell(about["label"]), f"{results[arm]['bpc']:.4f}"
+    recall = f"{detail['recall']['long_range']['arms'][arm]['mean']:.3f}"
     if arm == REFERENCE:
-        return [cell(about["label"]), "", f"{results[arm]['bpc']:.4f}", "", "", f"{own:.3f}", "", ""]
+        return [label, "", bpc, "", "", recall, "", ""]
     bounds = [1 + bound / 100 for bound in percent_bounds(results, detail["bpc"], arm)]
     rate = training_ratio(results, arm)
-    return [cell(about["label"]), f"+{count_said(about['memory_parameters'])}", f"{results[arm]['bpc']:.4f}",
-            f"{part['ratio']:.3f} ({from_to(bounds, '.3f')})", VERDICTS[part["verdict"]].removesuffix(" on"),
-            f"{own:.3f}", f"x {rate:.2f}" if rate else "", bytes_said(about["state_bytes"])]
+    return [label, f"+{count_said(about['memory_parameters'])}", bpc,
+            f"{part['ratio']:.3f} ({from_to(bounds, '.3f')})",
+            VERDICTS[part["verdict"]].removesuffix(" on"), recall,
+            f"x {rate:.2f}" if rate else "", bytes_said(about["state_bytes"])]
 
 
 def table_of_arms(results):
@@ -1103,7 +1185,8 @@ def of_old_layout(results):
 
 
 def tables(root):
-    """({name: markdown}, {name: why it is left as it is}) of README.md; raises StageError where a field is wrong."""
+    """({name: markdown}, {name: why it is left as it is}) of README.md; raises StageError where
+    a field is wrong."""
     made, left = {}, {}
     for name, (file, table_of, again) in TABLES.items():
         if not (root / file).exists():
@@ -1123,8 +1206,10 @@ def tables(root):
 
 
 def between_markers(name):
-    """A pattern of the text that a table of README.md stands in: (what is before, the table, what is after)."""
-    return re.compile(rf"(<!-- table: {name} -->\r?\n)((?:(?!<!-- ).)*)(<!-- end of table -->)", re.DOTALL)
+    """A pattern of the text that a table of README.md stands in: (what is before, the table,
+    what is after)."""
+    return re.compile(rf"(<!-- table: {name} -->\r?\n)((?:(?!<!-- ).)*)(<!-- end of table -->)",
+                      re.DOTALL)
 
 
 def write_readme(root):
@@ -1222,8 +1307,10 @@ def plot(root, quick):
 
 
 def main(argv=None):
-    parser = parser_of(__doc__, "folder of results.json (default: this one; with --quick its quick/)")
-    parser.add_argument("--readme", action="store_true", help="write the tables of README.md, and draw nothing")
+    parser = parser_of(__doc__,
+                       "folder of results.json (default: this one; with --quick its quick/)")
+    parser.add_argument("--readme", action="store_true",
+                        help="write the tables of README.md, and draw nothing")
     flags = parser.parse_args(argv)
     if flags.readme and flags.quick:
         parser.error("the tables of README.md are of the full run: --readme goes without --quick")

@@ -1,4 +1,5 @@
-"""plot_eval.py: what it draws, what it refuses, and what it does without. On synthetic results, three seeds."""
+"""plot_eval.py: what it draws, what it refuses, and what it does without. On synthetic results,
+three seeds."""
 
 import hashlib
 import json
@@ -33,12 +34,15 @@ SHARES = {          # of right answers, by distance
     "with_mag": [0.71, 0.65, 0.58, 0.33, 0.31, 0.25, 0.21, 0.18, 0.14, 0.12],
     "with_gru": [0.50, 0.44, 0.36, 0.11, 0.10, 0.10, 0.10, 0.09, 0.11, 0.12],
 }
-BPC = {"baseline": 1.628, "with_ltm": 1.566, "with_store": 1.552, "with_bank": 1.627, "with_mag": 1.601,
+BPC = {"baseline": 1.628, "with_ltm": 1.566, "with_store": 1.552, "with_bank": 1.627,
+       "with_mag": 1.601,
        "with_gru": 1.641}
 VERDICT = {"with_bank": "inconclusive", "with_gru": "hurts"}
-SPEED = {"baseline": 1.0, "with_ltm": 0.95, "with_store": 0.61, "with_bank": 0.97, "with_mag": 0.33, "with_gru": 0.88}
+SPEED = {"baseline": 1.0, "with_ltm": 0.95, "with_store": 0.61, "with_bank": 0.97, "with_mag": 0.33,
+         "with_gru": 0.88}
 SIZE = {"baseline": (0, 0), "with_ltm": (1_045_024, 281_134), "with_store": (2_104_000, 41_000_000),
-        "with_bank": (1_048_576, 0), "with_mag": (3_150_336, 6_300_000), "with_gru": (1_576_448, 6_144)}
+        "with_bank": (1_048_576, 0), "with_mag": (3_150_336, 6_300_000),
+        "with_gru": (1_576_448, 6_144)}
 TARGETS = {"new in the document": 0.40, "last seen inside the window": 0.42,
            "last seen beyond the window, in memory": 0.13, "last seen beyond both": 0.05}
 
@@ -55,25 +59,31 @@ def bpc(arms, factor=1.0):
     for arm in arms:
         gap = (BPC[arm] - BPC["baseline"]) * factor
         middle = BPC["baseline"] + gap
-        part[arm] = {"per_seed": [middle - 0.001, middle, middle + 0.001], "ci95": [middle - 0.021, middle + 0.022]}
+        part[arm] = {"per_seed": [middle - 0.001, middle, middle + 0.001],
+                     "ci95": [middle - 0.021, middle + 0.022]}
         if arm != "baseline":
-            part[arm] |= {"difference": {"mean": gap, "ci95": [gap - 0.003, gap + 0.003]}, "p": 1e-4, "p_holm": 1e-4,
+            part[arm] |= {"difference": {"mean": gap, "ci95": [gap - 0.003, gap + 0.003]},
+                          "p": 1e-4, "p_holm": 1e-4,
                           "ratio": middle / BPC["baseline"], "verdict": VERDICT.get(arm, "helps")}
     return part
 
 
 def controls():
     rows = [("wiped between fact and question", 0.979, 0.126, "Memory taken away"),
-            ("reads off", 1.0, 0.125, "Memory taken away"), ("values shuffled", 1.012, 0.13, "Memory taken away"),
+            ("reads off", 1.0, 0.125, "Memory taken away"),
+            ("values shuffled", 1.012, 0.13, "Memory taken away"),
             ("random tokens stored", 0.971, 0.52, "What is stored"),
             ("every token stored", 0.973, 0.44, "What is stored")]
-    rows += [(f"cosine above {x}", 0.962 + (x - 0.8) ** 2 / 5, 0.96 - abs(x - 0.8), "Threshold of retrieval")
+    rows += [(f"cosine above {x}", 0.962 + (x - 0.8) ** 2 / 5, 0.96 - abs(x - 0.8),
+              "Threshold of retrieval")
              for x in (0.5, 0.7, 0.8, 0.9, 0.95)]
-    rows += [(f"{n} slots", 0.995 - 0.0045 * math.log2(n / 16 + 1), min(0.97, 0.1 + n / 280), "Slots")
+    rows += [(f"{n} slots", 0.995 - 0.0045 * math.log2(n / 16 + 1), min(0.97, 0.1 + n / 280),
+              "Slots")
              for n in (16, 64, 256, 1024)]
     rows += [("neural cache on the baseline", 0.975, 0.61, "Other models"),
              ("GPT-70M, full attention", 1.009, None, "Other models")]
-    return [{"name": name, "bpc": 1.628 * ratio, "bpc_ratio": ratio, "hit_rate": 0.4, "recall": recall,
+    return [{"name": name, "bpc": 1.628 * ratio, "bpc_ratio": ratio, "hit_rate": 0.4,
+             "recall": recall,
              "top1": None, "group": group} for name, ratio, recall, group in rows]
 
 
@@ -82,8 +92,10 @@ def memory():
     words = [" the", " captain", " of", " a", " ship", ".", " Farrington", "\n\n", "ish", " said"]
     bits = [None] + [7 * at % 19 + 0.31 for at in range(1, 140)]
     tokens = [{"text": words[6] if at % 7 == 3 else words[at * at % 10], "bits": cost,
-               "bits_mixture": cost and cost / 3, "stored": bool(cost and cost > 4.5)} for at, cost in enumerate(bits)]
-    drew = lambda *places: [{"at": at, "share": 0.61 / 2 ** rank, "cosine": 0.97} for rank, at in enumerate(places)]
+               "bits_mixture": cost and cost / 3, "stored": bool(cost and cost > 4.5)} for at,
+               cost in enumerate(bits)]
+    drew = lambda *places: [{"at": at, "share": 0.61 / 2 ** rank, "cosine": 0.97} for rank,
+                            at in enumerate(places)]
     reads = [(66, (3,)), (101, (66, 59, 10, 24, 31)), (122, (66, 17)), (137, (38,))]
     return {"document": 17, "window": 128, "threshold": 4.5, "tokens": tokens,
             "reads": [{"at": at, "from": drew(*places)} for at, places in reads]}
@@ -109,7 +121,8 @@ def long_range(arms):
         if arm != "baseline":
             gap = mean - float(np.mean(SHARES["baseline"][FAR]))
             clear = "helps" if gap > 0.05 else "hurts" if gap < -0.02 else "inconclusive"
-            part[arm] |= {"difference": {"mean": gap, "ci95": [gap - 0.02, gap + 0.02]}, "p_holm": 0.01,
+            part[arm] |= {"difference": {"mean": gap, "ci95": [gap - 0.02, gap + 0.02]},
+                          "p_holm": 0.01,
                           "verdict": clear}
     return {"distances": DISTANCES[FAR], "arms": part}
 
@@ -129,7 +142,8 @@ def speed(arms):
 def about(arm):
     """detail.arms of one arm; its checkpoints are filled in where they are made."""
     parameters, state = SIZE[arm]
-    return {"label": ARMS[arm].label, "parameters": 71_612_345 + parameters, "memory_parameters": parameters,
+    return {"label": ARMS[arm].label, "parameters": 71_612_345 + parameters,
+            "memory_parameters": parameters,
             "state_bytes": state, "hit_means": "", "settings": {}, "checkpoints": []}
 
 
@@ -138,7 +152,8 @@ def targets(arms):
     kinds = {}
     for number, (kind, share) in enumerate(TARGETS.items()):
         gains = {arm: 4 * (BPC[arm] - BPC["baseline"]) * (number - 0.4) for arm in arms}
-        kinds[kind] = {"share_of_tokens": share, "arms": {arm: 8.0 + gain for arm, gain in gains.items()},
+        kinds[kind] = {"share_of_tokens": share,
+                       "arms": {arm: 8.0 + gain for arm, gain in gains.items()},
                        "share_of_gain": {arm: 0.25 for arm in arms if arm != "baseline"}}
     return kinds
 
@@ -149,20 +164,27 @@ def synthetic(arms=SPECIFIED, seeds=3):
     hits = {arm: 0.0 if arm == "baseline" else 0.41 for arm in arms}
     return {
         **{arm: {"bpc": whole[arm]["per_seed"][1], "long_range_recall": far["arms"][arm]["mean"],
-                 "tokens_per_sec": rates[arm]["median"], "memory_hit_rate": hits[arm]} for arm in arms},
+                 "tokens_per_sec": rates[arm]["median"],
+                 "memory_hit_rate": hits[arm]} for arm in arms},
         "detail": {
             "arms": {arm: about(arm) for arm in arms},
-            "data": {"source": "Skylion007/openwebtext", "quick": False, "val_documents": 1000, "val_tokens": 812_345,
+            "data": {"source": "Skylion007/openwebtext", "quick": False, "val_documents": 1000,
+                     "val_tokens": 812_345,
                      "val_characters": 3_712_345, "val_sha256": "0" * 64},
             "run": {"device": "NVIDIA H100 80GB HBM3", "torch": "2.13.0", "commit": "1234567",
-                    "seeds": list(range(seeds)), "steps": 10_000, "settings": {"batch": 8, "chained": 0.0}},
+                    "seeds": list(range(seeds)), "steps": 10_000,
+                    "settings": {"batch": 8, "chained": 0.0}},
             "bpc": whole, "bpc_windows": bpc(arms, 0.6),
-            "recall": {"chance": 0.125, "window": 128, "receptive_field": 1017, "distances": DISTANCES,
-                       "trials_per_distance": 3000, "seeds": seeds, "arms": {arm: curve(arm) for arm in arms},
+            "recall": {"chance": 0.125, "window": 128, "receptive_field": 1017,
+                       "distances": DISTANCES,
+                       "trials_per_distance": 3000, "seeds": seeds,
+                       "arms": {arm: curve(arm) for arm in arms},
                        "long_range": far},
             "tokens_per_sec": rates,
-            "training": {arm: {"tokens_per_sec": 369_000 * SPEED[arm] ** 2, "loss": 4.0} for arm in arms},
-            "memory_hit_rate": {arm: {"mean": hits[arm], "per_seed": [hits[arm]], "routed_token_ratio": 0.58}
+            "training": {arm: {"tokens_per_sec": 369_000 * SPEED[arm] ** 2,
+                               "loss": 4.0} for arm in arms},
+            "memory_hit_rate": {arm: {"mean": hits[arm], "per_seed": [hits[arm]],
+                                      "routed_token_ratio": 0.58}
                                 for arm in arms},
             "targets": targets(arms), "controls": controls(), "memory": memory()}}
 
@@ -182,7 +204,8 @@ def build(root, results):
             (folder / "model.safetensors").write_bytes(f"weights of {seed} {arm}".encode())
             (folder / "config.json").write_text(json.dumps({"made by": arm}))
             its["checkpoints"].append(
-                {"seed": seed, "folder": str(folder.relative_to(root)), "sha256": sha256(folder / "model.safetensors"),
+                {"seed": seed, "folder": str(folder.relative_to(root)),
+                 "sha256": sha256(folder / "model.safetensors"),
                  "step": 10_000, "config_sha256": sha256(folder / "config.json")})
             with open(folder / "history.jsonl", "w") as history:
                 for step in range(10, 10_001, 10):
@@ -212,7 +235,8 @@ def pixels(path):
 
 
 def refused(root, *words):
-    """Plotting fails with one line that holds `words` and names eval.py; no picture is written or changed."""
+    """Plotting fails with one line that holds `words` and names eval.py; no picture is written
+    or changed."""
     before = {path: path.read_bytes() for path in root.glob("*.png")}
     with pytest.raises(StageError) as caught:
         plot(root)
@@ -242,7 +266,8 @@ def test_the_pictures_hold_every_arm(tmp_path, arms, capsys):
     lines = capsys.readouterr().out.splitlines()
     said = "With memory: BPC 1.566 vs 1.628 (-3.8%" if len(arms) == 2 else "Best, store: BPC 1.552 vs 1.628 (-4.7%"
     assert len(lines) == 2 and lines[0].startswith(f"{said}, helps), recall 160")
-    assert all(str(root / name) in lines[1] for name in ("results.png", "results_controls.png", "results_memory.png"))
+    assert all(str(root / name) in lines[1] for name in ("results.png", "results_controls.png",
+                                                         "results_memory.png"))
     picture = imread(root / "results.png")[:, :, :3]
     assert picture.shape[1] == 1800 and 0.6 < (picture.min(2) > 0.95).mean() < 0.95     # mostly paper, not all of it
     for arm in ARMS:
@@ -279,7 +304,8 @@ def test_the_picture_of_several_arms_says_what_each_is_worth_and_costs():
     results = synthetic(SEVERAL)
     results["detail"]["training"]["with_mag"]["tokens_per_sec"] = None
     words = words_of(plot_eval.draw_many(results, []))
-    for fact in ("store", "keys and values", "1.552", "-4.7% helps", "-4.9 to -4.5", "0.88 helps", "0.61 eval.",
+    for fact in ("store", "keys and values", "1.552", "-4.7% helps", "-4.9 to -4.5", "0.88 helps",
+                 "0.61 eval.",
                  "0.37 train.", "+2.1M param.", "41 MB state",             # of with_store
                  "-0.1% unclear", "0.13 unclear", "+0.8% hurts", "0.33 eval.", "\u2013"):
         assert fact in words, fact
@@ -290,10 +316,13 @@ def test_the_same_results_give_the_same_bytes(root, tmp_path):
     hashes = {path.name: sha256(path) for path in root.glob("*.png")}
     # with other settings of matplotlib's and in another process, too
     (tmp_path / "matplotlibrc").write_text("font.size: 20\naxes.facecolor: red\n")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    environment = {name: value for name,
+                   value in os.environ.items() if not name.startswith("WANDB")}
     environment |= {"MATPLOTLIBRC": str(tmp_path / "matplotlibrc"), "HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, PROJECT / "plot_eval.py", "--root", root], stdin=subprocess.DEVNULL,
-                          capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120)
+    done = subprocess.run([sys.executable, PROJECT / "plot_eval.py", "--root", root],
+                          stdin=subprocess.DEVNULL,
+                          capture_output=True, text=True, cwd=tmp_path, env=environment,
+                          timeout=120)
     assert hashes == {path.name: sha256(path) for path in root.glob("*.png")} and len(hashes) == 3
     # there with the real wandb, without an account: no question, no network, no word
     pytest.importorskip("wandb")
@@ -313,7 +342,8 @@ def test_the_words_say_the_verdict_and_where_the_numbers_come_from():
     words = texts(results, ["trained/baseline"])
     assert words[0] == "Memory helps compression and long-range recall"
     footer = " ".join(words[-1].split())
-    for fact in ("Skylion007/openwebtext", "1,000 validation documents", "NVIDIA H100", "seeds: 0, 1, 2",
+    for fact in ("Skylion007/openwebtext", "1,000 validation documents", "NVIDIA H100",
+                 "seeds: 0, 1, 2",
                  "10,000 training steps", "Checkpoints gone, not compared: trained/baseline"):
         assert fact in footer
     assert not any("QUICK" in word for word in words)
@@ -323,8 +353,10 @@ def test_the_words_say_the_verdict_and_where_the_numbers_come_from():
 
 @pytest.mark.parametrize("bpc_verdict, recall_verdict, title", [
     ("helps", "hurts", "Memory helps compression and hurts long-range recall"),
-    ("inconclusive", "helps", "Memory has no clear effect on compression and helps long-range recall"),
-    ("inconclusive", "inconclusive", "Memory has no clear effect on compression and long-range recall"),
+    ("inconclusive", "helps",
+     "Memory has no clear effect on compression and helps long-range recall"),
+    ("inconclusive", "inconclusive",
+     "Memory has no clear effect on compression and long-range recall"),
     ("hurts", "hurts", "Memory hurts compression and long-range recall"),
 ])
 def test_the_title_follows_the_verdicts(bpc_verdict, recall_verdict, title):
@@ -335,7 +367,8 @@ def test_the_title_follows_the_verdicts(bpc_verdict, recall_verdict, title):
 
 
 @pytest.mark.parametrize("bpc_verdicts, recall_verdicts, title", [
-    ("helps helps inconclusive", "helps helps inconclusive", "LTM and store help compression and long-range recall"),
+    ("helps helps inconclusive", "helps helps inconclusive",
+     "LTM and store help compression and long-range recall"),
     ("helps helps hurts", "inconclusive helps inconclusive",
      "LTM and store help compression; store helps long-range recall; bank hurts compression"),
     ("inconclusive inconclusive hurts", "helps inconclusive inconclusive",
@@ -375,10 +408,12 @@ def written(cells):
 
 def test_text_flows_in_lines_and_no_word_is_cut(monkeypatch):
     monkeypatch.setattr(plot_eval, "COLUMNS", 16)
-    texts = ["It", " was", " Far", "ring", "ton", ".", "\n\n", "He", " said", " a", " thing", ".", "\n", "Why", "?"]
+    texts = ["It", " was", " Far", "ring", "ton", ".", "\n\n", "He", " said", " a", " thing", ".",
+             "\n", "Why", "?"]
     cells = plot_eval.flow(texts)
     assert written(cells) == ["It was", "Farrington.\u00b6\u00b6", "He said a", "thing.\u00b6Why?"]
-    assert [plot_eval.spans(token) for token in cells[1:5]] == [[(0, 3, 6)], [(1, 0, 3)], [(1, 3, 7)], [(1, 7, 10)]]
+    assert [plot_eval.spans(token) for token in cells[1:5]] == [[(0, 3, 6)], [(1, 0, 3)],
+                                                                [(1, 3, 7)], [(1, 7, 10)]]
     # longer than a line; two words in one token
     assert [plot_eval.spans(token) for token in plot_eval.flow(["a", "-" * 20, " b c"])] == [
         [(0, 0, 1)], [(0, 1, 16), (1, 0, 5)], [(1, 6, 9)]]
@@ -402,7 +437,8 @@ def test_the_memory_picture_says_what_a_prediction_drew_on(root):
     assert [words.count(letter) for letter in "ABCD"] == [2 + 1 + 2, 2 + 3, 2 + 2, 2 + 1]
     assert any("128 tokens back; the memory, along the arrows, up to 105." in text.get_text() for text in figure.texts)
     results["detail"]["memory"]["reads"][1:] = [
-        {"at": 101, "from": [{"at": 66, "share": 0.9, "cosine": 0.9}, {"at": 1, "share": 0.04, "cosine": 0.9}]}]
+        {"at": 101, "from": [{"at": 66, "share": 0.9, "cosine": 0.9},
+                             {"at": 1, "share": 0.04, "cosine": 0.9}]}]
     assert any("up to 63." in text.get_text() for text in plot_eval.draw_memory(results, []).texts)
 
 
@@ -411,12 +447,15 @@ def test_the_memory_picture_says_what_a_prediction_drew_on(root):
     lambda memory: memory.update(reads=[], tokens=memory["tokens"][:1]),
     lambda memory: memory["reads"][0].update({"from": []}),
     lambda memory: [memory["tokens"][read["at"] - 1].update(text="") or read.update(
-        {"from": [{"at": read["at"] - 1, "share": 0.5, "cosine": 1.0}]}) for read in memory["reads"]],
+        {"from": [{"at": read["at"] - 1, "share": 0.5,
+                   "cosine": 1.0}]}) for read in memory["reads"]],
     lambda memory: [token.update(text="x" * 300) for token in memory["tokens"][:9]],
     lambda memory: [token.update(text=text) for token, text in zip(memory["tokens"], (
-        "\U0001f600", " \u65e5\u672c", " \u0645\u0631", "\u05e9", "", "\r\n", "\ud83d", "e\u0301", "$\\frac{"))],
+        "\U0001f600", " \u65e5\u672c", " \u0645\u0631", "\u05e9", "", "\r\n", "\ud83d", "e\u0301",
+        "$\\frac{"))],
     lambda memory: [token.update(bits=1000.0) for token in memory["tokens"]],
-], ids=["no reads", "one token", "nothing drawn on", "no text", "long tokens", "odd characters", "very many bits"])
+], ids=["no reads", "one token", "nothing drawn on", "no text", "long tokens", "odd characters",
+        "very many bits"])
 def test_any_text_has_a_memory_picture(change, recwarn, tmp_path):
     results = synthetic()
     change(results["detail"]["memory"])
@@ -427,8 +466,10 @@ def test_any_text_has_a_memory_picture(change, recwarn, tmp_path):
 
 def test_a_read_outside_of_the_text_is_refused(root):
     results = read(root)
-    for wrong in ({"at": -1, "from": []}, {"at": 0, "from": []}, {"at": 9.5, "from": []}, {"at": 9}, {}, None,
-                  {"at": 9, "from": [{"at": 9}]}, {"at": 9, "from": [{"at": -1}]}, {"at": 9, "from": [{"at": 3}]},
+    for wrong in ({"at": -1, "from": []}, {"at": 0, "from": []}, {"at": 9.5, "from": []}, {"at": 9},
+                  {}, None,
+                  {"at": 9, "from": [{"at": 9}]}, {"at": 9, "from": [{"at": -1}]},
+                  {"at": 9, "from": [{"at": 3}]},
                   {"at": 140, "from": []}):
         results["detail"]["memory"]["reads"][1] = wrong
         with pytest.raises((LookupError, TypeError, ValueError)):
@@ -457,12 +498,15 @@ def test_without_controls_or_memory_no_such_picture_and_a_word_on_an_old_one(roo
     assert path.read_bytes() == b"old"
 
 
-@pytest.mark.parametrize("broken", ["MPLBACKEND", "matplotlibrc here", "MATPLOTLIBRC", "MPLCONFIGDIR"])
+@pytest.mark.parametrize("broken",
+                         ["MPLBACKEND", "matplotlibrc here", "MATPLOTLIBRC", "MPLCONFIGDIR"])
 def test_no_setting_of_matplotlib_ends_the_stage(root, tmp_path, broken):
-    """A backend that is not installed, a matplotlibrc that cannot be read, no folder for its cache."""
+    """A backend that is not installed, a matplotlibrc that cannot be read, no folder for its
+    cache."""
     here = tmp_path / "here"
     here.mkdir()
-    values = {"MPLBACKEND": "Qt4Agg", "MATPLOTLIBRC": str(tmp_path / "rc"), "MPLCONFIGDIR": "/dev/null/cache"}
+    values = {"MPLBACKEND": "Qt4Agg", "MATPLOTLIBRC": str(tmp_path / "rc"),
+              "MPLCONFIGDIR": "/dev/null/cache"}
     (tmp_path / "rc").write_bytes(b"\xff\xfe")
     environment = {**os.environ, "HOME": str(tmp_path)}
     if broken in values:
@@ -470,7 +514,8 @@ def test_no_setting_of_matplotlib_ends_the_stage(root, tmp_path, broken):
     else:
         (here / "matplotlibrc").write_bytes(b"backend: no\n\xff\xfe")
     code = f"import sys; sys.path.insert(0, {str(PROJECT)!r}); import plot_eval; plot_eval.DPI = 10; plot_eval.main()"
-    done = subprocess.run([sys.executable, "-c", code, "--root", root], cwd=here, env=environment, timeout=300,
+    done = subprocess.run([sys.executable, "-c", code, "--root", root], cwd=here, env=environment,
+                          timeout=300,
                           capture_output=True, text=True)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     assert len(list(root.glob("*.png"))) == 3
@@ -507,7 +552,8 @@ def published(tmp_path):
     several["detail"]["run"]["settings"]["chained"] = 1.0
     (tmp_path / "results_arms.json").write_text(json.dumps(several))
     rows = [{"what": what, "median": 2.0, "low": 1.5, "high": 2.5} for what in plot_eval.RATIOS]
-    bench = {"run": {"device": "NVIDIA H100", "torch": "2.13.0", "size": "70M", "batch": 8}, "compared": rows}
+    bench = {"run": {"device": "NVIDIA H100", "torch": "2.13.0", "size": "70M", "batch": 8},
+             "compared": rows}
     (tmp_path / "results_bench.json").write_text(json.dumps(bench))
     return tmp_path
 
@@ -526,7 +572,8 @@ def test_the_tables_of_the_readme_are_written_from_the_results(published):
     assert [line.split(" | ")[0] for line in results[3:9]] == [
         "| bits per character, 128-token windows",
         "| **long-range recall**, 160 to 384 tokens back (chance 0.125)",
-        "| the same, likeliest of all 50,257 tokens (top-1)", "| share of predictions that retrieved something",
+        "| the same, likeliest of all 50,257 tokens (top-1)",
+        "| share of predictions that retrieved something",
         "| training, tokens/s", "| evaluation, tokens/s"]
     assert "openwebtext" in results[-1] and "H100" in results[-1] and "commit 1234567" in results[-1]
     assert [line.split(" | ")[0][2:] for line in arms[2:8]] == [ARMS[arm].label for arm in SEVERAL]
@@ -549,7 +596,8 @@ def test_a_table_without_results_or_of_an_earlier_version_is_left_as_it_is(publi
     plot(published, "--readme")
     assert (published / "README.md").read_text() == README
     notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
-    assert [why in note for note, why in zip(notes, ("earlier version", "missing", "missing"))] == [True] * 3
+    assert [why in note for note,
+            why in zip(notes, ("earlier version", "missing", "missing"))] == [True] * 3
 
 
 def test_odd_words_do_not_break_a_table(published):
@@ -559,13 +607,16 @@ def test_odd_words_do_not_break_a_table(published):
     for _ in range(2):
         plot(published, "--readme")
     assert (published / "README.md").read_text().count("<!-- end of table -->") == 3
-    assert "a \\| b &lt;!-- end of table --&gt;" in table(published, "results")[-1].replace("-->", "--&gt;")
+    assert "a \\| b &lt;!-- end of table --&gt;" in table(published,
+                                                          "results")[-1].replace("-->", "--&gt;")
 
 
 @pytest.mark.parametrize("file, old, new", [
     ("results.json", '"ratio"', '"other"'), ("results_arms.json", '"state_bytes"', '"other"'),
-    ("results_bench.json", plot_eval.RATIOS[1], "other"), ("results_bench.json", "}", ""), ("results.json", '"bpc": 1.566,', '"bpc": NaN,'),
-    ("README.md", "<!-- table: arms -->", ""), ("README.md", "<!-- table: arms -->", "<!-- table: speed -->"),
+    ("results_bench.json", plot_eval.RATIOS[1], "other"), ("results_bench.json", "}", ""),
+    ("results.json", '"bpc": 1.566,', '"bpc": NaN,'),
+    ("README.md", "<!-- table: arms -->", ""),
+    ("README.md", "<!-- table: arms -->", "<!-- table: speed -->"),
     ("README.md", "the end", "<!-- table: arms -->\n<!-- end of table -->"),
     ("README.md", "an old table\n<!-- end of table -->", "an old table")])
 def test_a_readme_or_results_that_are_damaged_leave_the_readme_as_it_is(published, file, old, new):
@@ -602,13 +653,16 @@ def test_wandb_gets_the_pictures(root, monkeypatch, capsys):
             self.files.append(path)
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(
-        Settings=dict, Image=str, Artifact=Artifact, init=lambda **named: (told.append(named), run)[1]))
+        Settings=dict, Image=str, Artifact=Artifact,
+        init=lambda **named: (told.append(named), run)[1]))
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setattr(plot_eval, "DPI", 10)
     plot(root)
     named, images, artifact, finished = told
-    assert (named["project"], named["group"], named["job_type"]) == (stages.WANDB_PROJECT, "seed0", "eval")
-    assert named["config"]["data"]["val_sha256"] == "0" * 64 and named["config"]["seeds"] == [0, 1, 2]
+    assert (named["project"], named["group"], named["job_type"]) == (stages.WANDB_PROJECT, "seed0",
+                                                                     "eval")
+    assert named["config"]["data"]["val_sha256"] == "0" * 64 and named["config"]["seeds"] == [0, 1,
+                                                                                              2]
     assert named["config"]["code"]["plot_eval.py"] == sha256(PROJECT / "plot_eval.py")
     paths = [str(root / f"results{what}.png") for what in ("", "_controls", "_memory")]
     assert images == dict(zip(("results", "results_controls", "results_memory"), paths))
@@ -632,7 +686,8 @@ def test_without_wandb_the_pictures_and_a_warning(root, monkeypatch, capsys):
 def test_without_histories_receptive_field_groups_and_with_one_seed(tmp_path):
     results = synthetic(seeds=1)
     del results["detail"]["recall"]["receptive_field"], results["detail"]["recall"]["arms"]["baseline"]["top1"]
-    results["detail"]["controls"] = [{"name": "a name that goes on " * 9, "bpc_ratio": None}, {"name": "b"}]
+    results["detail"]["controls"] = [{"name": "a name that goes on " * 9, "bpc_ratio": None},
+                                     {"name": "b"}]
     for arm in SPECIFIED:
         results["detail"]["tokens_per_sec"][arm]["runs"] = [1234.5]
     root = build(tmp_path / "one", results)
@@ -664,7 +719,8 @@ def test_odd_names_are_only_names(root, recwarn):
 def test_row_19_checkpoint_changed_after_the_evaluation(root):
     plot(root)
     (root / "trained/seed2/with_ltm/model.safetensors").write_bytes(b"weights of another run")
-    refused(root, "results.json is of another checkpoint", "trained/seed2/with_ltm/model.safetensors", "rerun")
+    refused(root, "results.json is of another checkpoint",
+            "trained/seed2/with_ltm/model.safetensors", "rerun")
 
 
 def test_a_config_changed_after_the_evaluation(root):
@@ -681,7 +737,8 @@ def test_row_20_a_number_that_is_none(root, value):
     refused(root, "not JSON compliant")
 
 
-@pytest.mark.parametrize("flags", [["--steps", "3"], ["--root"], ["--quick=1"], ["extra"], ["--readme", "--quick"]])
+@pytest.mark.parametrize("flags", [["--steps", "3"], ["--root"], ["--quick=1"], ["extra"],
+                                   ["--readme", "--quick"]])
 def test_row_23_bad_flags(flags, capsys):
     with pytest.raises(SystemExit) as caught:
         plot_eval.main(flags)
@@ -708,15 +765,21 @@ def places(value, place=()):
 
 
 TWO_UNREAD = {      # by the pictures of two arms; several arms or the tables of README.md may need them
-    "val_tokens", "val_sha256", "commit", "settings", "batch", "chained", "hit_means", "memory_parameters",
-    "state_bytes", "p", "p_holm", "median", "off_runs", "ratio_ci95", "per_seed", "receptive_field", "top1",
-    "top1_ci95", "stored", "stored_ci95", "retrieved", "retrieved_ci95", "value_nats", "by_format", "pair", "colon",
+    "val_tokens", "val_sha256", "commit", "settings", "batch", "chained", "hit_means",
+    "memory_parameters",
+    "state_bytes", "p", "p_holm", "median", "off_runs", "ratio_ci95", "per_seed", "receptive_field",
+    "top1",
+    "top1_ci95", "stored", "stored_ci95", "retrieved", "retrieved_ci95", "value_nats", "by_format",
+    "pair", "colon",
     "sentence", "mean", "seeds", "routed_token_ratio", "controls"}
 TWO_UNREAD_PARTS = {"targets", "training", "memory_hit_rate", "memory"}
-DRAWN_OF_TWO = {"detail.bpc.baseline.per_seed", "detail.bpc_windows.with_ltm.per_seed", "detail.run.seeds",
+DRAWN_OF_TWO = {"detail.bpc.baseline.per_seed", "detail.bpc_windows.with_ltm.per_seed",
+                "detail.run.seeds",
                 "with_ltm.memory_hit_rate", "detail.arms.baseline.parameters"}
-NOT_OF_TWO = {"detail.arms.with_ltm.parameters", "detail.bpc_windows.with_ltm.verdict", "baseline.memory_hit_rate",
-              "detail.tokens_per_sec.with_ltm.verdict", "detail.recall.long_range.arms.with_ltm.difference",
+NOT_OF_TWO = {"detail.arms.with_ltm.parameters", "detail.bpc_windows.with_ltm.verdict",
+              "baseline.memory_hit_rate",
+              "detail.tokens_per_sec.with_ltm.verdict",
+              "detail.recall.long_range.arms.with_ltm.difference",
               "detail.recall.long_range.arms.with_ltm.difference.ci95"}
 
 
@@ -724,7 +787,8 @@ def needed_of_two():
     """Every field that is drawn in the pictures of two arms."""
     for place in places(synthetic()):
         name, last = ".".join(place), place[-1]
-        unread = last in TWO_UNREAD or TWO_UNREAD_PARTS & set(place[:-1] + (last,)) or name in NOT_OF_TWO
+        unread = last in TWO_UNREAD or TWO_UNREAD_PARTS & set(place[:-1] + (last,
+                                                                            )) or name in NOT_OF_TWO
         if name in DRAWN_OF_TWO or not unread:
             yield name
 
@@ -732,19 +796,24 @@ def needed_of_two():
 NEEDED_OF_SEVERAL = [
     "detail.arms.with_store", *(f"detail.arms.with_store.{name}" for name in (
         "label", "memory_parameters", "state_bytes", "checkpoints")),
-    *(f"detail.bpc.with_store.{name}" for name in ("difference", "difference.ci95", "ratio", "verdict")),
-    *(f"detail.recall.arms.with_store.{name}" for name in ("forced_choice", "forced_choice_ci95", "value_nats")),
+    *(f"detail.bpc.with_store.{name}" for name in ("difference", "difference.ci95", "ratio",
+                                                   "verdict")),
+    *(f"detail.recall.arms.with_store.{name}" for name in ("forced_choice", "forced_choice_ci95",
+                                                           "value_nats")),
     *(f"detail.recall.long_range.arms.with_store.{name}" for name in ("ci95", "verdict")),
     "detail.tokens_per_sec.with_store.ratio", "detail.training.with_store", "detail.targets",
     "detail.targets.last seen beyond both.arms.with_store", "with_store", "with_store.bpc",
     "with_store.long_range_recall"]
 
 
-@pytest.mark.parametrize("arms, needed", [(SPECIFIED, list(needed_of_two())), (SEVERAL[:3], NEEDED_OF_SEVERAL)],
+@pytest.mark.parametrize("arms, needed",
+                         [(SPECIFIED, list(needed_of_two())), (SEVERAL[:3], NEEDED_OF_SEVERAL)],
                          ids=["two arms", "three arms"])
 @pytest.mark.parametrize("value", ["gone", None, "word", []], ids=repr)
-def test_results_that_lack_a_field_or_hold_another_thing(tmp_path, monkeypatch, value, arms, needed):
-    """Every field that is drawn, one at a time; a word or an empty list may pass for what is only printed or listed."""
+def test_results_that_lack_a_field_or_hold_another_thing(tmp_path, monkeypatch, value, arms,
+                                                         needed):
+    """Every field that is drawn, one at a time; a word or an empty list may pass for what is
+    only printed or listed."""
     assert len(needed) > 20
     monkeypatch.setattr(plot_eval, "DPI", 10)           # these pictures are not looked at
     root = build(tmp_path / "root", synthetic(arms, seeds=1))
@@ -768,7 +837,8 @@ def test_results_that_lack_a_field_or_hold_another_thing(tmp_path, monkeypatch, 
             passed.add(place)
             for path in root.glob("*.png"):
                 path.unlink()
-    printed = {f"detail.{name}" for name in ("data.source", "run.device", "run.torch", "data.quick")}
+    printed = {f"detail.{name}" for name in ("data.source", "run.device", "run.torch",
+                                             "data.quick")}
     if value == "word":
         printed |= {"detail.run.seeds"} | {f"detail.arms.{arm}.label" for arm in arms}
     if value == []:
@@ -791,7 +861,8 @@ def test_no_folder_is_followed_out_of_the_root(root, folder):
 
 
 def test_on_the_terminal_a_failure_is_one_line_and_code_1(tmp_path):
-    done = subprocess.run([sys.executable, PROJECT / "plot_eval.py", "--root", tmp_path / "a b"], capture_output=True,
+    done = subprocess.run([sys.executable, PROJECT / "plot_eval.py", "--root", tmp_path / "a b"],
+                          capture_output=True,
                           text=True)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr == (f"plot_eval.py: {tmp_path}/a b/results.json is missing; make it with: "
