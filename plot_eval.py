@@ -98,8 +98,7 @@ class Look(NamedTuple):
     edge: str = "white"         # of the hatch
 
 
-# in the order of ARMS; in grey their brightness tells them apart: 0.59, 0.25, 0.47, 0.83, 0.34,
-# 0.70, 0.11 and 0.95
+# in the order of ARMS; in grey their brightness tells them apart: 0.59, 0.25, 0.47, 0.83, 0.34, 0.70
 LOOKS = (
     Look("#d98a2b", "////", "s", "--"),
     Look("#17497a", "", "o", "-"),
@@ -110,12 +109,26 @@ LOOKS = (
     Look("#1f1a2b", "oo", "X", (0, (2, 1))),
     Look("#f7f0b5", "||||", "p", (0, (8, 1, 1, 1)), QUIET),
 )
+# controls have no colour: they are no designs of their own
+CONTROL_LOOKS = (
+    Look("#7a7a7a", "//", "*", (0, (3, 2))),
+    Look("#c7c7c7", "..", "<", (0, (1, 2)), QUIET),
+    Look("#474747", "xx", ">", (0, (6, 1))),
+    Look("#adadad", "\\\\", "h", (0, (3, 1, 1, 1)), QUIET),
+    Look("#141414", "--", "d", (0, (5, 3))),
+    Look("#949494", "||", "H", (0, (6, 1, 2, 1)), QUIET),
+    Look("#616161", "++", "8", (0, (2, 2))),
+    Look("#2e2e2e", "++++", (4, 1, 0), (0, (1, 1, 3, 1))),
+)
 BLUE = LOOKS[1].color
 
 
 def look_of(arm):
     """The look of an arm: the same whichever others are drawn with it."""
-    return LOOKS[list(ARMS).index(arm) % len(LOOKS)]
+    control = ARMS[arm].control
+    alike = [name for name in ARMS if ARMS[name].control == control]
+    looks = CONTROL_LOOKS if control else LOOKS
+    return looks[alike.index(arm) % len(looks)]
 
 
 # ------------------------------------------------------------------------------------ what is drawn
@@ -136,6 +149,15 @@ def others_of(results):
     if not others:
         raise ValueError("no arm but the baseline")
     return others
+
+
+def added(results, arm):
+    """The parameters that an arm has more than the baseline, said."""
+    arms = results["detail"]["arms"]
+    count = arms[arm]["memory_parameters"]
+    if count == 0:                                          # a control that changes the backbone
+        count = arms[arm]["parameters"] - arms[REFERENCE]["parameters"]
+    return f"+{count_said(count)}"
 
 
 def label_of(results, arm):
@@ -348,7 +370,9 @@ def headline_of_two(results, arm):
 
 
 def headline_of_many(results, others):
-    """Which memories help, and which hurt, by the verdicts: a sentence of clauses."""
+    """Which memories help, and which hurt, by the verdicts: a sentence of clauses. Controls
+    stand in the table."""
+    others = [arm for arm in others if not ARMS[arm].control] or others
     parts = {"compression": results["detail"]["bpc"],
              "long-range recall": results["detail"]["recall"]["long_range"]["arms"]}
     clauses = {}                                            # {who does what: to what}
@@ -496,7 +520,7 @@ def draw_speed_bars(axes, results, arms):
         runs = speed[arm]["runs"]
         medians = np.median(rng.choice(runs, (RESAMPLES, len(runs))), axis=1)
         bars[arm] = results[arm]["tokens_per_sec"], np.percentile(medians, [2.5, 97.5])
-    note = f"{per_cent(speed[arms[-1]]['ratio']):+.1f}%"
+    note = f"{per_cent(evaluation_ratio(results, arms[-1])):+.1f}%"
     draw_bars(axes, "{:,.0f}", {"evaluation": (bars, note)})
     axes.yaxis.set_major_formatter("{x:,.0f}")
     heading(axes, "Speed", "tokens/s, higher is better")
@@ -559,6 +583,15 @@ def count_said(count):
     return f"{count:.3g}{unit}"
 
 
+def evaluation_ratio(results, arm):
+    """Evaluation's tokens a second by those of the same model with its memory off, timed in turn; by the baseline's
+    where the arm has no memory."""
+    speed = results["detail"]["tokens_per_sec"]
+    if ARMS[arm].memory is None:
+        return speed[arm]["median"] / speed[REFERENCE]["median"]
+    return speed[arm]["ratio"]
+
+
 def training_ratio(results, arm):
     """Training's tokens a second by the baseline's; None where a history.jsonl is gone."""
     training = results["detail"]["training"]
@@ -581,9 +614,11 @@ def draw_names(axes, results, arms):
     for place, arm in enumerate(arms):
         axes.plot([0.0, 0.14, 0.28], [place] * 3, markevery=[1], clip_on=False,
                   **stroke(look_of(arm)))
-        name, _, what = label_of(results, arm).partition(":")
-        axes.text(0.34, place - 0.17 * bool(what), textwrap.shorten(name, 24), weight="bold",
-                  va="center")
+        label = label_of(results, arm)
+        name, _, what = label.partition(":" if ":" in label else ",")
+        name = textwrap.fill(name, 20 if what else 13, max_lines=1 if what else 2,
+                             placeholder="\u2026")
+        axes.text(0.34, place - 0.17 * bool(what), name, weight="bold", va="center", fontsize=8.5)
         axes.text(0.34, place + 0.23, textwrap.shorten(what, 24), va="center", **SMALL)
     axes.set(xlim=(0, 1.5), xticks=[])
     axes.spines[["left", "bottom"]].set_visible(False)
@@ -643,11 +678,9 @@ def draw_recalls(axes, results, arms):
 
 def draw_speeds(axes, results, arms):
     """Speed by that without memory: of evaluation above, of training below."""
-    speed = results["detail"]["tokens_per_sec"]
     most = 1.0
     for place, arm in enumerate(arms):
-        evaluation = 1.0 if arm == REFERENCE else speed[arm]["ratio"]
-        training = training_ratio(results, arm)
+        evaluation, training = evaluation_ratio(results, arm), training_ratio(results, arm)
         for side, value in (-0.2, evaluation), (0.2, training or 0):
             axes.barh(place + side, value, 0.32, **filled(look_of(arm)))
             most = max(most, value)
@@ -664,9 +697,7 @@ def draw_sizes(axes, results, arms):
     """What a memory adds: its parameters, and what a sequence carries along."""
     for place, arm in enumerate(arms):
         about = results["detail"]["arms"][arm]
-        parameters = f"+{count_said(about['memory_parameters'])}"
-        if arm == REFERENCE:
-            parameters = count_said(about["parameters"])
+        parameters = count_said(about["parameters"]) if arm == REFERENCE else added(results, arm)
         state = "no" if about["state_bytes"] == 0 else bytes_said(about["state_bytes"])
         for side, words in (-0.17, f"{parameters} param."), (0.23, f"{state} state"):
             axes.text(0, place + side, words, va="center", fontsize=8)
@@ -708,20 +739,20 @@ def draw_nats(axes, recall, arms):
 def draw_targets(axes, targets, others):
     """By how many bits each arm differs from the baseline, by where the target was last seen in
     its document."""
-    wide = 0.84 / len(others)
+    wide, narrow = 0.84 / len(others), len(others) > 6
     for number, arm in enumerate(others):
         side = (number - (len(others) - 1) / 2) * wide
         gaps = [kind["arms"][arm] - kind["arms"][REFERENCE] for kind in targets.values()]
         bars = axes.bar(np.arange(len(gaps)) + side, gaps, 0.9 * wide, **filled(look_of(arm)))
         said = [f"{gap:+.2f}" if abs(gap) >= 0.005 else "0" for gap in gaps]
-        axes.bar_label(bars, said, padding=2, fontsize=7.5)
+        axes.bar_label(bars, said, padding=2, fontsize=6 if narrow else 7.5, rotation=90 * narrow)
     axes.axhline(0, color=look_of(REFERENCE).color, linewidth=1.6,
                  linestyle=look_of(REFERENCE).line)
     names = [f"{textwrap.fill(name, 26)}\n({kind['share_of_tokens']:.0%} of tokens)"
              for name, kind in targets.items()]
     axes.set_xticks(range(len(names)), names, fontsize=8.5)
     axes.tick_params(axis="x", length=0)
-    axes.margins(y=0.15)
+    axes.margins(y=0.3 if narrow else 0.15)
     axes.grid(axis="y")
     heading(axes, "Where it helps",
             "bits a token more or fewer than without memory, by where the token was "
@@ -1111,7 +1142,8 @@ def training_row(results, arm):
 
 
 def evaluation_row(results, arm):
-    """Tokens a second of both evaluations; the ratio is to the same model, memory off, timed in turn."""
+    """Tokens a second of both evaluations; the ratio is to the same model, memory off, timed in
+    turn."""
     base, own = (results[which]["tokens_per_sec"] for which in (REFERENCE, arm))
     part = results["detail"]["tokens_per_sec"][arm]
     said = f"x {part['ratio']:.3f} ({from_to(part['ratio_ci95'], '.3f')}) by memory off"
@@ -1144,7 +1176,7 @@ def row_of_arm(results, arm):
         return [label, "", bpc, "", "", recall, "", ""]
     bounds = [1 + bound / 100 for bound in percent_bounds(results, detail["bpc"], arm)]
     rate = training_ratio(results, arm)
-    return [label, f"+{count_said(about['memory_parameters'])}", bpc,
+    return [label, added(results, arm), bpc,
             f"{part['ratio']:.3f} ({from_to(bounds, '.3f')})",
             VERDICTS[part["verdict"]].removesuffix(" on"), recall,
             f"x {rate:.2f}" if rate else "", bytes_said(about["state_bytes"])]

@@ -26,6 +26,7 @@ from stages import ARMS, SPECIFIED, StageError, sha256      # noqa: E402
 DISTANCES = [32, 64, 96, 160, 192, 256, 320, 384, 512, 1024]
 FAR = slice(3, 8)
 SEVERAL = list(ARMS)[:6]
+DESIGNS = [arm for arm in ARMS if not ARMS[arm].control]
 SHARES = {          # of right answers, by distance
     "baseline": [0.55, 0.48, 0.41, 0.13, 0.12, 0.13, 0.125, 0.12, 0.13, 0.12],
     "with_ltm": [0.99, 0.99, 0.985, 0.98, 0.98, 0.97, 0.95, 0.92, 0.31, 0.13],
@@ -133,7 +134,7 @@ def speed(arms):
     for arm in arms:
         runs = [SPEED[arm] * rate for rate in (412_000, 415_300, 409_900, 413_800, 411_000)]
         part[arm] = {"median": float(np.median(runs)), "runs": runs}
-        if arm != "baseline":
+        if ARMS[arm].memory:
             part[arm] |= {"off_runs": [412_000] * 5, "ratio": SPEED[arm], "verdict": "hurts",
                           "ratio_ci95": [SPEED[arm] - 0.01, SPEED[arm] + 0.01]}
     return part
@@ -270,19 +271,31 @@ def test_the_pictures_hold_every_arm(tmp_path, arms, capsys):
                                                          "results_memory.png"))
     picture = imread(root / "results.png")[:, :, :3]
     assert picture.shape[1] == 1800 and 0.6 < (picture.min(2) > 0.95).mean() < 0.95     # mostly paper, not all of it
-    for arm in ARMS:
+    for arm in DESIGNS:
         assert (drawn(picture, plot_eval.look_of(arm).color) > 0.001) == (arm in arms), arm
     assert pixels(root / "results_controls.png").std() > 0.1
 
 
 def test_arms_differ_in_grey_and_in_pattern():
     """In grey by their brightness, on paper and in curves besides by hatch, marker and dash."""
-    looks = plot_eval.LOOKS
-    assert len(looks) >= len(ARMS)
-    grey = sorted(brightness(look.color) for look in looks)
-    assert np.diff(grey).min() > 0.08
-    for part in ("hatch", "marker", "line"):
-        assert len({getattr(look, part) for look in looks}) == len(looks), part
+    for looks in plot_eval.LOOKS[:len(DESIGNS)], plot_eval.CONTROL_LOOKS:
+        assert np.diff(sorted(brightness(look.color) for look in looks)).min() > 0.08
+    looks = [plot_eval.look_of(arm) for arm in ARMS]
+    for part in ("color", "hatch", "marker", "line"):
+        assert len({getattr(look, part) for look in looks}) == len(ARMS), part
+
+
+def test_controls_stand_in_the_table_and_not_in_the_title(monkeypatch):
+    """One of them has no memory that could be off, and is larger by its backbone."""
+    control = next(arm for arm in ARMS if ARMS[arm].control and ARMS[arm].memory is None)
+    for of_arms, value in ((SHARES, SHARES["baseline"]), (BPC, 1.6), (SPEED, 0.9), (SIZE, (0, 0))):
+        monkeypatch.setitem(of_arms, control, value)
+    results = synthetic(["baseline", "with_ltm", control])
+    results["detail"]["arms"][control]["parameters"] += 1_230_000
+    figure = plot_eval.draw_many(results, [])
+    words = words_of(figure)
+    assert "-1.7% helps" in words and "0.90 eval." in words and "+1.23M param." in words
+    assert figure.texts[0].get_text() == "LTM helps compression and long-range recall"
 
 
 def test_arms_come_in_the_order_of_stages_whichever_are_there(tmp_path):
@@ -291,7 +304,8 @@ def test_arms_come_in_the_order_of_stages_whichever_are_there(tmp_path):
     assert plot_eval.arms_of(results) == ["baseline", "with_store", "with_gru"]
     plot(build(tmp_path / "three", results))
     picture = imread(tmp_path / "three/results.png")[:, :, :3]
-    assert [arm for arm in ARMS if drawn(picture, plot_eval.look_of(arm).color) > 0.001] == plot_eval.arms_of(results)
+    seen = [arm for arm in DESIGNS if drawn(picture, plot_eval.look_of(arm).color) > 0.001]
+    assert seen == plot_eval.arms_of(results)
 
 
 def words_of(figure):
