@@ -16,7 +16,6 @@ WANDB_MODE=disabled.
 """
 
 import collections
-import contextlib
 import functools
 import io
 import itertools
@@ -1274,9 +1273,15 @@ def own_settings():
     It reads the first matplotlibrc it finds, and it looks for it here first: in a folder that holds an empty one.
     """
     os.environ["MPLBACKEND"] = "agg"
-    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        Path("matplotlibrc").touch()
-        import matplotlib
+    here = os.open(".", os.O_RDONLY)                        # as a file: it may have no name any more
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            os.chdir(folder)
+            Path("matplotlibrc").touch()
+            import matplotlib
+        finally:
+            os.chdir(here)
+            os.close(here)
     # it may have been imported before
     return matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE})
 
