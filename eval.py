@@ -735,12 +735,18 @@ def read_measured(path):
     return Measured(facts, tensors) if whole else None
 
 
+@functools.cache
+def code_hash(name):
+    """SHA-256 of a file of this project, as it was when it was first asked for: about what is running."""
+    return sha256(PROJECT / name)
+
+
 def code_of(memory):
     """Hashes of the files that decide what is measured of an arm with that memory (of ARMS)."""
     names = ["eval.py", "models.py", "stages.py"]
     if memory not in {ARMS[arm].memory for arm in SPECIFIED}:
         names.append("memories.py")
-    return {name: sha256(PROJECT / name) for name in names}
+    return {name: code_hash(name) for name in names}
 
 
 def expected_of(found, exam):
@@ -748,7 +754,7 @@ def expected_of(found, exam):
     data and these settings."""
     return {"arm": found.arm, "seed": found.seed, "weights": found.weights, "config": found.config,
             "training": found.settings, "code": code_of(ARMS[found.arm].memory),
-            "data": exam.identity, "evaluation": exam.settings.of_an_arm()}
+            "evaluation": exam.settings.of_an_arm(), "data": exam.identity}
 
 
 STALE = {
@@ -972,7 +978,9 @@ def trained_arms(root):
 
 
 # what trainings that are compared may differ in
-OWN = ("arm", "seed", "memory", "memory_settings", "backbone", "replay", "init", "init_config")
+OWN = ("arm", "seed", "memory", "memory_settings", "backbone", "config", "replay", "init",
+       "init_config")
+REGIME = ("steps", "chained", "planted")        # what train.py has flags for
 
 
 def shared_settings(found):
@@ -983,12 +991,10 @@ def shared_settings(found):
 def retrain(one, like, differing, place):
     """The command that trains an arm again as another one was, or all where that takes other
     code."""
-    if not set(differing) <= {"steps", "chained"}:
+    if not set(differing) <= set(REGIME):
         memories = "" if one.arm in SPECIFIED else " --memories"
         return command(f"./run_all.sh{memories} --fresh", place.root, place.quick)
-    flags = f" --steps {like['steps']}"
-    if like.get("chained"):
-        flags += f" --chained {like['chained']:g}"
+    flags = "".join(f" --{name} {like[name]}" for name in REGIME if like.get(name))
     return f"{train_command(one.seed, one.arm, place, flags)} --fresh"
 
 
@@ -1568,6 +1574,7 @@ def pieces(tokenizer, tokens):
     return [decode(bytes(map(byte_of.get, word))) for word in words]
 
 
+@functools.cache
 def words_of(tokenizer):
     """Which tokens hold a letter or a digit: bool (vocabulary,)."""
     texts = tokenizer.batch_decode(np.arange(EOT + 1)[:, None])

@@ -11,12 +11,12 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import DynamicCache, TextStreamer
 
-import models
-from models import EOT, GPT, RevenaConfig, RevenaHybridTiny, load_tokenizer, save_model
+from models import EOT, GPT, RevenaConfig, RevenaHybridTiny
+from stages import load_tokenizer, save_model
 from test_models import enliven
 
 WINDOW, SLOTS = 16, 20
@@ -75,47 +75,47 @@ model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
 drawn = []                                  # how many items each prediction drew on
 
-def go_on(ids, count, memory):
+def go_on(ids, count, cache):
     def note(ids, scores):
-        drawn.append(len(memory.retrieved()))
+        drawn.append(len(cache.retrieved()))
         return scores
-    return model.generate(ids, past_key_values=memory, min_new_tokens=count, max_new_tokens=count, do_sample=True,
+    return model.generate(ids, past_key_values=cache, min_new_tokens=count, max_new_tokens=count, do_sample=True,
                           logits_processor=[note])
 
-def last_turn(ids, memory):
+def last_turn(ids, cache):
     torch.manual_seed(7)
-    return go_on(ids, 40, memory)[0, -40:].tolist()
+    return go_on(ids, 40, cache)[0, -40:].tolist()
 """
 
 FIRST = LOADED + """
-def measured(memory, ids):
-    tensors = [*memory._tensors().values(), *memory.last.values()]
+def measured(cache, ids):
+    tensors = [*cache.tensors().values(), *cache.drawn.values()]
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(ids[:, -1:], past_key_values=copy.deepcopy(memory))
+        model(ids[:, -1:], past_key_values=copy.deepcopy(cache))
     return dict(shapes=[list(x.shape) for x in tensors], bytes=sum(x.untyped_storage().nbytes() for x in tensors),
                 work=counter.get_total_flops())
 
 ids = tokenizer("The cat sat on the mat.", return_tensors="pt").input_ids
 torch.manual_seed(0)
-memory, after = model.new_memory(), {}
+cache, after = model.new_cache(), {}
 for count in (300, 300, 1400):
-    ids = go_on(ids, count, memory)
-    after[ids.size(1)] = measured(memory, ids)
-memory.save("memory.safetensors")
+    ids = go_on(ids, count, cache)
+    after[ids.size(1)] = measured(cache, ids)
+cache.save("cache.safetensors")
 torch.save(ids[:, -1:].clone(), "unread.pt")    # generate does not read the last token it gives
-held, text = memory.contents(tokenizer), last_turn(ids, memory)
-memory.clear()
-forgot = memory.contents()
+held, text = cache.contents(tokenizer), last_turn(ids, cache)
+cache.clear()
+forgot = cache.contents()
 write = pipeline("text-generation", model=folder, trust_remote_code=True)
-said = write("The cat sat on", max_new_tokens=9, do_sample=False, past_key_values=memory)[0]["generated_text"]
+said = write("The cat sat on", max_new_tokens=9, do_sample=False, past_key_values=cache)[0]["generated_text"]
 print(json.dumps(dict(module=type(model).__module__, text=text, held=held, after=after, drawn=drawn, forgot=forgot,
-                      project="models" in sys.modules, without=last_turn(ids[:, -1:], model.new_memory()),
-                      pipeline=[said, memory.get_seq_length()])))
+                      project="models" in sys.modules, without=last_turn(ids[:, -1:], model.new_cache()),
+                      pipeline=[said, cache.get_seq_length()])))
 """
 
 SECOND = LOADED + """
-memory = model.load_memory("memory.safetensors")
-print(json.dumps(dict(held=memory.contents(tokenizer), text=last_turn(torch.load("unread.pt"), memory))))
+cache = model.load_cache("cache.safetensors")
+print(json.dumps(dict(held=cache.contents(tokenizer), text=last_turn(torch.load("unread.pt"), cache))))
 """
 
 
@@ -190,11 +190,11 @@ def test_bfloat16_loads_and_generates(folder, model, ids):
     with torch.no_grad():
         logits = half(ids).logits
         assert (logits.exp().sum(-1) - 1).abs().max() < 1e-5
-        half.config.ltm_enabled = model.config.ltm_enabled = False
+        half.config.memory_enabled = model.config.memory_enabled = False
         try:
             near = (half(ids).logits.exp() - model(ids).logits.exp()).abs().sum(-1).max()
         finally:
-            model.config.ltm_enabled = True
+            model.config.memory_enabled = True
     assert near < 0.2, "total variation, doubled, of what the backbone says"
 
 
@@ -271,8 +271,8 @@ def test_assisted_decoding_is_refused(model, ids):
         with pytest.raises(ValueError, match="assisted generation is not supported"):
             model.generate(ids, **GREEDY, **guesses)
     with pytest.raises(ValueError, match="unread"):
-        model.new_memory().crop(-1)
-    with pytest.raises(ValueError, match="must be a Memory, not a DynamicCache"):
+        model.new_cache().crop(-1)
+    with pytest.raises(ValueError, match="must be a RevenaCache, not a DynamicCache"):
         model.generate(ids, past_key_values=DynamicCache(), **GREEDY)
     with pytest.raises(ValueError, match="input_ids"):
         model(ids, inputs_embeds=torch.zeros(1, 1, 64))
@@ -282,14 +282,14 @@ def test_assisted_decoding_is_refused(model, ids):
 
 @pytest.fixture(params=["LTM", "LTM off", "GPT"])
 def any_model(request, model, monkeypatch):
-    """Every kind of model that a Memory goes with."""
+    """Every kind of model that a cache goes with."""
     if request.param == "GPT":
         torch.manual_seed(0)
-        gpt = GPT(RevenaConfig(n_layer=2, n_embd=64, n_head=2, stm_window=None, ltm_enabled=False)).eval()
+        gpt = GPT(RevenaConfig(n_layer=2, n_embd=64, n_head=2, stm_window=None, memory_enabled=False)).eval()
         for p in gpt.backbone.blocks.parameters():
             p.data.mul_(6)                                  # or it only says its last token again
         return gpt
-    monkeypatch.setattr(model.config, "ltm_enabled", request.param == "LTM")
+    monkeypatch.setattr(model.config, "memory_enabled", request.param == "LTM")
     return model
 
 
@@ -297,15 +297,15 @@ def test_a_second_turn_remembers_the_first(any_model, tokenizer):
     """The memory handed back in, with the whole text or with what is new alone: the same as one long context."""
     turns = [tokenizer([text, other], return_tensors="pt", padding=True, padding_side="left")
              for text, other in ((STORY, "Why?"), (" And what did the dog do?", " Because the cat was not there"))]
-    first = any_model.generate(**turns[0], **GREEDY, past_key_values=(memory := any_model.new_memory(2)))
+    first = any_model.generate(**turns[0], **GREEDY, past_key_values=(cache := any_model.new_cache(2)))
     said = turns[1].input_ids
     whole = dict(input_ids=torch.cat((first, said), 1),
                  attention_mask=F.pad(turns[0].attention_mask, (0, 40 + said.size(1)), value=1))
     wanted = any_model.generate(**whole, **GREEDY)[:, -40:]
-    unread = whole["input_ids"][:, memory.get_seq_length():]            # generate never feeds its own last token
+    unread = whole["input_ids"][:, cache.get_seq_length():]            # generate never feeds its own last token
     assert unread.size(1) == 1 + said.size(1)
     for new in (whole, dict(input_ids=unread), dict(input_ids=unread, attention_mask=whole["attention_mask"])):
-        again = any_model.generate(**new, **GREEDY, past_key_values=copy.deepcopy(memory))
+        again = any_model.generate(**new, **GREEDY, past_key_values=copy.deepcopy(cache))
         assert torch.equal(again[:, -40:], wanted)
     forgetful = any_model.generate(unread, **GREEDY)
     assert not torch.equal(forgetful[:, -40:], wanted), "the first turn must matter, or this shows nothing"
@@ -315,29 +315,29 @@ def test_new_text_longer_than_the_old_is_not_cut(any_model, ids):
     """A text that could be the whole so far, but is not, is refused, never cut; so is one that brings nothing new."""
     old, new = ids[:, :8], ids[:, 10:30]
     with torch.no_grad():
-        memory = any_model(old, use_cache=True).past_key_values
+        cache = any_model(old, use_cache=True).past_key_values
     with pytest.raises(ValueError, match=r"does not begin with the 8 .*torch.ones\(1, 28\)"):
-        any_model.generate(new, past_key_values=memory, **GREEDY)
+        any_model.generate(new, past_key_values=cache, **GREEDY)
     with pytest.raises(ValueError, match="no tokens"):
-        any_model.generate(old, past_key_values=memory, **GREEDY)
+        any_model.generate(old, past_key_values=cache, **GREEDY)
     with pytest.raises(ValueError, match="1 sequences, not 3"):
-        any_model.generate(new, past_key_values=memory, num_beams=3, **GREEDY)
-    assert memory.get_seq_length() == 8
-    got = any_model.generate(new, past_key_values=memory, attention_mask=torch.ones(1, 28), **GREEDY)
+        any_model.generate(new, past_key_values=cache, num_beams=3, **GREEDY)
+    assert cache.get_seq_length() == 8
+    got = any_model.generate(new, past_key_values=cache, attention_mask=torch.ones(1, 28), **GREEDY)
     assert torch.equal(got[:, -40:], any_model.generate(torch.cat((old, new), 1), **GREEDY)[:, -40:])
 
 
 def test_a_copy_goes_its_own_way(model, ids):
     """deepcopy forks a memory without copying the model; beams take copies of it, and write as from the whole text."""
-    memory = model.new_memory()
+    cache = model.new_cache()
     with torch.no_grad():
-        model(ids[:, :-1], past_key_values=memory)
-    fork, beams = copy.deepcopy(memory), copy.deepcopy(memory)
+        model(ids[:, :-1], past_key_values=cache)
+    fork, beams = copy.deepcopy(cache), copy.deepcopy(cache)
     assert fork.model is model
-    before = {name: x.clone() for name, x in memory._tensors().items()}
+    before = {name: x.clone() for name, x in cache.tensors().items()}
     with torch.no_grad():
         model(ids, past_key_values=fork)
-    assert all(torch.equal(x, before[name]) for name, x in memory._tensors().items()) and len(memory.contents())
+    assert all(torch.equal(x, before[name]) for name, x in cache.tensors().items()) and len(cache.contents())
     beams.batch_repeat_interleave(3)
     assert torch.equal(model.generate(ids, past_key_values=beams, num_beams=3, **GREEDY),
                        model.generate(ids, num_beams=3, **GREEDY))
@@ -346,8 +346,8 @@ def test_a_copy_goes_its_own_way(model, ids):
 def test_contents_and_retrieved_can_be_read(model, tokenizer, ids):
     """What is stored, with what surprisal and when; what the last prediction drew on, with what cosine and share."""
     out = model.generate(ids, do_sample=True, **GREEDY, return_dict_in_generate=True)
-    memory, text = out.past_key_values, out.sequences[0].tolist()
-    held = memory.contents(tokenizer)
+    cache, text = out.past_key_values, out.sequences[0].tolist()
+    held = cache.contents(tokenizer)
     assert 0 < len(held) <= SLOTS and [i["position"] for i in held] == sorted({i["position"] for i in held})
     for item in held:
         assert item["token"] == text[item["position"]] and item["text"] == tokenizer.decode([item["token"]])
@@ -356,9 +356,9 @@ def test_contents_and_retrieved_can_be_read(model, tokenizer, ids):
     drawn = 0
     with torch.no_grad():
         for token in text[-12:]:
-            log_p = model(torch.tensor([[token]]), past_key_values=memory).logits[0, 0]
-            found = memory.retrieved(tokenizer)
-            stored |= {(item["token"], item["position"]) for item in memory.contents()}
+            log_p = model(torch.tensor([[token]]), past_key_values=cache).logits[0, 0]
+            found = cache.retrieved(tokenizer)
+            stored |= {(item["token"], item["position"]) for item in cache.contents()}
             assert sum(item["share"] for item in found) <= 1 + 1e-6
             for item in found:
                 assert item["cosine"] > model.config.ltm_cosine
@@ -370,29 +370,29 @@ def test_contents_and_retrieved_can_be_read(model, tokenizer, ids):
 
 
 def test_a_memory_of_another_model_is_refused(model, ids, tmp_path):
-    """`load_memory` says so where a file holds the memory of a model of another shape, or no memory at all."""
-    memory = model.new_memory()
+    """`load_cache` says so where a file holds the memory of a model of another shape, or no memory at all."""
+    cache = model.new_cache()
     with torch.no_grad():
-        model(ids, past_key_values=memory)
-    memory.save(tmp_path / "memory.safetensors")
-    back = model.load_memory(tmp_path / "memory.safetensors")
-    assert back.contents() == memory.contents() and back.get_seq_length() == ids.size(1)
+        model(ids, past_key_values=cache)
+    cache.save(tmp_path / "cache.safetensors")
+    back = model.load_cache(tmp_path / "cache.safetensors")
+    assert back.contents() == cache.contents() and back.get_seq_length() == ids.size(1)
     other = RevenaHybridTiny(RevenaConfig(n_layer=2, n_embd=64, n_head=2, stm_window=WINDOW, ltm_slots=SLOTS + 1))
     with pytest.raises(ValueError, match="not a memory of this model"):
-        other.load_memory(tmp_path / "memory.safetensors")
-    models.save_file({"count": torch.zeros(1)}, tmp_path / "none.safetensors")
-    with pytest.raises(ValueError, match="not a memory of this model"):
-        model.load_memory(tmp_path / "none.safetensors")
+        other.load_cache(tmp_path / "cache.safetensors")
+    save_file({"count": torch.zeros(1)}, tmp_path / "none.safetensors")
+    with pytest.raises(ValueError, match="not a memory that cache.save"):
+        model.load_cache(tmp_path / "none.safetensors")
 
 
 def test_gpt_without_a_window_keeps_its_cache_too(ids, tmp_path):
     """GPT's cache, which grows, saves, loads and goes on as well."""
     torch.manual_seed(0)
-    gpt = GPT(RevenaConfig(n_layer=1, n_embd=64, n_head=2, stm_window=None, ltm_enabled=False, n_positions=256)).eval()
+    gpt = GPT(RevenaConfig(n_layer=1, n_embd=64, n_head=2, stm_window=None, memory_enabled=False, n_positions=256)).eval()
     first = gpt.generate(ids, **GREEDY, return_dict_in_generate=True)
-    first.past_key_values.save(tmp_path / "memory.safetensors")
+    first.past_key_values.save(tmp_path / "cache.safetensors")
     whole = F.pad(first.sequences, (0, 3), value=11)
-    back = gpt.load_memory(tmp_path / "memory.safetensors")
+    back = gpt.load_cache(tmp_path / "cache.safetensors")
     assert torch.equal(gpt.generate(whole, past_key_values=back, **GREEDY), gpt.generate(whole, **GREEDY))
 
 
@@ -425,9 +425,9 @@ def test_rolling_perplexity_as_the_harness_asks_for_it(model, ids):
     document = ids[0].repeat(3)
     tokens = F.pad(document, (1, 0), value=EOT)[None]                   # the harness puts <|endoftext|> first
     whole = model(tokens[:, :-1]).logits[0].gather(1, document[:, None]).sum()
-    stream, memory = 0.0, model.new_memory()
+    stream, cache = 0.0, model.new_cache()
     for t in range(len(document)):
-        stream += model(tokens[:, t:t + 1], past_key_values=memory).logits[0, 0, document[t]]
+        stream += model(tokens[:, t:t + 1], past_key_values=cache).logits[0, 0, document[t]]
     assert float(stream) == pytest.approx(float(whole), abs=1e-2)
 
 
@@ -468,7 +468,7 @@ def test_the_harness_itself(folder, model, tokenizer, tmp_path, monkeypatch):
     def own_score(ids):                                     # as eval.py reads a document: rows, one memory over all
         tokens, targets = (F.pad(x, (0, -len(ids) % WINDOW), value=EOT).view(-1, WINDOW)
                            for x in (F.pad(ids[:-1], (1, 0), value=EOT), ids))
-        scores = model.score(tokens, targets, torch.arange(len(tokens)) == 0)
+        scores = model.score(tokens, targets, (torch.arange(len(tokens)) == 0)[None])
         return float(scores.log_p[targets != EOT].sum())
 
     bits = 0
@@ -485,7 +485,7 @@ def test_the_harness_itself(folder, model, tokenizer, tmp_path, monkeypatch):
     (path,) = (tmp_path / "out").rglob("results_*.json")
     found = json.loads(path.read_text())["results"]["rolling"]["bits_per_byte,none"]
     assert found == pytest.approx(bits / sum(len(text.encode()) for text in texts), abs=1e-4)
-    monkeypatch.setattr(model.config, "ltm_enabled", False)
+    monkeypatch.setattr(model.config, "memory_enabled", False)
     off = [own_score(tokenizer(text, return_tensors="pt").input_ids[0]) for text in texts]
     assert all(abs(float(rolling) - other) > 10 for (rolling,), other in zip(answers["rolling"], off))
 
@@ -511,7 +511,7 @@ def test_a_gpu_replays_single_tokens(model):
     gpu = copy.deepcopy(model).cuda()
     ids = torch.randint(0, EOT, (2, 120), generator=torch.Generator().manual_seed(0)).cuda()
     with torch.no_grad():
-        replayed, plain = gpu.new_memory(2), gpu.new_memory(2)
+        replayed, plain = gpu.new_cache(2), gpu.new_cache(2)
 
         def check(tokens):
             got = gpu(tokens, past_key_values=replayed).logits
@@ -530,8 +530,8 @@ def test_a_gpu_replays_single_tokens(model):
         assert replayed.graph is not None
         check(ids[:, 60:70])
         check(ids[:, 70:71])
-        for memory in (replayed, plain):
-            memory.reorder_cache(torch.tensor([1, 0]))
+        for cache in (replayed, plain):
+            cache.reorder_cache(torch.tensor([1, 0]))
         check(ids[:, 71:72])
         twin = copy.deepcopy(replayed)
         check(ids[:, 72:73])
@@ -539,9 +539,9 @@ def test_a_gpu_replays_single_tokens(model):
         gpu.config.ltm_sharpness, recorded = 9.0, replayed.graph
         check(ids[:, 73:74])
         assert replayed.graph is not recorded, "a graph has the settings that it was made with"
-        for memory in (replayed, plain):
-            memory.batch_repeat_interleave(2)
+        for cache in (replayed, plain):
+            cache.batch_repeat_interleave(2)
         check(ids[:, 74:75].repeat_interleave(2, 0))
-        for memory in (replayed, plain):
-            memory.clear(2)
+        for cache in (replayed, plain):
+            cache.clear(2)
         check(ids[:, :1])

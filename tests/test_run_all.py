@@ -120,9 +120,23 @@ def project(tmp_path):
     return Project(tmp_path)
 
 
+@pytest.fixture(scope="module")
+def after(tmp_path_factory):
+    """after(*flags): the folder of a project after such a run, to be copied."""
+    made = {}
+
+    def make(*flags):
+        if flags not in made:
+            project = Project(tmp_path_factory.mktemp("after"))
+            assert project.run(*flags).returncode == 0
+            made[flags] = project.folder
+        return made[flags]
+    return make
+
+
 @pytest.fixture
-def finished(project):
-    assert project.run().returncode == 0
+def finished(project, after):
+    shutil.copytree(after(), project.folder, dirs_exist_ok=True)
     return project
 
 
@@ -301,8 +315,8 @@ def commands(seeds=1, further=FURTHER, more=""):
 
 
 @pytest.fixture
-def compared(project):
-    assert project.run("--memories").returncode == 0
+def compared(project, after):
+    shutil.copytree(after("--memories"), project.folder, dirs_exist_ok=True)
     return project
 
 
@@ -417,9 +431,9 @@ def put_package(folder, version="1.0", name="revena_probe"):
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
 
 
-def make_environment(folder, pip=False):
+def make_environment(folder):
     """An environment made by someone else, with a file of theirs in it; returns its folder of packages."""
-    venv.create(folder, with_pip=pip, symlinks=True)
+    venv.create(folder, symlinks=True)
     (folder / "theirs").write_text("theirs")
     return next(folder.glob("lib/*/site-packages"))
 
@@ -434,7 +448,7 @@ def bare(project):
 
 
 def put_pip(folder, code):
-    """A pip that does something else, in a folder of modules."""
+    """A pip that does this instead, in a folder of modules."""
     (folder / "pip").mkdir()
     (folder / "pip/__init__.py").touch()
     (folder / "pip/__main__.py").write_text(code)
@@ -444,25 +458,24 @@ def files(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
 
 
-def test_environment_is_made_once_and_mended(bare, offline):
-    """Without the packages a .venv is made; it is kept as long as it is whole, and made again when it was cut short."""
+def test_environment_is_mended_and_then_kept(bare, offline):
+    """One of ours that an installation was cut short in is made again; a complete one is used as it is."""
     pytest.importorskip("ensurepip")
-    requirements, environment = bare.folder / "requirements.txt", bare.folder / ".venv"
-
-    requirements.write_text("revena-probe==1.0\nmissing-probe==9\n")
+    environment = bare.folder / ".venv"
+    put_pip(make_environment(environment), "raise SystemExit(1)")
+    (environment / ".made_by_run_all").write_text("what was asked for before")
     failed = bare.run(**offline)
     assert failed.returncode == 1 and "could not be installed" in failed.stderr and INSTALLING in failed.stderr
     assert bare.called() == [] and failed.stdout == ""
 
-    requirements.write_text("revena-probe==1.0\n")
-    (environment / "left over").touch()
     first = bare.run(**offline)
     assert first.returncode == 0, first.stderr
-    assert INSTALLING in first.stderr and f"from {environment}" in first.stdout
-    assert not (environment / "left over").exists()     # the one that failed is not trusted
+    assert INSTALLING in first.stderr and f"from {environment} 1.0" in first.stdout
+    assert not (environment / "theirs").exists()        # nothing in the one that failed is trusted
     shutil.rmtree(next(environment.glob("lib/*/site-packages/pip")))
     second = bare.run("--fresh", **offline)             # and nothing more is needed of pip
-    assert second.returncode == 0 and INSTALLING not in second.stderr and f"from {environment}" in second.stdout
+    assert second.returncode == 0 and INSTALLING not in second.stderr
+    assert f"from {environment} 1.0" in second.stdout
 
 
 @pytest.mark.parametrize("found, wanted, least", [
@@ -606,33 +619,36 @@ def test_an_environment_of_the_users_is_left_alone(bare, make, cause):
         assert files(bare.folder) == before and os.path.lexists(bare.folder / ".venv")
 
 
-def test_an_environment_of_the_users_is_completed(bare, offline):
+def test_an_environment_of_the_users_is_completed(bare):
     """Kind 3: a failing installation costs nothing, and one that succeeds adds the packages and no mark."""
-    pytest.importorskip("ensurepip")
     environment = bare.folder / ".venv"
-    make_environment(environment, pip=True)
+    packages = make_environment(environment)
+    put_pip(packages, "raise SystemExit(1)")
+    before = files(environment)
     for _ in range(2):
-        failed = bare.run(**offline | {"PIP_FIND_LINKS": ""})
+        failed = bare.run()
         assert failed.returncode == 1 and "could not be installed (see above)" in failed.stderr
-    assert (environment / "theirs").read_text() == "theirs"
-    assert bare.run(**offline).returncode == 0
+        assert files(environment) == before
+    put_package(packages.parent / "wheel")
+    (packages / "pip/__main__.py").write_text(
+        f"import shutil\nshutil.copytree({str(packages.parent / 'wheel')!r}, {str(packages)!r}, dirs_exist_ok=True)\n")
+    assert bare.run().returncode == 0
     assert (environment / "theirs").read_text() == "theirs" and not list(environment.glob(".made*"))
-    assert INSTALLING not in bare.run(**offline).stderr
+    assert INSTALLING not in bare.run().stderr
 
 
 @pytest.mark.parametrize("flags, root", [
     (["--root", "mine"], "mine"), (["--memories", "--root", "mine"], "mine/memories"), (["--memories"], "memories"),
     (["--quick"], "quick"), (["--quick", "--fresh"], "quick"), (["--memories", "--quick", "--fresh"], "quick/memories"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
-@pytest.mark.parametrize("failing", ["add_memory.py", "plot_eval.py"])
-def test_folders_of_the_users_are_left_alone(project, flags, root, failing):
+def test_folders_of_the_users_are_left_alone(project, flags, root):
     """Kind 3: a root that is there already keeps what is in it."""
     for name in ("theirs", "trained/theirs", "data/theirs", ".run_all/theirs"):
         (project.folder / root / name).parent.mkdir(parents=True, exist_ok=True)
         (project.folder / root / name).write_text("theirs")
     before = files(project.folder)
     for _ in range(2):
-        assert project.run(*flags, cwd=project.folder, FAILING=failing).returncode == 7
+        assert project.run(*flags, cwd=project.folder, FAILING="plot_eval.py").returncode == 7
         assert before.items() <= files(project.folder).items()
 
 
@@ -663,19 +679,18 @@ for name, value in {"MPLBACKEND": "Agg", "WORLD_SIZE": None, "PYTHONHOME": None}
     ("GIT_DIR", "/nowhere"),
 ])
 def test_variables_that_are_meant_for_others(project, tmp_path, name, value):
-    """Kind 7: they change nothing in what is run, the first time, again, and after a change."""
+    """Kind 7: they change nothing in what is run, the first time and after a change."""
     (tmp_path / "elsewhere/a project").mkdir(parents=True)
     (tmp_path / "profile").write_text("set -o noclobber -o noglob; shopt -s failglob; echo hello from a profile >&2\n")
     (project.folder / "eval.py").write_text(NOTICES + STUB)
     command = [project.folder.name + "/run_all.sh"]
-    for expected in (STAGES, [], ["eval.py"]):
-        if expected == ["eval.py"]:
-            (project.folder / "trained/with_ltm/config.json").write_text("changed")
+    for expected in (STAGES, ["eval.py"]):
         project.calls.write_text("")
         done = subprocess.run(command, cwd=tmp_path, env=project.environment | {name: value}, capture_output=True,
                               text=True, timeout=PATIENCE)
         assert done.returncode == 0, done.stderr
         assert project.called() == expected
+        (project.folder / "trained/with_ltm/config.json").write_text("changed")
 
 
 def test_exit_code_counts_where_python_is_told_to_stay(project):
