@@ -7,29 +7,55 @@ are the model's, not whether they are good.
 
 import contextlib
 import copy
+import dataclasses
 import io
+import itertools
 import json
 import math
-import random
 import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import eval as evaluation
 import models
 import prepare_data
+import stages
 import train
-from models import EOT, Memory, RevenaConfig, RevenaHybridTiny, StageError, load_split, load_tokenizer, sha256
+from models import Memory, RevenaCache, RevenaConfig, RevenaHybridTiny
+from stages import EOT, StageError, load_split, load_tokenizer, sha256
 from test_train import prepared
 
 WIDTH = 32
-CONSTANTS = dict(PACK=3, TRIALS=1, DISTANCES=(20, 40), LONG_RANGE=(40,), LEAD=8, BOOTSTRAP=200, REPEATS=2, TIMED=1,
-                 DISTRACTORS=(0, 9), DISTRACTED=40, SHOWN=50, CONTROL_TRIALS=1, FITTED=2,
-                 FORMATS={form: evaluation.FORMATS[form] for form in ("pair", "sentence")})
-ARMS = evaluation.ARMS
+SMALL = evaluation.Settings(pack=6, lane=3, trials=1, forms=("pair", "sentence"), distances=(20, 40), long_range=(40,),
+                            lead=8, distractors=(0, 9), distracted=40, dialogues=4, turn=60, together=3, repeats=2,
+                            timed=1, shown=50, bootstrap=200, control_trials=1, fitted=2)
+ARMS = ("baseline", "with_ltm")
+TOY = "with_toy"
+
+
+class Toy(Memory, kind="toy"):
+    """A running mean of what went before, added at the first layer: enough of a memory inside the backbone."""
+
+    places = (0,)
+    hit_means = "predictions that the toy moved"
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.out = nn.Linear(config.n_embd, config.n_embd, bias=False)
+
+    def empty(self, batch, device):
+        return {"sum": torch.zeros(batch, self.config.n_embd, device=device),
+                "count": torch.zeros(batch, device=device)}
+
+    def mix(self, place, x, y, state, real, notes):
+        total = state["sum"][:, None] + x.float().cumsum(1)
+        count = state["count"][:, None] + torch.arange(1, x.size(1) + 1, device=x.device)
+        state = {**state, "sum": total[:, -1], "count": count[:, -1]}
+        return y + self.out((total / count[..., None]).to(y.dtype)), state
 
 
 def tiny(seed=0, bits=15.6, **settings):
@@ -44,17 +70,24 @@ def text_of(length, draw):
     return np.concatenate(([EOT], draw.integers(100, 130, length - 1))).astype(np.int64)
 
 
+def rows_of(texts):
+    """Texts cut into rows as prepare_data.py cuts them."""
+    parts = [prepare_data.windows_of(text, WIDTH, WIDTH // 2) for text in texts]
+    return np.concatenate(parts).astype(np.uint16)
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    """The table of arms has a further one, whose memory is Toy."""
+    arms = {**stages.ARMS, TOY: stages.Arm("toy", "a toy")}
+    for module in (stages, evaluation):
+        monkeypatch.setattr(module, "ARMS", arms)
+    monkeypatch.setattr(stages, "model_class", lambda memory: RevenaHybridTiny)
+
+
 @pytest.fixture
 def small(monkeypatch):
-    for name, value in CONSTANTS.items():
-        monkeypatch.setattr(evaluation, name, value)
-
-
-@pytest.fixture
-def window(monkeypatch):
-    """prepare_data cuts rows of WIDTH tokens."""
-    monkeypatch.setattr(prepare_data, "WINDOW", WIDTH)
-    monkeypatch.setattr(prepare_data, "STRIDE", WIDTH // 2)
+    monkeypatch.setattr(evaluation, "FULL", SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -65,73 +98,102 @@ def tokenizer(tokenizer_dir):
 # ------------------------------------------------------------------ documents, packs, scores
 
 
-def test_documents_are_what_was_cut(window):
+def test_documents_are_what_was_cut():
     draw = np.random.default_rng(0)
     texts = [text_of(length, draw) for length in (*range(2, 3 * WIDTH + 2), 200)]
-    found = evaluation.documents(np.concatenate([prepare_data.windows_of(text) for text in texts]))
+    found = stages.documents(rows_of(texts))
     assert [text.tolist() for text in found] == [text.tolist() for text in texts]
 
 
-def test_packs_lay_out_every_sequence_once(small):
-    draw = np.random.default_rng(0)
-    sequences = [text_of(length, draw) for length in (1, 2, 31, 32, 33, 64, 65, 128, 129, 300, 5, 90)]
+@pytest.mark.parametrize("lane", [3, 6])
+def test_packs_lay_out_every_sequence_once(lane):
+    """In lanes that none crosses; one longer than a lane has a pack to itself."""
+    draw, settings = np.random.default_rng(0), dataclasses.replace(SMALL, lane=lane)
+    sequences = [text_of(length, draw) for length in (1, 2, 31, 32, 33, 64, 65, 96, 128, 129, 300, 5, 90)]
     met = []
-    for pack in evaluation.packs(sequences, WIDTH, "cpu"):
+    for pack in evaluation.packs(sequences, WIDTH, "cpu", settings):
         rows = len(pack.tokens)
-        assert pack.tokens.shape == pack.targets.shape == (rows, WIDTH) and pack.opens.shape == (rows,)
-        assert rows == evaluation.PACK or len(pack.places) == 1
+        lanes, length_of_lane = pack.opens.shape
+        assert pack.tokens.shape == pack.targets.shape == (rows, WIDTH) and rows == lanes * length_of_lane
+        assert (lanes, length_of_lane) == (6 // lane, lane) if pack.usual else len(pack.places) == lanes == 1
         tokens, targets = pack.tokens.flatten().numpy(), pack.targets.flatten().numpy()
         expected, opens = np.full_like(targets, EOT), np.ones(rows, bool)
         covered = np.zeros_like(tokens)
         for number, first, length in pack.places:
-            text = sequences[number]
+            text, last = sequences[number], first + length - 1
             assert length == len(text) and first % WIDTH == 0
+            assert first // WIDTH // length_of_lane == last // WIDTH // length_of_lane
             assert tokens[first:first + length].tolist() == text.tolist()
             expected[first:first + length - 1] = text[1:]
             opens[first // WIDTH + 1:-(-(first + length) // WIDTH)] = False
             covered[first:first + length] += 1
             met.append(number)
         assert covered.max() == 1 and (tokens[covered == 0] == EOT).all()
-        assert targets.tolist() == expected.tolist() and pack.opens.tolist() == opens.tolist()
+        assert targets.tolist() == expected.tolist() and pack.opens.flatten().tolist() == opens.tolist()
     assert sorted(met) == list(range(len(sequences)))
 
 
+def test_lanes_are_filled():
+    """No two lanes could have been one."""
+    draw = np.random.default_rng(0)
+    sequences = [text_of(int(length), draw) for length in draw.integers(2, 16 * WIDTH, 200)]
+    lanes = evaluation.lanes_of(sequences, WIDTH, 16)
+    assert sorted(itertools.chain(*lanes)) == list(range(200))
+    taken = sorted(sum(-(-len(sequences[i]) // WIDTH) for i in lane) for lane in lanes)
+    assert taken[-1] <= 16 < taken[0] + taken[1]
+
+
+MEMORIES = {"none": dict(memory_enabled=False), "ltm": {}, "toy": dict(memory="toy")}
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("ltm", [False, True])
-def test_documents_in_packs_score_as_each_alone(small, ltm):
-    model, draw, noted = tiny(ltm_enabled=ltm), np.random.default_rng(1), []
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_documents_in_packs_score_as_each_alone(memory):
+    model, draw, noted = tiny(**MEMORIES[memory]), np.random.default_rng(1), []
     texts = [text_of(length, draw) for length in (2, 31, 32, 33, 64, 65, 130, 150)]
-    tally = evaluation.score_text(model, texts, WIDTH, "cpu", noted.append)
+    tally = evaluation.score_text(model, texts, WIDTH, SMALL, noted.append)
     assert sum(noted) == len(texts)
-    backbone = copy.deepcopy(model)
-    backbone.config.ltm_enabled = False
+    backbone = evaluation.memory_off(model) if memory == "ltm" else model
     hits = stored = 0
     for number, text in enumerate(texts):
         ids, targets = torch.from_numpy(text)[None], torch.from_numpy(text)[None, 1:, None]
-        for field, alone in ((tally.bits, model), (tally.stm, backbone)):
-            expected = -alone(ids).logits[:, :-1].gather(2, targets)[0, :, 0].double() / math.log(2)
-            assert field[number].shape == (len(text) - 1,)
-            assert np.allclose(field[number], expected, atol=2e-4)
-        assert ((tally.stm[number] > 15.6) == (tally.stored[number] > 0)).all() or not ltm
+        for field, alone in ((tally.log_p, model), (tally.log_p_stm, backbone)):
+            expected = alone(ids).logits[:, :-1].gather(2, targets)[0, :, 0]
+            assert field[number].shape == (len(text) - 1,) and field[number].dtype == np.float32
+            assert np.allclose(field[number], expected, atol=1e-4)
+        surprising = evaluation.bits(tally.log_p_stm[number]) > 15.6
+        assert (surprising == tally.stored[number]).all() or memory != "ltm"
         hits, stored = hits + tally.hit[number].sum(), stored + tally.stored[number].sum()
     share = sum(len(text) - 1 for text in texts)
-    assert (0 < hits < share and 0.2 * share < stored < 0.8 * share) if ltm else hits == stored == 0
+    assert {"none": hits == 0, "ltm": 0 < hits < share, "toy": hits > 0}[memory]
+    assert 0.2 * share < stored < 0.8 * share if memory == "ltm" else stored == 0
 
 
 @torch.no_grad()
-def test_windows_count_each_token_once(small, window):
+def test_a_memory_that_is_off_does_nothing():
+    """And the model that it is taken from keeps its own."""
+    model, texts = tiny(memory="toy"), texts_of(90, 20)
+    off = evaluation.memory_off(model)
+    expected = tiny(memory="toy", memory_enabled=False)
+    assert (bits_of(off, texts)[0] == bits_of(expected, texts)[0]).all()
+    assert model.config.memory_enabled and not np.allclose(bits_of(model, texts)[0], bits_of(off, texts)[0])
+    assert off.backbone is model.backbone
+
+
+@torch.no_grad()
+def test_windows_count_each_token_once():
     model, draw = tiny(), np.random.default_rng(2)
     texts = [text_of(length, draw) for length in (2, 31, 32, 33, 48, 49, 100)]
-    rows = np.concatenate([prepare_data.windows_of(text) for text in texts])
-    bits, counted = evaluation.score_windows(model, rows, "cpu")
-    assert bits.shape == counted.shape == rows[:, 1:].shape
+    rows = rows_of(texts)
+    log_p, counted = evaluation.score_windows(model, rows, SMALL), evaluation.counted_targets(rows)
+    assert log_p.shape == counted.shape == rows[:, 1:].shape
     document, met = -1, []
-    for row, tokens in enumerate(rows):
+    for row, tokens in enumerate(rows.astype(np.int64)):
         document, first = (document + 1, 0) if tokens[0] == EOT else (document, first + WIDTH // 2)
         met += [(document, first + column + 1) for column in np.flatnonzero(counted[row])]
-        alone = model(torch.from_numpy(tokens.astype(np.int64))[None]).logits[0, :-1]
-        expected = -alone.gather(1, torch.from_numpy(tokens[1:].astype(np.int64))[:, None])[:, 0] / math.log(2)
-        assert np.allclose(bits[row][counted[row]], expected[counted[row]], atol=2e-4)
+        alone = model(torch.from_numpy(tokens)[None]).logits[0, :-1]
+        expected = alone.gather(1, torch.from_numpy(tokens[1:])[:, None])[:, 0]
+        assert np.allclose(log_p[row][counted[row]], expected[counted[row]], atol=1e-4)
     assert sorted(met) == [(number, place) for number, text in enumerate(texts) for place in range(1, len(text))]
 
 
@@ -146,13 +208,13 @@ def test_questions_are_what_they_say(tokenizer):
         text = tokenizer.decode([word])
         assert text[0] == " " and text[1:].isalpha() and text.islower() and tokenizer.encode(text) == [word]
     texts = [np.concatenate(([EOT], np.random.default_rng(i).integers(10, 26, 1_200))) for i in range(3)]
-    keys, values, facts = set(), set(), evaluation.FACTS
+    keys, values, facts = set(), set(), evaluation.FULL.facts
     # " code" is a word of its own right: here, where it stands, it is the format's
     words = set(words.tolist()) - set(tokenizer.encode(" The code of is"))
     for form, (before, _, stop) in evaluation.FORMATS.items():
-        for distance in evaluation.DISTANCES:
+        for distance in evaluation.FULL.distances:
             for extra in (0, 4):
-                for question in evaluation.questions(texts, tokenizer, form, distance, 2, extra):
+                for question in evaluation.questions(texts, tokenizer, form, distance, 2, evaluation.FULL, extra):
                     tokens, choices, place, begin = question
                     assert tokens[0] == EOT and tokens.dtype == np.int64
                     assert tokens[place] == choices[0] and len(tokens) - place == distance
@@ -177,62 +239,116 @@ def test_questions_are_what_they_say(tokenizer):
 def test_questions_are_the_same_for_every_model(tokenizer):
     texts = [text_of(300, np.random.default_rng(0))]
 
-    def ask(*how):
-        return [(q.tokens.tolist(), q.choices.tolist()) for q in evaluation.questions(texts, tokenizer, *how)]
+    def ask(form, distance, count):
+        made = evaluation.questions(texts, tokenizer, form, distance, count, evaluation.FULL)
+        return [(question.tokens.tolist(), question.choices.tolist()) for question in made]
+
     assert ask("pair", 96, 3) == ask("pair", 96, 3) == ask("pair", 96, 5)[:3]
     assert ask("pair", 96, 3) != ask("pair", 64, 3)
-    with pytest.raises(StageError, match="take 512 out of DISTANCES"):
-        evaluation.questions(texts, tokenizer, "pair", 512, 1)
 
 
 def test_all_distractors_stand_before_the_question(tokenizer):
     """Facts and nothing else where there are many; then short documents will do."""
+    settings = evaluation.FULL
     texts = [np.concatenate(([EOT], np.random.default_rng(0).integers(10, 26, 400)))]
     words = set(evaluation.single_words(tokenizer).tolist()) - set(tokenizer.encode(" The code of is"))
     for form in evaluation.FORMATS:
-        for extra in evaluation.DISTRACTORS:
-            distance = evaluation.distracted_distance(tokenizer, form, extra)
-            assert distance == evaluation.DISTRACTED or extra > 8
-            for tokens, _, place, begin in evaluation.questions(texts, tokenizer, form, distance, 3, extra):
+        for extra in settings.distractors:
+            distance = evaluation.distracted_distance(tokenizer, form, extra, settings)
+            assert distance == settings.distracted or extra > 8
+            for tokens, _, place, begin in evaluation.questions(texts, tokenizer, form, distance, 3, settings, extra):
                 assert len(tokens) - place == distance
                 between = sum(token in words for token in tokens[place + 1:begin].tolist()) / 2
-                assert extra <= between < extra + evaluation.FACTS
+                assert extra <= between < extra + settings.facts
+
+
+def asked_of(texts, tokenizer, count=4):
+    """Some questions in two formats at two distances."""
+    return (evaluation.questions(texts, tokenizer, "pair", 40, count, SMALL)
+            + evaluation.questions(texts, tokenizer, "sentence", 20, count, SMALL))
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("ltm", [False, True])
-def test_answers_are_those_of_the_whole_distribution(small, tokenizer, ltm):
-    """Read off model.forward, and off the memory that the streaming form is left with."""
-    model = tiny(bits=15.65, ltm_enabled=ltm, ltm_slots=64)
-    backbone = copy.deepcopy(model)
-    backbone.config.ltm_enabled = False
-    texts = [text_of(100, np.random.default_rng(3))]
-    asked = evaluation.questions(texts, tokenizer, "pair", 40, 4) + \
-        evaluation.questions(texts, tokenizer, "sentence", 20, 4)
-    (right, top, stored, retrieved), = evaluation.answer([model], asked, WIDTH, "cpu")
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_answers_are_those_of_the_whole_distribution(tokenizer, memory):
+    """Read off model.forward, and off the cache that the streaming form is left with."""
+    model = tiny(bits=15.65, ltm_slots=64, **MEMORIES[memory])
+    backbone = evaluation.memory_off(model)
+    asked = asked_of([text_of(100, np.random.default_rng(3))], tokenizer)
+    answers, = evaluation.answer([model], asked, WIDTH, SMALL)
+    right, top, stored, retrieved = answers.outcomes
     for number, (tokens, choices, place, _) in enumerate(asked):
-        ids, memory = torch.from_numpy(tokens)[None], Memory(model)
+        ids, cache = torch.from_numpy(tokens)[None], RevenaCache(model)
         p = model(ids).logits[0, -1]
         assert right[number] == (p[choices].argmax() == 0)
         assert top[number] == (p.argmax() == choices[0])
-        model(ids, past_key_values=memory, logits_to_keep=1)
-        if ltm:
-            assert retrieved[number] == (choices[0] in [item["token"] for item in memory.retrieved()])
+        assert answers.value_nats[number] == pytest.approx(-float(p[choices[0]]), abs=1e-3)
+        model(ids, past_key_values=cache, logits_to_keep=1)
+        if memory == "ltm":
+            assert retrieved[number] == (choices[0] in [item["token"] for item in cache.retrieved()])
             assert stored[number] == (backbone(ids).logits[0, place - 1, choices[0]] / -math.log(2) > 15.65)
         else:
             assert not retrieved[number] and not stored[number]
-    assert not ltm or (0 < right.sum() < len(asked) and 0 < stored.sum() < len(asked))
+    assert memory != "ltm" or (0 < right.sum() < len(asked) and 0 < stored.sum() < len(asked))
 
 
 @torch.no_grad()
-def test_a_tie_gives_the_right_value_no_advantage(small, tokenizer):
+def test_a_tie_gives_the_right_value_no_advantage(tokenizer):
     """A model that finds all words equally likely is right once in eight, not always: bfloat16 makes ties common."""
-    model = tiny(ltm_enabled=False)
+    model = tiny(memory_enabled=False)
     model.backbone.embed.weight.zero_()
-    texts = [text_of(100, np.random.default_rng(3))]
-    asked = evaluation.questions(texts, tokenizer, "pair", 20, 8)
-    right = evaluation.answer([model], asked, WIDTH, "cpu")[0][0]
+    asked = evaluation.questions([text_of(100, np.random.default_rng(3))], tokenizer, "pair", 20, 8, SMALL)
+    right = evaluation.answer([model], asked, WIDTH, SMALL)[0].outcomes[0]
     assert right.tolist() == [bool(question.choices[0] == min(question.choices)) for question in asked]
+
+
+def test_dialogues_are_what_they_say(tokenizer):
+    """Facts in the first turn, none in the second, the question for one of them at the end of the third."""
+    texts = [np.concatenate(([EOT], np.random.default_rng(i).integers(10, 26, 400))) for i in range(3)]
+    words = set(evaluation.single_words(tokenizer).tolist()) - set(tokenizer.encode(" The code of is"))
+    settings = dataclasses.replace(evaluation.FULL, dialogues=9)
+    made = evaluation.make_dialogues(texts, tokenizer, settings)
+    assert made.turns.shape == (9, 3, 100) and made.choices.shape == (9, 8)
+    asked_first = 0
+    for number, ((first, second, third), choices) in enumerate(zip(made.turns, made.choices)):
+        form = evaluation.form_of(tokenizer, settings.forms[number % 3])
+        planted = [token for token in first if token in words]
+        facts = dict(zip(planted[::2], planted[1::2]))
+        assert first[0] == EOT and EOT not in second and set(choices.tolist()) == set(facts.values())
+        assert not words & set(second.tolist())
+        key, = (token for token in third if token in words)
+        assert facts[key] == choices[0] and third[-form.asked:].tolist() == form.fact(key, 0)[:form.asked]
+        asked_first += planted[0] == key
+    assert asked_first < 9
+    assert evaluation.make_dialogues([texts[0][:300]], tokenizer, settings) is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_turns_go_on_from_the_cache_or_begin_anew(tokenizer, memory):
+    """Persistent: as the three turns in one text; ephemeral: as the third alone."""
+    model = tiny(bits=15.3, ltm_slots=64, **MEMORIES[memory])
+    dialogues = evaluation.make_dialogues([text_of(300, np.random.default_rng(3))], tokenizer, SMALL)
+    for persistent in (True, False):
+        right, nats = evaluation.take_turns(model, dialogues, persistent, SMALL)
+        for number, (turns, choices) in enumerate(zip(dialogues.turns, dialogues.choices)):
+            text = turns.reshape(-1) if persistent else turns[2]
+            p = model(torch.from_numpy(text)[None]).logits[0, -1]
+            assert nats[number] == pytest.approx(-float(p[choices[0]]), abs=1e-3)
+            assert right[number] == (p[choices].argmax() == 0)
+
+
+def test_a_distance_without_text_is_left_out(tokenizer, capsys):
+    """With a note that says how much is missing; what is left is asked as ever."""
+    texts = [text_of(90, np.random.default_rng(0))]
+    settings = dataclasses.replace(SMALL, distances=(20, 40, 100), distractors=(0, 1))
+    distances, distractors = evaluation.room_for(texts, tokenizer, settings)
+    assert distances == [20, 40] and list(distractors) == [0, 1]
+    assert "100 tokens is left out" in capsys.readouterr().out
+    for lacking, kept in ((1, [20]), (0, [20, 40])):
+        needed = evaluation.text_needed(tokenizer, "pair", 40, 0, SMALL)
+        found, _ = evaluation.room_for([np.arange(needed + 1 - lacking)], tokenizer, SMALL)
+        assert found == kept and (f"{lacking} tokens too short" in capsys.readouterr().out) == bool(lacking)
 
 
 # ------------------------------------------------------------------ statistics
@@ -278,48 +394,101 @@ def test_paired_difference():
         assert evaluation.paired_difference(second, first)["ci95"] == pytest.approx([-high, -low])
 
 
-def test_the_interval_of_the_speed(monkeypatch):
-    monkeypatch.setattr(evaluation, "BOOTSTRAP", 500)
+def test_the_interval_of_the_speed():
+    settings = dataclasses.replace(SMALL, bootstrap=500)
     for factor, verdict in ((0.8, "hurts"), (1.2, "helps"), (1.0, "inconclusive")):
         runs = np.array([100.0, 90, 110, 95, 105])
-        speed = evaluation.summarise_speed({arm: {"median": float(np.median(values)), "runs": values.tolist()}
-                                            for arm, values in zip(ARMS, (runs, factor * runs + [1, -1, 1, -1, 0]))})
+        speed = evaluation.summarise_speed(factor * runs + [1, -1, 1, -1, 0], runs, settings)
         low, high = speed["ratio_ci95"]
         assert low <= speed["ratio"] <= high and speed["ratio"] == pytest.approx(factor, abs=0.011)
-        assert speed["verdict"] == verdict
+        assert speed["verdict"] == verdict and speed["off_runs"] == runs.tolist()
+    assert evaluation.summarise_speed(runs, [], settings) == {"median": 100.0, "runs": runs.tolist()}
 
 
-def bootstrap(gain, seeds=1, count=60):
-    """paired_bootstrap of documents whose bits differ by `gain` (seeds, documents)."""
+def bootstrap(seeds=1, count=60, **gains):
+    """paired_bootstrap of documents whose bits differ by the gain (seeds, documents) of each arm; an arm may have
+    seeds of its own: (numbers of them, gain)."""
     draw = np.random.default_rng(7)
     characters = draw.integers(50, 500, count).astype(float)
     bits = np.tile(characters * draw.uniform(1, 3, count), (seeds, 1))
-    return evaluation.paired_bootstrap({"baseline": bits, "with_ltm": bits - gain}, characters), bits, characters
+    every = tuple(range(seeds))
+    own = {"baseline": (every, 0.0)} | {arm: gain if isinstance(gain, tuple) else (every, gain)
+                                        for arm, gain in gains.items()}
+    settings = dataclasses.replace(SMALL, bootstrap=500)
+    found = evaluation.paired_bootstrap({arm: bits[list(numbers)] - gain for arm, (numbers, gain) in own.items()},
+                                        {arm: numbers for arm, (numbers, _) in own.items()}, characters, settings)
+    return found, bits, characters
 
 
-def test_bootstrap_verdicts(monkeypatch):
-    monkeypatch.setattr(evaluation, "BOOTSTRAP", 500)
+def test_bootstrap_verdicts():
     noise = np.random.default_rng(0).normal(size=(1, 60))
     for gain, verdict in ((2 + noise, "helps"), (-2 + noise, "hurts"), (noise - noise.mean(), "inconclusive")):
-        result, bits, characters = bootstrap(gain)
-        assert result["verdict"] == verdict
-        low, high = result["difference"]["ci95"]
-        assert low < result["difference"]["mean"] < high
-        assert result["difference"]["mean"] == pytest.approx(-gain.sum() / characters.sum())
+        result, bits, characters = bootstrap(with_ltm=gain)
+        arm = result["with_ltm"]
+        assert arm["verdict"] == verdict
+        low, high = arm["difference"]["ci95"]
+        assert low < arm["difference"]["mean"] < high
+        assert (low <= 0 <= high) == (arm["p"] > 0.05) and arm["p"] == arm["p_holm"] > 0
+        assert arm["difference"]["mean"] == pytest.approx(-gain.sum() / characters.sum())
         assert result["baseline"]["per_seed"] == pytest.approx([bits.sum() / characters.sum()])
-        assert result["ratio"] == pytest.approx((bits - gain).sum() / bits.sum())
+        assert arm["ratio"] == pytest.approx((bits - gain).sum() / bits.sum())
         # paired: documents differ far more from each other than the arms do
         spread = result["baseline"]["ci95"]
         assert spread[0] < result["baseline"]["per_seed"][0] < spread[1] and high - low < 0.3 * (spread[1] - spread[0])
-        assert result == bootstrap(gain)[0]
+        assert result == bootstrap(with_ltm=gain)[0]
 
 
-def test_seeds_that_disagree_are_inconclusive(monkeypatch):
-    monkeypatch.setattr(evaluation, "BOOTSTRAP", 500)
+def test_seeds_that_disagree_are_inconclusive():
     agree, disagree = np.array([[3.0], [2.0], [3.0]]), np.array([[3.0], [-2.0], [3.0]])
-    assert bootstrap(agree, 3)[0]["verdict"] == "helps"
-    assert bootstrap(disagree, 3)[0]["verdict"] == "inconclusive"
-    assert len(bootstrap(agree, 3)[0]["with_ltm"]["per_seed"]) == 3
+    assert bootstrap(3, with_ltm=agree)[0]["with_ltm"]["verdict"] == "helps"
+    assert bootstrap(3, with_ltm=disagree)[0]["with_ltm"]["verdict"] == "inconclusive"
+    assert len(bootstrap(3, with_ltm=agree)[0]["with_ltm"]["per_seed"]) == 3
+
+
+def test_an_arm_is_the_same_beside_others():
+    """By the same draws, whatever else is compared; only p_holm knows of the others."""
+    noise = np.random.default_rng(0).normal(size=(2, 2, 60))
+    alone = bootstrap(2, with_ltm=noise[0])[0]["with_ltm"]
+    beside = bootstrap(2, with_ltm=noise[0], with_gru=5 + noise[1], with_mag=((1,), noise[1, :1]))[0]
+    for name in ("per_seed", "ci95", "difference", "ratio", "p"):
+        assert alone[name] == beside["with_ltm"][name]
+    assert beside["with_ltm"]["p_holm"] >= alone["p"] and beside["with_gru"]["verdict"] == "helps"
+
+
+def test_an_arm_of_one_seed_is_compared_on_that_seed():
+    seeds = np.array([[1.0], [4.0]])
+    found, bits, characters = bootstrap(2, with_ltm=np.zeros((2, 1)), with_gru=((1,), seeds[1:]))
+    assert found["with_gru"]["per_seed"] == pytest.approx([(bits[1] - 4).sum() / characters.sum()])
+    assert found["with_gru"]["difference"]["mean"] == pytest.approx(-4 * 60 / characters.sum())
+    assert found["with_gru"]["ci95"] == pytest.approx(found["with_gru"]["ci95"]) and len(found) == 3
+
+
+def test_the_bootstraps_p_is_that_of_its_interval():
+    """Below 0.05 exactly where the middle 95% exclude zero; and of ties, as of a memory that does nothing, 1."""
+    samples = np.sort(np.random.default_rng(0).normal(size=10_000))
+    for shift in np.quantile(samples, (0.001, 0.02, 0.0249, 0.0251, 0.03, 0.5, 0.97, 0.9749, 0.9751, 0.999)):
+        low, high = evaluation.interval(samples - shift)
+        assert (evaluation.two_sided(samples - shift) < 0.05) == (low > 0 or high < 0)
+    assert evaluation.two_sided(np.zeros(100)) == 1 and evaluation.two_sided(np.ones(99)) == 0.02
+
+
+def test_holm():
+    """Holm 1979, by hand: sorted, 4 x 0.01, 3 x 0.012, 2 x 0.03, 0.5, and never less than the one before."""
+    p = {"a": 0.03, "b": 0.01, "c": 0.5, "d": 0.012}
+    assert evaluation.holm(p) == pytest.approx({"a": 0.06, "b": 0.04, "c": 0.5, "d": 0.04})
+    assert list(evaluation.holm(p)) == list(p) and evaluation.holm({"a": 0.03}) == {"a": 0.03}
+    assert evaluation.holm({"a": 0.9, "b": 0.6}) == {"a": 1.0, "b": 1.0} and evaluation.holm({}) == {}
+
+
+def test_one_of_several_arms_needs_a_clearer_difference():
+    """What is just clear for one arm is not for one of several: Holm."""
+    noise = np.random.default_rng(0).normal(size=(1, 60))
+    just = noise - noise.mean() + 0.31 * noise.std() * 0.95
+    alone = bootstrap(with_ltm=just)[0]["with_ltm"]
+    others = {arm: np.random.default_rng(i).normal(size=(1, 60)) for i, arm in enumerate(list(stages.ARMS)[2:])}
+    beside = bootstrap(with_ltm=just, **{arm: x - x.mean() for arm, x in others.items()})[0]["with_ltm"]
+    assert alone["verdict"] == "helps" and 0.01 < alone["p"] < 0.05 and alone["p"] == beside["p"]
+    assert beside["verdict"] == "inconclusive" and beside["p_holm"] == pytest.approx((len(others) + 1) * beside["p"])
 
 
 def test_kinds_of_target_against_a_search():
@@ -334,6 +503,18 @@ def test_kinds_of_target_against_a_search():
             assert kind == expected
 
 
+def evidence_of(texts, costs, per_token, stored=None):
+    """Evidence of arms that cost so many bits a target: {arm: (T,)}; `stored`: by the LTM."""
+    exam = evaluation.Exam(SMALL, None, texts, None, per_token, {}, [], {}, None, {})
+    measured = {}
+    for arm, bits in costs.items():
+        log_p = (-math.log(2) * np.asarray(bits)).astype(np.float32)
+        facts = {"window": WIDTH, "slots": 24, "threshold": 4.5}
+        kept = np.zeros(len(log_p), bool) if stored is None else stored
+        measured[arm, 0] = evaluation.Measured(facts, {"log_p": log_p, "stored": kept})
+    return evaluation.Evidence(measured, dict.fromkeys(costs, (0,)), exam)
+
+
 @torch.no_grad()
 def test_the_window_of_kinds_is_what_attention_sees():
     """A token `window` places before the target moves its prediction; one further back does not."""
@@ -344,12 +525,22 @@ def test_the_window_of_kinds_is_what_attention_sees():
         changed[-1 - distance] = 500
         assert sees != torch.allclose(model(torch.from_numpy(changed)[None]).logits[0, -2], p, atol=1e-6)
     # and so is it counted: 7 comes again at the window's edge, and there the memory saves a bit
-    text, stored = np.array([EOT, 7, *range(10, 9 + WIDTH), 7]), np.zeros(WIDTH + 1)
+    text = np.array([EOT, 7, *range(10, 9 + WIDTH), 7])
     saved = np.eye(WIDTH + 1)[-1]
-    tallies = {(arm, 0): evaluation.Tally([1 + bits], [], [], [stored]) for arm, bits in zip(ARMS, (saved, 0 * saved))}
-    _, targets = evaluation.summarise_gain(tallies, [text], np.ones(EOT), [0], model.config)
-    assert targets["last seen inside the window"] == {"share_of_tokens": 1 / (WIDTH + 1), "share_of_gain": 1.0,
-                                                      "baseline": 2.0, "with_ltm": 1.0}
+    evidence = evidence_of([text], {"baseline": 1 + saved, "with_ltm": 1 + 0 * saved}, np.ones(EOT))
+    targets = evaluation.targets_of_gain(evidence)["last seen inside the window"]
+    assert targets["share_of_tokens"] == 1 / (WIDTH + 1) and targets["share_of_gain"] == {"with_ltm": 1.0}
+    assert targets["arms"] == pytest.approx({"baseline": 2.0, "with_ltm": 1.0})
+
+
+def test_without_an_ltm_surprise_says_what_is_in_reach():
+    """A token that the baseline found surprising and that comes again beyond the window."""
+    text = np.array([EOT, 7, *range(10, 10 + WIDTH), 7])
+    for bits, kind in ((5.0, "last seen beyond the window, in memory"), (4.0, "last seen beyond both")):
+        costs = np.ones(len(text) - 1)
+        costs[0] = bits
+        targets = evaluation.targets_of_gain(evidence_of([text], {"baseline": costs, "with_gru": costs}, np.ones(EOT)))
+        assert targets[kind]["share_of_tokens"] == 1 / (len(text) - 1)
 
 
 def test_a_memory_that_changes_nothing_is_a_result_too():
@@ -358,10 +549,12 @@ def test_a_memory_that_changes_nothing_is_a_result_too():
     texts = [text_of(100, draw)]
     texts[0][65:] = 7
     per_token[7] = 0
-    tallies = {(arm, 0): evaluation.Tally([np.ones(99)], [], [], [np.zeros(99)]) for arm in ARMS}
-    position, targets = evaluation.summarise_gain(tallies, texts, per_token, [0], tiny().config)
-    assert position == {"edges": [0, 64], "baseline": [1.0], "with_ltm": [1.0]}
-    assert {part["share_of_gain"] for part in targets.values()} == {0.0}
+    evidence = evidence_of(texts, dict.fromkeys(ARMS, np.ones(99)), per_token)
+    position = evaluation.position_of_bits(evidence)
+    assert position["edges"] == [0, 64]
+    assert position["arms"] == {arm: pytest.approx([1.0]) for arm in ARMS}
+    targets = evaluation.targets_of_gain(evidence)
+    assert {part["share_of_gain"]["with_ltm"] for part in targets.values()} == {0.0}
 
 
 # ------------------------------------------------------------------ controls
@@ -374,8 +567,8 @@ def texts_of(*lengths):
 
 def bits_of(model, texts):
     """Bits of all targets of the texts, and the Tally they are from."""
-    tally = evaluation.score_text(model, texts, WIDTH, "cpu")
-    return np.concatenate(tally.bits), tally
+    tally = evaluation.score_text(model, texts, WIDTH, SMALL)
+    return evaluation.bits(np.concatenate(tally.log_p)), tally
 
 
 def test_an_altered_model_is_another_one_of_the_same_weights():
@@ -388,7 +581,7 @@ def test_an_altered_model_is_another_one_of_the_same_weights():
     assert evaluation.altered(twin).float().backbone.embed.weight.dtype == torch.float32
 
 
-def test_each_control_is_what_its_name_says(small):
+def test_each_control_is_what_its_name_says():
     """A second way to each: other settings or other weights of a model that is made afresh."""
     much = dict(ltm_plausibility=0.0, ltm_sharpness=5.0)            # for what the learned addresses find to matter
     phrases = np.random.default_rng(0).integers(0, 5_000, (2, 12))
@@ -404,7 +597,7 @@ def test_each_control_is_what_its_name_says(small):
     exact = torch.tensor([-100.0] * 3 + [0.0] * 4)
     with torch.no_grad():
         expected = {
-            "as trained": afresh(), "reads off": afresh(ltm_enabled=False), "every token": afresh(bits=-9.0),
+            "as trained": afresh(), "reads off": afresh(memory_enabled=False), "every token": afresh(bits=-9.0),
             "none": afresh(ltm_cosine=-2), "0.5": afresh(ltm_cosine=0.5), "0.95": afresh(ltm_cosine=0.95),
             "0.8 (as trained)": afresh(), "15.6 (as trained)": afresh(), "24 (as trained)": afresh(),
             "2": afresh(bits=2), "8": afresh(bits=8), "16": afresh(ltm_slots=16), "1024": afresh(ltm_slots=1024),
@@ -426,24 +619,27 @@ def test_each_control_is_what_its_name_says(small):
     assert list(found) == list(dict.fromkeys(name for _, name, _ in evaluation.memory_controls(model, 0.5)))
 
 
-def test_random_tokens_at_the_rate_asked_for(small):
+def test_random_tokens_at_the_rate_asked_for():
     model, texts = tiny(), texts_of(300, 300)
-    random = lambda rate: bits_of(evaluation.altered(model, evaluation.RandomTokens, rate=rate), texts)
-    (nothing, some, same, all_), bits = ([np.concatenate(random(rate)[1].stored) for rate in (0, 0.4, 0.4, 1)],
-                                         random(1)[0])
-    assert not nothing.any() and all_.all() and abs(some.mean() - 0.4) < 0.1 and (some == same).all()
-    assert (bits == bits_of(evaluation.altered(model, ltm_surprisal_bits=-1), texts)[0]).all()
+
+    def random(rate):
+        memory = evaluation.functools.partial(evaluation.RandomTokens, rate=rate)
+        return bits_of(evaluation.altered(model, memory), texts)
+
+    nothing, some, same, everything = (np.concatenate(random(rate)[1].stored) for rate in (0, 0.4, 0.4, 1))
+    assert not nothing.any() and everything.all() and abs(some.mean() - 0.4) < 0.1 and (some == same).all()
+    assert (random(1)[0] == bits_of(evaluation.altered(model, ltm_surprisal_bits=-1), texts)[0]).all()
 
 
 def test_shuffled_values_stay_in_their_sequence():
-    model = evaluation.altered(tiny(ltm_slots=200), evaluation.ShuffledValues)
+    memory = evaluation.altered(tiny(ltm_slots=200), evaluation.ShuffledValues).memory
     draw = torch.Generator().manual_seed(0)
     targets = torch.arange(6 * WIDTH).view(6, WIDTH)
-    stored, opens = torch.rand(6, WIDTH, generator=draw) < 0.5, torch.tensor([1, 0, 1, 0, 0, 1]).bool()
+    stored, opens = torch.rand(6, WIDTH, generator=draw) < 0.5, torch.tensor([[1, 0, 1], [1, 0, 1]]).bool()
     address = models.Address(*[targets] * 7)
-    items, values, visible = model.candidates(address, targets, stored, opens)
-    assert torch.equal(values, model.candidates(address, targets, stored, opens)[1])
-    for last, (first, past) in {1: (0, 2), 4: (2, 5), 5: (5, 6)}.items():
+    items, values, visible = memory.candidates(address, targets, stored, opens)
+    assert torch.equal(values, memory.candidates(address, targets, stored, opens)[1])
+    for last, (first, past) in {1: (0, 2), 2: (2, 3), 4: (3, 5), 5: (5, 6)}.items():
         seen = visible[last, -1]
         kept = targets[first:past][stored[first:past]][:int(seen.sum())]
         assert items.key[last][seen].tolist() == kept.tolist()                  # where they are filed
@@ -452,40 +648,39 @@ def test_shuffled_values_stay_in_their_sequence():
 
 
 @torch.no_grad()
-def test_a_wiped_memory_knows_nothing_of_before_the_question(small, tokenizer):
-    """As a Memory whose items are dropped where the question begins."""
+def test_a_wiped_memory_knows_nothing_of_before_the_question(tokenizer):
+    """As a cache whose items are dropped where the question begins."""
     model, texts = tiny(bits=15.3, ltm_slots=64), texts_of(100)
-    asked = evaluation.questions(texts, tokenizer, "pair", 40, 4) + \
-        evaluation.questions(texts, tokenizer, "sentence", 40, 4)
-    (before,), (wiped,) = (evaluation.answer([model], asked, WIDTH, "cpu", wiped=wiped) for wiped in (False, True))
+    asked = asked_of(texts, tokenizer)
+    before, wiped = (evaluation.answer([model], asked, WIDTH, SMALL, wiped=wiped)[0].outcomes
+                     for wiped in (False, True))
     assert before[2:].any(1).all() and not wiped[2:].any()
     for number, (tokens, choices, _, begin) in enumerate(asked):
-        memory, ids = Memory(model), torch.from_numpy(tokens)[None]
-        model(ids[:, :begin], past_key_values=memory)
-        memory.count.zero_()
-        p = model(ids[:, begin:], past_key_values=memory).logits[0, -1]
+        cache, ids = RevenaCache(model), torch.from_numpy(tokens)[None]
+        model(ids[:, :begin], past_key_values=cache)
+        cache.state["count"].zero_()
+        p = model(ids[:, begin:], past_key_values=cache).logits[0, -1]
         assert wiped[0, number] == (p[choices].argmax() == 0) and wiped[1, number] == (p.argmax() == choices[0])
 
 
-def test_variants_answer_as_each_alone(small, tokenizer):
+def test_variants_answer_as_each_alone(tokenizer):
     model = tiny(bits=15.3, ltm_slots=64)
-    asked = evaluation.questions(texts_of(100), tokenizer, "pair", 40, 5)
+    asked = evaluation.questions(texts_of(100), tokenizer, "pair", 40, 5, SMALL)
     variants = [model, evaluation.altered(model, ltm_slots=4), evaluation.altered(model, ltm_surprisal_bits=99)]
-    together = evaluation.answer(variants, asked, WIDTH, "cpu")
+    together = [answers.outcomes for answers in evaluation.answer(variants, asked, WIDTH, SMALL)]
     for variant, outcomes in zip(variants, together):
-        assert (evaluation.answer([variant], asked, WIDTH, "cpu")[0] == outcomes).all()
+        assert (evaluation.answer([variant], asked, WIDTH, SMALL)[0].outcomes == outcomes).all()
     assert not (together[0] == together[1]).all() and not together[2][2:].any()
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("slots", [7, 24, 100])
-def test_the_neural_cache_is_that_of_its_paper(small, slots):
+def test_the_neural_cache_is_that_of_its_paper(slots):
     """Grave et al. 2017, equations 2 to 4, token by token in float64."""
-    baseline, (text,), theta, share = tiny(ltm_enabled=False), texts_of(90), 0.4, 0.3
-    cache = evaluation.altered(baseline, evaluation.NeuralCache, ltm_enabled=True, ltm_slots=slots, theta=theta,
-                               share=share)
-    rows, opens = torch.from_numpy(np.pad(text, (0, 6), constant_values=EOT)).view(3, WIDTH), torch.eye(3)[0].bool()
-    h = baseline.states(rows, opens).flatten(0, 1).double()
+    baseline, (text,), theta, share = tiny(memory_enabled=False), texts_of(90), 0.4, 0.3
+    cache = evaluation.neural_cache(baseline, slots, theta, share)
+    rows, opens = torch.from_numpy(np.pad(text, (0, 6), constant_values=EOT)).view(3, WIDTH), torch.eye(3)[:1].bool()
+    h = baseline.states(rows, opens)[0].flatten(0, 1).double()
     p_stm = baseline.logits(h.float()).double().softmax(-1)
     bits, _ = bits_of(cache, [text])
     for t in range(len(text) - 1):
@@ -499,54 +694,54 @@ def test_the_neural_cache_is_that_of_its_paper(small, slots):
     assert torch.allclose(cache(torch.from_numpy(text)[None]).logits.exp().sum(-1), torch.ones(len(text)), atol=1e-4)
 
 
-def test_the_neural_cache_is_fitted(small):
+def test_the_neural_cache_is_fitted():
     """No neighbouring theta or share is better; texts that repeat themselves make much of it."""
-    baseline = tiny(ltm_enabled=False)
+    baseline = tiny(memory_enabled=False)
     texts = [np.concatenate(([EOT], np.tile(np.random.default_rng(i).integers(0, 5_000, 20), 4))) for i in range(2)]
-    fitted = evaluation.fit_cache(baseline, texts, 50, WIDTH)
-    theta, share = fitted.config.theta, fitted.config.share
+    fitted = evaluation.fit_cache(baseline, texts, 50, WIDTH, SMALL)
+    theta, share = fitted.memory.theta, fitted.memory.share
     best = bits_of(fitted, texts)[0].sum()
     assert 0.1 < share < 0.9 and best < 0.8 * bits_of(baseline, texts)[0].sum()
-    for changed in (dict(theta=theta * 2 ** 0.5), dict(theta=theta / 2 ** 0.5), dict(share=share + 0.01),
-                    dict(share=share - 0.01)):
-        assert bits_of(evaluation.altered(fitted, evaluation.NeuralCache, **changed), texts)[0].sum() > best
-    noise = evaluation.fit_cache(baseline, [np.arange(EOT, EOT - 60, -1)], 50, WIDTH)      # nothing comes again
-    assert noise.config.share < 1e-6
+    for changed in ((theta * 2 ** 0.5, share), (theta / 2 ** 0.5, share), (theta, share + 0.01), (theta, share - 0.01)):
+        assert bits_of(evaluation.neural_cache(baseline, 50, *changed), texts)[0].sum() > best
+    noise = evaluation.fit_cache(baseline, [np.arange(EOT, EOT - 60, -1)], 50, WIDTH, SMALL)   # nothing comes again
+    assert noise.memory.share < 1e-6
 
 
 @torch.no_grad()
-def test_exact_addresses_are_fitted_without_a_learned_part(small):
+def test_exact_addresses_are_fitted_without_a_learned_part():
     """On texts that repeat themselves they pay, on others they weigh least; the learned weights play no part."""
-    baseline = tiny(ltm_enabled=False)
+    baseline = tiny(memory_enabled=False)
     before = {name: x.clone() for name, x in baseline.state_dict().items()}
     texts = [np.concatenate(([EOT], np.tile(np.random.default_rng(i).integers(0, 5_000, 20), 4))) for i in range(2)]
-    fitted, trust = evaluation.fit_grams(baseline, texts, WIDTH)
+    fitted, trust = evaluation.fit_grams(baseline, texts, WIDTH, SMALL)
     best = bits_of(fitted, texts)[0].sum()
     assert best < 0.6 * bits_of(baseline, texts)[0].sum()
     assert all(torch.equal(x, before[name]) for name, x in baseline.state_dict().items())
     # after 7 comes another token each time
     never = [np.array([EOT, *[token for other in range(100, 130) for token in (7, other)]])]
-    assert evaluation.fit_grams(baseline, never, WIDTH)[1][0] == -7 < max(trust)
+    assert evaluation.fit_grams(baseline, never, WIDTH, SMALL)[1][0] == -7 < max(trust)
     torch.nn.init.normal_(baseline.memory.from_state.weight)
     torch.nn.init.normal_(baseline.memory.from_tokens.weight)
-    assert bits_of(evaluation.fit_grams(baseline, texts, WIDTH)[0], texts)[0].sum() == pytest.approx(best)
+    assert bits_of(evaluation.fit_grams(baseline, texts, WIDTH, SMALL)[0], texts)[0].sum() == pytest.approx(best)
 
 
 @torch.no_grad()
-def test_full_attention_has_the_baselines_weights(small):
-    baseline, texts = tiny(ltm_enabled=False), texts_of(100, WIDTH)
-    gpt = evaluation.altered(baseline, models.GPT, stm_window=None, n_positions=100)
-    found = evaluation.score_text(gpt, texts, 100, "cpu").bits
-    for text, bits in zip(texts, found):
+def test_full_attention_has_the_baselines_weights():
+    baseline, texts = tiny(memory_enabled=False), texts_of(100, WIDTH)
+    gpt = evaluation.altered(baseline, model_class=models.GPT, stm_window=None, n_positions=100)
+    found = evaluation.score_text(gpt, texts, 100, dataclasses.replace(SMALL, pack=2, lane=1)).log_p
+    for text, log_p in zip(texts, found):
         ids = torch.from_numpy(text)[None]
-        expected = -gpt(ids).logits[0, :-1].gather(1, ids[0, 1:, None])[:, 0] / math.log(2)
-        assert np.allclose(bits, expected, atol=1e-4)
-    long, short = evaluation.score_text(baseline, texts, WIDTH, "cpu").bits
+        expected = gpt(ids).logits[0, :-1].gather(1, ids[0, 1:, None])[:, 0]
+        assert np.allclose(log_p, expected, atol=1e-4)
+    long, short = evaluation.score_text(baseline, texts, WIDTH, SMALL).log_p
     assert np.allclose(short, found[1], atol=1e-4) and not np.allclose(long, found[0], atol=1e-4)
 
 
-def test_a_graph_is_compiled_once_for_all_models(small, monkeypatch):
-    """20 seconds each on a GPU; here with a backend that only counts."""
+def test_a_graph_is_compiled_once_for_all_models_of_a_kind(monkeypatch):
+    """20 seconds each on a GPU; here with a backend that only counts: states, log_p and score_states once for baseline
+    and LTM of all seeds, and states once more for the toy, whose own they are."""
     from torch._dynamo.testing import CompileCounter
     counters, compile = [], torch.compile
 
@@ -554,15 +749,17 @@ def test_a_graph_is_compiled_once_for_all_models(small, monkeypatch):
         assert options["deterministic"], "how a kernel sums must not depend on how fast it was once"
         counters.append(CompileCounter())
         return compile(function, backend=counters[-1], dynamic=dynamic)
+
     monkeypatch.setattr(torch, "compile", counting)
-    method_of = evaluation.functools.cache(evaluation.compiled_method.__wrapped__)
-    monkeypatch.setattr(evaluation, "fast", lambda method, model, *given: method_of(method)(model, *given))
-    for seed in range(3):
-        for ltm in (False, True):
-            model = tiny(seed, ltm_enabled=ltm)
-            compare = evaluation.score_text(model, texts_of(90, 30, 20), WIDTH, "cpu")
-            assert np.isfinite(np.concatenate(compare.bits)).all()
-    assert [counter.frame_count for counter in counters] == [1, 1, 1]
+    monkeypatch.setattr(evaluation, "has_compiler", lambda device: True)
+    evaluation.compiled_method.cache_clear()
+    for count, memories in (([1, 1, 1], ("none", "ltm")), ([2, 1, 1], MEMORIES)):
+        for seed in range(2):
+            for memory in memories:
+                tally = evaluation.score_text(tiny(seed, **MEMORIES[memory]), texts_of(90, 30, 20), WIDTH, SMALL)
+                assert np.isfinite(np.concatenate(tally.log_p)).all()
+        assert [counter.frame_count for counter in counters] == count
+    evaluation.compiled_method.cache_clear()
 
 
 # ------------------------------------------------------------------ one memory at work
@@ -576,42 +773,42 @@ def test_pieces_join_to_the_text(tokenizer):
 
 
 @torch.no_grad()
-def test_what_is_observed_is_what_a_memory_does(small, tokenizer, monkeypatch):
+def test_what_is_observed_is_what_a_memory_does(tokenizer):
     """Token by token in the streaming form; the first document of those with something to see in them."""
-    monkeypatch.setattr(evaluation, "SHOWN", 90)
+    settings = dataclasses.replace(SMALL, shown=90)
     model, draw = tiny(ltm_slots=60), np.random.default_rng(5)
     again = draw.permutation(np.arange(1000, 1040))                 # no word twice within a window, then all again
     texts = [draw.integers(0, 5_000, 95), draw.integers(0, 5_000, 20), np.tile(again, 3), np.tile(again[::-1], 3)]
     texts = [np.concatenate(([EOT], text)) for text in texts]
-    tally = evaluation.score_text(model, texts, WIDTH, "cpu")
-    seen = evaluation.observe(model, texts, tally, tokenizer)
+    tally = evaluation.score_text(model, texts, WIDTH, SMALL)
+    seen = evaluation.observe(model, texts, tally, tokenizer, settings)
     assert json.loads(json.dumps(seen)) == seen
     assert (seen["document"], seen["window"], seen["threshold"], len(seen["tokens"])) == (2, WIDTH, 15.6, 90)
-    text, memory = texts[2], Memory(model)
+    text, cache = texts[2], RevenaCache(model)
     assert "".join(token["text"] for token in seen["tokens"]) == tokenizer.decode(text[1:91])
     reads = {read["at"]: read["from"] for read in seen["reads"]}
-    assert list(reads) == sorted(reads) and len(reads) == len({text[at + 1] for at in reads}) == evaluation.READS
+    assert list(reads) == sorted(reads) and len(reads) == len({text[at + 1] for at in reads}) == settings.reads
     for at, token in enumerate(seen["tokens"]):
-        p = model(torch.tensor([[text[at]]]), past_key_values=memory).logits[0, -1]
+        p = model(torch.tensor([[text[at]]]), past_key_values=cache).logits[0, -1]
         assert token["bits_mixture"] == pytest.approx(-float(p[text[at + 1]]) / math.log(2), abs=1e-3)
-        assert token["bits"] == pytest.approx(tally.stm[2][at], abs=1e-3)
+        assert token["bits"] == pytest.approx(evaluation.bits(tally.log_p_stm[2])[at], abs=1e-3)
         assert token["stored"] == bool(tally.stored[2][at])
         if at in reads:
-            found = [item for item in memory.retrieved() if item["token"] == text[at + 1]][:evaluation.SOURCES]
+            found = [item for item in cache.retrieved() if item["token"] == text[at + 1]][:settings.sources]
             assert [source["at"] + 1 for source in reads[at]] == [item["position"] for item in found]
             for name in ("share", "cosine"):
                 assert [source[name] for source in reads[at]] == pytest.approx([item[name] for item in found], abs=1e-4)
             assert at + 1 - found[0]["position"] > WIDTH and token["bits_mixture"] < token["bits"]
             assert all(seen["tokens"][source["at"]]["stored"] for source in reads[at])
     # nothing to see: still a picture, without reads
-    assert evaluation.observe(model, texts[1:2], evaluation.score_text(model, texts[1:2], WIDTH, "cpu"),
-                              tokenizer)["reads"] == []
+    tally = evaluation.score_text(model, texts[1:2], WIDTH, SMALL)
+    assert evaluation.observe(model, texts[1:2], tally, tokenizer, settings)["reads"] == []
 
 
 # ------------------------------------------------------------------ trained arms
 
 
-SETTINGS = dict(steps=8, batch=2)
+SETTINGS = dict(steps=8, batch=2, chained=0.0)
 MARK = 2.0 ** -20
 
 
@@ -619,31 +816,38 @@ MARK = 2.0 ** -20
 def source(tmp_path_factory, tokenizer_dir):
     """A root with data (rows of 32 tokens, two validation documents) and both arms of two seeds, at step 8 of 8."""
     words = ["the", "of", "and", "caf\u00e9", "in", "surprise", "memory", "\u4f60\u597d", "angle", "eleven"]
-    root = prepared(tmp_path_factory.mktemp("source"), tokenizer_dir, words, 50, 20, WIDTH)
+    root = prepared(tmp_path_factory.mktemp("source"), tokenizer_dir, words, 180, 20, WIDTH)
     for seed in (0, 1):
         for arm in ARMS:
-            run = run_of(root, arm, seed)
-            model = tiny(seed)
-            model.config.ltm_enabled = arm == "with_ltm"
-            run.begin(model, load_tokenizer(root))
-            for step in (4, 8):
-                save(run, model, step)
+            train_arm(root, arm, seed)
     return root
+
+
+def train_arm(root, arm, seed=0, **settings):
+    """An arm as train.py leaves it."""
+    run, model = run_of(root, arm, seed, **settings), tiny(seed)
+    if arm == TOY:
+        model = tiny(seed, memory="toy")
+    model.config.memory_enabled = arm != "baseline"
+    run.begin(model, load_tokenizer(root))
+    for step in (4, 8):
+        save(run, model, step)
 
 
 def run_of(root, arm, seed=0, **settings):
     """train.py's own keeper of an arm's folder."""
     data = load_split(root, "train")[1]["splits"]["train"]["sha256"]
     settings = dict(arm=arm, seed=seed, data=data, init=f"init of seed {seed}", **{**SETTINGS, **settings})
-    folder = models.arm_folder(root, seed, arm)
+    folder = stages.arm_folder(root, seed, arm)
     folder.mkdir(parents=True, exist_ok=True)
-    return train.Run(folder, settings)
+    return train.Run(folder, settings, 2)
 
 
 def save(run, model, step, value=None):
     """Save a checkpoint; its bias tells which (or is `value`), and is too small to change a thing."""
     weights = {name: x.clone() for name, x in model.state_dict().items()}
-    weights["memory.from_state.bias"].fill_(step * MARK if value is None else value)
+    marked = weights.get("memory.from_state.bias", weights["backbone.blocks.0.out.weight"][0])
+    marked.fill_(step * MARK if value is None else value)
     run.save(SimpleNamespace(done=step, weights=lambda: weights, state=lambda: {"statistics": torch.zeros(step, 6)}))
 
 
@@ -658,14 +862,13 @@ def one_seed(source, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def evaluated(source):
+def evaluated(source, tmp_path_factory):
     """(root, results, what was printed) of one evaluation of both seeds."""
-    said = io.StringIO()
+    root, said = shutil.copytree(source, tmp_path_factory.mktemp("evaluated") / "root"), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
-        for name, value in CONSTANTS.items():
-            patch.setattr(evaluation, name, value)
-        evaluation.main(["--root", str(source), "--controls"])
-    return source, json.loads((source / "results.json").read_text()), said.getvalue()
+        patch.setattr(evaluation, "FULL", SMALL)
+        evaluation.main(["--root", str(root), "--controls"])
+    return root, json.loads((root / "results.json").read_text()), said.getvalue()
 
 
 @torch.no_grad()
@@ -674,15 +877,15 @@ def test_bits_per_character_are_those_of_the_texts(evaluated, tokenizer):
     root, results, _ = evaluated
     texts = [json.loads(line)["text"] for line in (root / "corpus.jsonl").read_text().splitlines()]
     rows, _ = load_split(root, "val")
-    held_out = [tokenizer.decode(document[1:]) for document in evaluation.documents(rows)]
+    held_out = [tokenizer.decode(document[1:]) for document in stages.documents(rows)]
     assert len(held_out) == 2 and set(held_out) < set(texts)
     detail = results["detail"]
     assert detail["data"]["val_documents"] == 2 and detail["data"]["val_characters"] == sum(map(len, held_out))
     for arm in ARMS:
         per_seed = []
         for seed in (0, 1):
-            model, bits = models.load_model(models.arm_folder(root, seed, arm)), 0.0
-            assert model.config.ltm_enabled == (arm == "with_ltm")
+            model, bits = stages.load_model(stages.arm_folder(root, seed, arm)), 0.0
+            assert model.config.memory_enabled == (arm == "with_ltm")
             for text in held_out:
                 ids = torch.tensor([[EOT, *tokenizer.encode(text)]])
                 bits -= model(ids).logits[:, :-1].gather(2, ids[:, 1:, None]).double().sum().item() / math.log(2)
@@ -699,46 +902,83 @@ def test_results_hold_what_they_promise(evaluated):
     assert results["baseline"]["memory_hit_rate"] == 0 < results["with_ltm"]["memory_hit_rate"] < 1
     detail = results["detail"]
     assert detail["run"]["seeds"] == [0, 1] and detail["run"]["steps"] == 8
+    assert detail["run"]["settings"] == {**SETTINGS, "data": detail["run"]["settings"]["data"]}
     for arm in ARMS:
-        for seed, entry in enumerate(detail["run"]["checkpoints"][arm]):
-            assert entry["seed"] == seed and entry["step"] == 8
+        about = detail["arms"][arm]
+        model = stages.load_model(root / "trained" / arm)
+        assert about["label"] == stages.ARMS[arm].label
+        assert about["parameters"] - about["memory_parameters"] == sum(p.numel() for p in model.backbone.parameters())
+        for seed, entry in enumerate(about["checkpoints"]):
+            assert entry["seed"] == seed and entry["step"] == 8 and entry["measured_on"] == "cpu"
             assert entry["sha256"] == sha256(root / entry["folder"] / "model.safetensors")
-    recall = detail["recall"]
+            assert entry["config_sha256"] == sha256(root / entry["folder"] / "config.json")
+        assert f"{results[arm]['bpc']:.4f}" in said and arm in said
+    ltm = model.memory
+    assert about["memory_parameters"] == sum(p.numel() for p in ltm.parameters())
+    assert about["state_bytes"] == sum(x.nbytes for x in ltm.empty(1, "cpu").values())
+    assert about["hit_means"] == ltm.hit_means and about["settings"]["ltm_slots"] == 24
+    assert detail["arms"]["baseline"].items() >= {"memory_parameters": 0, "state_bytes": 0, "hit_means": ""}.items()
+    assert "python plot_eval.py" in said and "2 documents" in said
+
+
+def test_recall_in_the_results(evaluated):
+    _, results, _ = evaluated
+    recall = results["detail"]["recall"]
     assert recall["chance"] == 0.125 and recall["window"] == WIDTH and recall["distances"] == [20, 40]
-    assert recall["trials_per_distance"] == 2 and len(recall["mcnemar_p"]) == 2
+    assert recall["trials_per_distance"] == 2 and len(recall["arms"]["with_ltm"]["mcnemar_p"]) == 2
     for arm in ARMS:
-        part, far = recall[arm], recall["long_range"][arm]
+        part, far = recall["arms"][arm], recall["long_range"]["arms"][arm]
         for name in ("forced_choice", "top1", "stored", "retrieved"):
             assert [low <= share <= high for share, (low, high) in zip(part[name], part[f"{name}_ci95"])] == [True] * 2
         for name, whole in (("by_format", "forced_choice"), ("top1_by_format", "top1")):
-            assert np.mean([part[name][form] for form in CONSTANTS["FORMATS"]], 0) == pytest.approx(part[whole])
+            assert np.mean([part[name][form] for form in SMALL.forms], 0) == pytest.approx(part[whole])
         # the one distance beyond the window is the second of the curve
         assert results[arm]["long_range_recall"] == far["mean"] == part["forced_choice"][1]
         assert far["ci95"] == part["forced_choice_ci95"][1] and far["top1"] == part["top1"][1]
+        assert far["value_nats"] == part["value_nats"][1] > 0
         assert len(far["per_seed"]) == 2 and np.mean(far["per_seed"]) == pytest.approx(far["mean"])
-    assert recall["long_range"]["mcnemar_p"] == recall["mcnemar_p"][1]
+    far = recall["long_range"]["arms"]["with_ltm"]
+    assert far["mcnemar_p"] == far["p_holm"] == recall["arms"]["with_ltm"]["mcnemar_p"][1]
+    low, high = far["difference"]["ci95"]
+    assert low <= far["difference"]["mean"] <= high and far["verdict"] in VERDICTS
     assert [row["facts"] for row in recall["distractors"]] == [0, 9]
     for row in recall["distractors"]:
         assert row["distance"] == ({"pair": 40, "sentence": 56} if row["facts"] == 0 else {"pair": 51, "sentence": 119})
         for arm in ARMS:
-            low, high = row[arm]["ci95"]
-            assert low <= row[arm]["forced_choice"] <= high
-            assert {"top1", "stored", "retrieved", "retrieved_of_answered"} < row[arm].keys()
-    for part in (recall["long_range"], detail["tokens_per_sec"]):
-        assert part["verdict"] in ("helps", "hurts", "inconclusive")
-    low, high = recall["long_range"]["difference"]["ci95"]
-    assert low <= recall["long_range"]["difference"]["mean"] <= high
+            low, high = row["arms"][arm]["ci95"]
+            assert low <= row["arms"][arm]["forced_choice"] <= high
+            assert {"top1", "stored", "retrieved", "retrieved_of_answered"} < row["arms"][arm].keys()
+
+
+VERDICTS = ("helps", "hurts", "inconclusive")
+
+
+def test_the_rest_of_the_results(evaluated):
+    _, results, _ = evaluated
+    detail = results["detail"]
     assert detail["memory"]["window"] == WIDTH and len(detail["memory"]["tokens"]) == 50
-    targets = detail["targets_bits_per_token"]
+    targets = detail["targets"]
     assert sum(part["share_of_tokens"] for part in targets.values()) == pytest.approx(1)
-    assert sum(part["share_of_gain"] for part in targets.values()) == pytest.approx(1)
+    assert sum(part["share_of_gain"]["with_ltm"] for part in targets.values()) == pytest.approx(1)
     for arm in ARMS:
-        total = sum(part["share_of_tokens"] * part[arm] for part in targets.values()) * detail["data"]["val_tokens"]
+        total = sum(part["share_of_tokens"] * part["arms"][arm] for part in targets.values())
+        total *= detail["data"]["val_tokens"]
         assert total == pytest.approx(results[arm]["bpc"] * detail["data"]["val_characters"])
-        assert len(detail["position"][arm]) == len(detail["position"]["edges"]) - 1
+        assert len(detail["position"]["arms"][arm]) == len(detail["position"]["edges"]) - 1
         assert len(detail["tokens_per_sec"][arm]["runs"]) == 2 and results[arm]["tokens_per_sec"] > 0
-        assert f"{results[arm]['bpc']:.4f}" in said
-    assert "python plot_eval.py" in said and "2 documents" in said
+        assert detail["turns"][arm]["trials"] == 4
+        assert {"forced_choice", "value_nats"} < detail["turns"][arm]["ephemeral"].keys()
+        assert detail["training"][arm] == {"tokens_per_sec": None, "loss": None}      # no history.jsonl was written
+    speed = detail["tokens_per_sec"]["with_ltm"]
+    assert len(speed["off_runs"]) == 2 and speed["verdict"] in VERDICTS
+    assert detail["tokens_per_sec"]["baseline"].keys() == {"median", "runs"}
+
+
+def test_what_a_training_said(tmp_path):
+    lines = [{"loss": 5.0, "tok/sec": 10.0}, {"loss": 4.0, "tok/sec": None}, {"loss": 3.0, "tok/sec": 30.0}]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "history.jsonl").write_text(text + '{"loss": NaN, "tok/sec": 9}\n{"loss": 2')
+    assert evaluation.summarise_training(tmp_path) == {"tokens_per_sec": 20.0, "loss": 3.0}
 
 
 def test_rows_of_controls(evaluated):
@@ -747,9 +987,11 @@ def test_rows_of_controls(evaluated):
     assert all(list(row)[:3] == ["group", "name", "bpc_ratio"] and 0 <= row["recall"] <= 1 for row in rows)
     by_name = {row["name"]: row for row in rows}
     ratio = np.divide(*(detail["bpc"][arm]["per_seed"][0] for arm in ("with_ltm", "baseline")))
+    groups = dict.fromkeys(row["group"] for row in rows)
+    assert [row["group"] for row in rows] == sorted((row["group"] for row in rows), key=list(groups).index)
     trained = by_name["as trained"]
     assert trained["bpc_ratio"] == pytest.approx(ratio, abs=1e-6)
-    assert trained["hit_rate"] == pytest.approx(detail["memory_hit_rate"]["per_seed"][0])
+    assert trained["hit_rate"] == pytest.approx(detail["memory_hit_rate"]["with_ltm"]["per_seed"][0])
     assert trained["trials"] == 2 and trained["recall"] in (0, 0.5, 1)
     for name in ("0.8 (as trained)", "15.6 (as trained)", "24 (as trained)"):
         assert {**by_name[name], "group": "reads", "name": "as trained"} == trained
@@ -815,7 +1057,7 @@ def damage(path, how="flip"):
 
 
 def load(root, arm="with_ltm"):
-    return evaluation.load_arm(root, 0, arm, "cpu", False)
+    return evaluation.load_arm(0, arm, evaluation.Place(root, False, "cpu"))
 
 
 @pytest.mark.parametrize("how", ["cut", "flip", "gone"])
@@ -826,12 +1068,11 @@ def test_damaged_weights_give_way_to_the_newest_whole_checkpoint(one_seed, capsy
     weights = folder / "model.safetensors"
     weights.unlink() if how == "gone" else damage(weights, how)
     for step in (8, 4):
-        model, entry, settings = load(root)
+        model, found = load(root)
         checkpoint = folder / "checkpoints" / f"step-{step:06d}"
-        assert entry == {"seed": 0, "folder": str(checkpoint.relative_to(root)), "step": step,
-                         "sha256": sha256(checkpoint / "model.safetensors"),
-                         "config_sha256": sha256(folder / "config.json")}
-        assert (model.memory.from_state.bias == step * MARK).all() and settings["steps"] == 8
+        assert (found.source, found.step, found.weights, found.config) == (
+            checkpoint, step, sha256(checkpoint / "model.safetensors"), sha256(folder / "config.json"))
+        assert (model.memory.from_state.bias == step * MARK).all() and found.settings["steps"] == 8
         said = capsys.readouterr().out
         assert str(weights) in said and str(checkpoint) in said and ("at step 4 of 8" in said) == (step == 4)
         damage(checkpoint / "model.safetensors")
@@ -843,7 +1084,7 @@ def test_checkpoints_are_tried_newest_first_beyond_a_million_steps(one_seed):
     folder = one_seed / "trained" / "with_ltm"
     (folder / "checkpoints" / "step-000004").rename(folder / "checkpoints" / "step-1000004")
     damage(folder / "model.safetensors")
-    assert load(one_seed)[1]["step"] == 1_000_004
+    assert load(one_seed)[1].step == 1_000_004
 
 
 @pytest.mark.parametrize("manifest", ["", "{", "[1]", "{}", '{"weights": 3, "settings": {}}', '{"weights": {}}'])
@@ -852,7 +1093,7 @@ def test_a_damaged_manifest_is_one_line(one_seed, evaluate, manifest):
     assert refused(evaluate(one_seed), "baseline/manifest.json is damaged", "python train.py --baseline")
 
 
-@pytest.mark.parametrize("change", [dict(ltm_cosine=0.7), dict(ltm_enabled=False), dict(note="harmless"), None])
+@pytest.mark.parametrize("change", [dict(ltm_cosine=0.7), dict(memory_enabled=False), dict(note="harmless"), None])
 def test_a_config_that_was_changed_is_refused(one_seed, evaluate, change):
     """Settings of the memory belong to what was trained as the weights do."""
     path = one_seed / "trained" / "with_ltm" / "config.json"
@@ -870,15 +1111,17 @@ def test_the_config_is_known_as_it_was_at_the_start(one_seed):
 
 
 @pytest.mark.parametrize("settings, says", [
-    (dict(batch=4), ("with_ltm was trained differently", "./run_all.sh --fresh")),
-    (dict(init="another"), ("with_ltm was trained differently", "./run_all.sh --fresh")),
+    (dict(batch=4), ("with_ltm was trained differently", "(batch)", "./run_all.sh --fresh --root")),
+    (dict(chained=1.0), ("with_ltm was trained differently", "(chained)", "train.py --with-ltm --steps 8 --root",
+                         "--fresh")),
+    (dict(init="another"), ("with_ltm was trained differently", "(initial weights)", "./run_all.sh", "--fresh")),
     (dict(data="another"), ("with_ltm was trained on other data", "--with-ltm", "--fresh"))])
 def test_arms_that_differ_in_more_than_the_memory_are_refused(one_seed, evaluate, settings, says):
     path = one_seed / "trained" / "with_ltm" / "manifest.json"
     manifest = json.loads(path.read_text())
     manifest["settings"] |= settings
     path.write_text(json.dumps(manifest))
-    assert refused(evaluate(one_seed), *says)
+    assert refused(evaluate(one_seed), *[word for word in says if word])
 
 
 def test_seeds_trained_differently_are_refused(root, evaluate):
@@ -897,13 +1140,13 @@ def test_arms_that_are_not_equally_far_are_refused(one_seed, evaluate):
     assert "model.safetensors is damaged" in out
 
 
-def test_a_seed_with_one_arm_is_left_out(root):
-    assert evaluation.seeds_of(root) == [0, 1]
+def test_a_seed_without_a_pair_is_left_out(root):
+    assert evaluation.trained_arms(root) == dict.fromkeys(ARMS, (0, 1))
     shutil.rmtree(root / "trained" / "seed1" / "baseline")
     (root / "trained" / "seeds").mkdir()
-    assert evaluation.seeds_of(root) == [0]
+    assert evaluation.trained_arms(root) == dict.fromkeys(ARMS, (0,))
     shutil.rmtree(root / "trained")
-    assert evaluation.seeds_of(root) == [0]
+    assert evaluation.trained_arms(root) == dict.fromkeys(ARMS, (0,))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -919,11 +1162,12 @@ def test_a_metric_that_is_not_a_number_is_never_written(one_seed, evaluate, monk
 
     def spoilt(*arguments):
         tally = score(*arguments)
-        tally.bits[0][0] = float("nan")
+        tally.log_p[0][0] = float("nan")
         return tally
+
     monkeypatch.setattr(evaluation, "score_text", spoilt)
-    monkeypatch.setattr(evaluation, "DISTANCES", (40,))
-    assert refused(evaluate(one_seed), "a metric is NaN", "./run_all.sh --fresh")
+    assert refused(evaluate(one_seed), "a metric", "NaN", "train.py --baseline", "--fresh")
+    assert not list(one_seed.glob("trained/**/evaluation.safetensors"))
 
 
 def test_out_of_memory_is_one_line(one_seed, evaluate, monkeypatch):
@@ -939,9 +1183,9 @@ def test_an_evaluation_beside_a_training_sees_whole_models(one_seed, capsys, mon
     run, seen = run_of(one_seed, "with_ltm"), []
 
     def look():
-        model, entry, _ = load(one_seed)
-        assert entry["folder"] == "trained/with_ltm" and (model.memory.from_state.bias == entry["step"] * MARK).all()
-        seen.append(entry["step"])
+        model, found = load(one_seed)
+        assert found.source == found.folder and (model.memory.from_state.bias == found.step * MARK).all()
+        seen.append(found.step)
 
     def watched(function):
         def call(*arguments, **named):
@@ -950,7 +1194,7 @@ def test_an_evaluation_beside_a_training_sees_whole_models(one_seed, capsys, mon
             look()
             return result
         return call
-    for owner, name in ((train.os, "replace"), (train.os, "link"), (train, "save_file"), (train.shutil, "rmtree"),
+    for owner, name in ((train.os, "replace"), (train.os, "link"), (train, "save_tensors"), (train.shutil, "rmtree"),
                         (train, "write_json")):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, watched(getattr(owner, name)))
@@ -971,7 +1215,164 @@ def test_a_checkpoint_saved_while_it_loads(one_seed, capsys, monkeypatch, after)
             save(run, tiny(), 12)
         return result
     monkeypatch.setattr(evaluation, after, call)
-    model, entry, _ = load(one_seed)
-    assert (model.memory.from_state.bias == entry["step"] * MARK).all() and entry["folder"] == "trained/with_ltm"
-    assert entry["sha256"] in json.loads((run.folder / "manifest.json").read_text())["weights"]
+    model, found = load(one_seed)
+    assert (model.memory.from_state.bias == found.step * MARK).all() and found.source == found.folder
+    assert found.weights in json.loads((run.folder / "manifest.json").read_text())["weights"]
     assert "damaged" not in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------ an arm at a time
+
+
+@pytest.fixture
+def measured(evaluated, tmp_path):
+    """A root whose arms of one seed are measured."""
+    root, _, _ = evaluated
+    return shutil.copytree(root, tmp_path / "root", ignore=shutil.ignore_patterns("tokenizer*.json", "seed1"))
+
+
+@pytest.fixture
+def again(small, capsys):
+    """again(root): evaluate once more; (results, what was measured and why)."""
+    def run(root, *flags):
+        capsys.readouterr()
+        evaluation.main(["--root", str(root), *flags])
+        lines = capsys.readouterr().out.splitlines()
+        results = json.loads((root / "results.json").read_text())
+        return results, [line.removeprefix("measuring ") for line in lines if line.startswith("measuring ")]
+    return run
+
+
+def without_commit(results):
+    results["detail"]["run"].pop("commit")
+    return results
+
+
+def test_nothing_is_measured_twice(measured, again):
+    """And the numbers are those of the files: nobody loads a model."""
+    for path in measured.glob("trained/*/model.safetensors"):
+        damage(path)
+    first, reasons = again(measured, "--controls")
+    assert reasons == [] and without_commit(first) == without_commit(again(measured, "--controls")[0])
+
+
+def test_weights_may_be_elsewhere(measured, again):
+    """The two files that are to be brought along are enough, and give the same results."""
+    before, _ = again(measured)
+    for arm in ARMS:
+        folder = measured / "trained" / arm
+        for path in list(folder.iterdir()):
+            if path.name not in ("manifest.json", "evaluation.safetensors"):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    after, reasons = again(measured)
+    assert reasons == [] and without_commit(after) == without_commit(before)
+
+
+def test_what_can_not_be_measured_again_is_refused(measured, evaluate, monkeypatch):
+    shutil.rmtree(measured / "trained" / "with_ltm" / "checkpoints")
+    (measured / "trained" / "with_ltm" / "model.safetensors").unlink()
+    monkeypatch.setattr(evaluation, "FULL", dataclasses.replace(SMALL, lead=9))
+    path = measured / "trained" / "baseline" / "evaluation.safetensors"
+    shutil.rmtree(measured / "trained" / "baseline" / "checkpoints")
+    (measured / "trained" / "baseline" / "model.safetensors").unlink()
+    assert refused(evaluate(measured), str(path), "settings at the top of eval.py have changed", "no weights here",
+                   "python eval.py --root")
+
+
+def test_controls_need_the_weights(measured, evaluate):
+    (measured / "trained" / "with_ltm" / "controls.json").unlink()
+    shutil.rmtree(measured / "trained" / "with_ltm" / "checkpoints")
+    (measured / "trained" / "with_ltm" / "model.safetensors").unlink()
+    assert refused(evaluate(measured, "--controls"), "--controls needs them")
+
+
+def retrain(root):
+    save(run_of(root, "with_ltm"), tiny(5), 8)
+
+
+def edit(change):
+    """A change of with_ltm's evaluation.safetensors: of what it says of itself, sealed anew."""
+    def make(root):
+        path = root / "trained" / "with_ltm" / "evaluation.safetensors"
+        known = evaluation.read_measured(path)
+        facts = {name: value for name, value in known.facts.items() if name not in ("sha256", "tensors")}
+        evaluation.write_measured(path, known._replace(facts=change(facts)))
+    return make
+
+
+def flip(root):
+    damage(root / "trained" / "with_ltm" / "evaluation.safetensors")
+
+
+def remove(root):
+    (root / "trained" / "with_ltm" / "evaluation.safetensors").unlink()
+
+
+@pytest.mark.parametrize("change, reason", [
+    (remove, "not measured yet"), (flip, "the file is damaged"), (retrain, "the weights have changed"),
+    (edit(lambda facts: facts | {"config": "another"}), "config.json has changed"),
+    (edit(lambda facts: facts | {"training": {}}), "training with other settings"),
+    (edit(lambda facts: facts | {"code": facts["code"] | {"models.py": "another"}}), "models.py changed since"),
+    (edit(lambda facts: facts | {"data": facts["data"] | {"val": "another"}}), "validation data have changed"),
+    (edit(lambda facts: facts | {"evaluation": facts["evaluation"] | {"lead": 9}}), "settings at the top of eval.py"),
+    (edit(lambda facts: facts | {"arm": "baseline"}), "of another arm")])
+def test_what_is_stale_is_measured_again(measured, again, change, reason):
+    """That arm only, and it is said why."""
+    before = json.loads((measured / "results.json").read_text())["detail"]
+    change(measured)
+    after, reasons = again(measured)
+    assert len(reasons) == 1 and reasons[0].startswith("trained/with_ltm: ") and reason in reasons[0]
+    of_first_seed = {arm: part["per_seed"][0] for arm, part in before["bpc"].items()}
+    assert after["baseline"]["bpc"] == of_first_seed["baseline"]
+    assert (after["with_ltm"]["bpc"] == of_first_seed["with_ltm"]) == (change is not retrain)
+
+
+def test_other_settings_measure_all_again_but_for_those_of_the_tables(measured, again, monkeypatch):
+    monkeypatch.setattr(evaluation, "FULL", dataclasses.replace(SMALL, bootstrap=100))
+    assert again(measured)[1] == []
+    monkeypatch.setattr(evaluation, "FULL", dataclasses.replace(SMALL, trials=2))
+    assert [reason.partition(":")[0] for reason in again(measured)[1]] == ["trained/baseline", "trained/with_ltm"]
+
+
+def test_a_further_memory_is_an_arm_like_any_other(measured, again, toy):
+    """One more sibling in the results; the others are what they were but for Holm."""
+    before, _ = again(measured)
+    train_arm(measured, TOY)
+    after, reasons = again(measured)
+    assert reasons == [f"trained/{TOY}: not measured yet, or the file is damaged"]
+    assert list(after) == [*ARMS, TOY, "detail"] and after[TOY].keys() == after["baseline"].keys()
+    assert after["with_ltm"] == before["with_ltm"]
+    detail = after["detail"]
+    for part in (detail["arms"], detail["bpc"], detail["recall"]["arms"], detail["recall"]["long_range"]["arms"],
+                 detail["turns"], detail["tokens_per_sec"], detail["memory_hit_rate"], detail["position"]["arms"]):
+        assert list(part) == [*ARMS, TOY]
+    for arm in (*ARMS[1:], TOY):
+        assert detail["bpc"][arm]["p_holm"] >= detail["bpc"][arm]["p"]
+        assert detail["bpc"][arm]["verdict"] in VERDICTS
+    about, memory = detail["arms"][TOY], tiny(memory="toy").memory
+    assert about["label"] == "a toy" and about["hit_means"] == Toy.hit_means and about["settings"] == {}
+    assert about["memory_parameters"] == 256 and about["state_bytes"] == 17 * 4
+    assert sum(p.numel() for p in memory.parameters()) == 256
+    assert "memories.py" in evaluation.read_measured(measured / "trained" / TOY / "evaluation.safetensors").facts["code"]
+    assert 0 <= after[TOY]["memory_hit_rate"] <= 1 and set(detail["recall"]["arms"][TOY]["stored"]) == {0.0}
+
+
+def test_a_further_arm_of_another_regime_is_refused(measured, evaluate, toy):
+    train_arm(measured, TOY, chained=0.2)
+    assert refused(evaluate(measured), f"trained/{TOY} was trained differently", "(chained)",
+                   "train.py --with-toy --steps 8 --root")
+
+
+def test_without_the_ltm_there_are_no_controls_and_no_picture_of_it(measured, again, evaluate, toy):
+    train_arm(measured, TOY)
+    shutil.rmtree(measured / "trained" / "with_ltm")
+    results, _ = again(measured)
+    assert list(results) == ["baseline", TOY, "detail"] and "memory" not in results["detail"]
+    assert refused(evaluate(measured, "--controls"), "with_ltm, which is not here", "train.py --with-ltm")
+
+
+def test_documents_too_short_for_long_range_recall_are_refused(one_seed, evaluate, monkeypatch):
+    monkeypatch.setattr(evaluation, "FULL", dataclasses.replace(SMALL, distances=(20, 5_000), long_range=(5_000,)))
+    code, out, err = evaluate(one_seed)
+    assert refused((code, out, err), "prepare more text", "python prepare_data.py --root")
+    assert "5,000 tokens is left out" in out
