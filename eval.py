@@ -1,4 +1,5 @@
-"""Answer the question: bits per character and long-range recall of every arm, on the same text and questions.
+"""Answer the question: bits per character and long-range recall of every arm, on the same text and
+questions.
 
 reads   data/val.bin, data/meta.json
         trained/baseline/, trained/with_ltm/, .. (and trained/seedN/ where there are more)
@@ -9,9 +10,9 @@ writes  trained/<arm>/evaluation.safetensors   what was measured of an arm, and 
     python eval.py --controls       the same, and what the gain depends on (first seed)
     python eval.py --quick          the small models under quick/
 
-An arm is measured once: again only where its weights, the code, the data or the settings below have
-changed since. So arms may be trained and measured on different days and machines: bring an arm's
-manifest.json and evaluation.safetensors here, and its weights may stay where they are.
+An arm is measured once: again only where its weights, the code, the data or the settings below
+have changed since. So arms may be trained and measured on different days and machines: bring an
+arm's manifest.json and evaluation.safetensors here, and its weights may stay where they are.
 
 bpc                 bits of all validation tokens / their characters; whole documents, memory empty
                     at each start
@@ -312,6 +313,8 @@ def single_words(tokenizer):
 
 
 class Question(NamedTuple):
+    """A text with facts planted in it that ends with the question for one of them."""
+
     tokens: np.ndarray          # the whole sequence; its last token is the last of the question
     choices: np.ndarray         # (facts,) values planted in it, the right one first
     place: int                  # where the right value stands
@@ -427,7 +430,9 @@ def questions(texts, tokenizer, name, distance, count, settings, extra=0):
 
 
 class Dialogues(NamedTuple):
-    turns: np.ndarray  # (count, 3, tokens of a turn): facts, other text, a question at the end
+    """Texts of three turns: facts, other text, a question at the end."""
+
+    turns: np.ndarray           # (count, 3, tokens of a turn)
     choices: np.ndarray         # (count, facts) values planted, the right one first
 
 
@@ -557,6 +562,8 @@ OUTCOMES = ("forced_choice", "top1", "stored", "retrieved")
 
 
 class Answers(NamedTuple):
+    """What a model says to some questions."""
+
     outcomes: np.ndarray        # (4, questions) bool, rows as OUTCOMES
     value_nats: np.ndarray      # (questions,) float32, -log p of the right value
 
@@ -737,7 +744,9 @@ def read_measured(path):
 
 @functools.cache
 def code_hash(name):
-    """SHA-256 of a file of this project, as it was when it was first asked for: about what is running."""
+    """SHA-256 of a file of this project, as it was when it was first asked for: about what is
+    running.
+    """
     return sha256(PROJECT / name)
 
 

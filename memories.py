@@ -1,18 +1,20 @@
-"""Four further memories for the same backbone, and the model that knows them: store, bank, MAG, GRU.
+"""Four further memories for the same backbone, and the model that knows them: store, bank, MAG,
+GRU.
 
 Store   keys and values of hidden states in two layers, up to 10,000 slots each, beside a short-term state that fades
 Bank    1,024 learned vectors, read by cross-attention in every layer; nothing of the text: a control
 Mag     the weights of a small network in two layers, rewritten by the gradient of its own surprise
 Gru     a vector that fades, at the embedding, in the middle and at the final state
 
-Each computes one function in two forms, as models.py has it: `rows` whole sequences at once, in closed form where the
-equations allow it, `mix` a few tokens at a time with constant memory. What happens at the end of a row (128 tokens)
-is kept apart from what happens at a token: see RowMemory. The output matrices start at zero, so that each arm starts
-as the baseline.
+Each computes one function in two forms, as models.py has it: `rows` whole sequences at once, in
+closed form where the equations allow it, `mix` a few tokens at a time with constant memory. What
+happens at the end of a row (128 tokens) is kept apart from what happens at a token: see
+RowMemory. The output matrices start at zero, so that each arm starts as the baseline.
 
-Axes: as in models.py; beside these S sequences (N rows alone, or L lanes), T tokens of one, H heads, d dimensions of a
-head, U units of a state that fades, I items of a store, c tokens of a chunk, n chunks of a row. `place` is where in
-the backbone a memory acts, `i` its number among the memory's places.
+Axes: as in models.py; beside these S sequences (N rows alone, or L lanes), T tokens of one, H
+heads, d dimensions of a head, U units of a state that fades, I items of a store, c tokens of a
+chunk, n chunks of a row. `place` is where in the backbone a memory acts, `i` its number among the
+memory's places.
 """
 
 import copy
@@ -31,17 +33,18 @@ except ImportError:
     from models import Affine, Memory, RevenaHybridTiny, compile_once, into_slots, lagged, norm, text_of, where
 
 
-# ------------------------------------------------------------------------------------ what decays, without a loop
+# ------------------------------------------------------------ what decays, without a loop
 
-SPAN = 2048                     # tokens of a sequence whose recurrence is computed at once; beyond, one span after another
+SPAN = 2048                     # tokens of a sequence whose recurrence is computed at once; more: one after another
 CHUNK = 16                      # tokens of a chunk of it
 
 
 def decay(log_a, begins=None):
-    """Products of factors a: log_a (.., n) -> (.., n, n), at (i, j) that of all a_t with j < t <= i; 0 for j > i.
+    """Products of factors a: log_a (.., n) -> (.., n, n), at (i, j) that of all a_t with j < t <=
+    i; 0 for j > i.
 
-    `begins` (.., n) bool: what lies before such a place does not reach it. Masked before the exponential: after it,
-    infinity times zero would make the gradient NaN.
+    `begins` (.., n) bool: what lies before such a place does not reach it. Masked before the
+    exponential: after it, infinity times zero would make the gradient NaN.
     """
     n = log_a.size(-1)
     total = log_a.cumsum(-1)
@@ -99,20 +102,24 @@ def scan(log_a, b, first=None, opens=None):
 
 
 def sequences(x, opens):
-    """x (N, C, ..) of rows as sequences (S, T, ..): each row alone, or (L, R C, ..) where `opens` (L, R) chains them."""
+    """x (N, C, ..) of rows as sequences (S, T, ..): each row alone, or (L, R C, ..) where `opens`
+    (L, R) chains them.
+    """
     return x if opens is None else x.unflatten(0, opens.shape).flatten(1, 2)
 
 
 class Fading(nn.Module):
-    """A vector of which every unit fades at its own pace: the gated recurrence of Gru and of Store's short-term part.
+    """A vector of which every unit fades at its own pace: the gated recurrence of Gru and of
+    Store's short-term part.
 
         z_t = sigmoid(W_z x_t + b_z)        candidate_t = tanh(W_h x_t + b_h)
         h_t = sigmoid(fade) (1 - z_t) h_{t-1} + z_t candidate_t
 
-    minGRU (Feng et al. 2024, section 3.1: gates of the input alone, so that no loop is needed) with a decay that is
-    learned, as RG-LRU's (De et al. 2024, section 2.4). Start: 1 / z spread from 4 to 1,024 tokens over the units, and
-    sigmoid(fade) = 0.9997 a token: what starts at 0.97 a token is a 4e-4 after 256 and learns nothing from there.
-    Read: units of like pace are normalised together, or the fast ones, which move most, would drown the slow.
+    minGRU (Feng et al. 2024, section 3.1: gates of the input alone, so that no loop is needed)
+    with a decay that is learned, as RG-LRU's (De et al. 2024, section 2.4). Start: 1 / z spread
+    from 4 to 1,024 tokens over the units, and sigmoid(fade) = 0.9997 a token: what starts at 0.97
+    a token is a 4e-4 after 256 and learns nothing from there. Read: units of like pace are
+    normalised together, or the fast ones, which move most, would drown the slow.
     """
 
     FASTEST, SLOWEST = 4, 1024          # tokens
@@ -129,7 +136,9 @@ class Fading(nn.Module):
             bias.copy_(torch.cat((-(tokens - 1).log(), torch.zeros_like(tokens))))
 
     def forward(self, gates, first=None, opens=None, real=None):
-        """gates (S, T, 2 U) float32 -> (h (S, T, U), the last h, mean of z, mean of log a); see `scan`."""
+        """gates (S, T, 2 U) float32 -> (h (S, T, U), the last h, mean of z, mean of log a); see
+        `scan`.
+        """
         gate, candidate = gates.chunk(2, -1)
         log_a = F.logsigmoid(-gate) + F.logsigmoid(self.fade)
         z = gate.sigmoid()
@@ -141,7 +150,9 @@ class Fading(nn.Module):
         return h, last, z.mean(), log_a.mean()
 
     def half_lives(self, bias):
-        """Tokens after which half is left of each unit, where the gate is what its bias (2 U,) alone makes of it."""
+        """Tokens after which half is left of each unit, where the gate is what its bias (2 U,)
+        alone makes of it.
+        """
         units = len(self.fade)
         log_a = F.logsigmoid(-bias[:units].float()) + F.logsigmoid(self.fade.float())
         return math.log(0.5) / log_a
@@ -152,7 +163,7 @@ def by_pace(h):
     return norm(h.unflatten(-1, (Fading.GROUPS, -1))).flatten(-2)
 
 
-# ------------------------------------------------------------------------------------ memories that know rows
+# ------------------------------------------------------------ memories that know rows
 
 def places_of(placement, layers):
     """Numbers of layers: "all", "first", "last", "every 3", or a list of them."""
@@ -173,14 +184,15 @@ class Arrival(NamedTuple):
 
 
 class RowMemory(Memory):
-    """A memory that knows where in a row of C tokens it is, so that something can happen at a row's end.
+    """A memory that knows where in a row of C tokens it is, so that something can happen at a row's
+    end.
 
-    A subclass gives `held`, `step` and, where whole sequences are had faster than row by row, `whole`. Sequences of a
-    batch may be at different places of their rows; a block of new tokens never goes beyond a row's end (`room`), where
-    `by_row` says that this matters.
+    A subclass gives `held`, `step` and, where whole sequences are had faster than row by row,
+    `whole`. Sequences of a batch may be at different places of their rows; a block of new tokens
+    never goes beyond a row's end (`room`), where `by_row` says that this matters.
 
-    Settings of all: carry: False forgets everything at each row's end (the control "does carrying matter?").
-    placement: where it acts, as `places_of` has it; None: the kind's own places.
+    Settings of all: carry: False forgets everything at each row's end (the control "does carrying
+    matter?"). placement: where it acts, as `places_of` has it; None: the kind's own places.
 
     The state: `filled` (B,), tokens of the current row so far, and what `held` gives.
     """
@@ -204,7 +216,9 @@ class RowMemory(Memory):
         return tuple(sorted({layers // 3, 2 * layers // 3}))
 
     def width_of(self, name, share, least):
-        """A setting that is a size; None: so much of the model's width, at least `least`, a multiple of 8."""
+        """A setting that is a size; None: so much of the model's width, at least `least`, a
+        multiple of 8.
+        """
         chosen = self.set[name]
         return max(least, int(share * self.config.n_embd) // 8 * 8) if chosen is None else chosen
 
@@ -243,7 +257,9 @@ class RowMemory(Memory):
         return y, {**state, "filled": filled % self.row_length}
 
     def step(self, place, x, y, state, came, notes):
-        """What becomes of y (B, n, D) at a place: (y, next state), of which only what changed here is new."""
+        """What becomes of y (B, n, D) at a place: (y, next state), of which only what changed here
+        is new.
+        """
         raise NotImplementedError
 
     def arrival(self, x, state, real):
@@ -259,7 +275,9 @@ class RowMemory(Memory):
     # ---- to be seen
 
     def raised(self, vectors, tokenizer, best=5):
-        """The tokens whose logits vectors (.., D) in the residual stream raise most: a list of texts, or of numbers."""
+        """The tokens whose logits vectors (.., D) in the residual stream raise most: a list of
+        texts, or of numbers.
+        """
         if self.embedding is None:
             return []
         matrix = self.embedding().weight[:self.config.vocab_size]
@@ -297,7 +315,7 @@ def aligned(size):
     return -(-size // 16) * 16
 
 
-# ------------------------------------------------------------------------------------ the store
+# ------------------------------------------------------------ the store
 
 class Items(NamedTuple):
     """Items of a store at one place."""
@@ -315,9 +333,11 @@ HALVINGS = 14                   # of that: scores are told apart by 0.0007
 
 
 def threshold(score, best, top):
-    """The least threshold, as near as halving comes, that at most `top` of the scores (.., I) reach; best (.., 1).
+    """The least threshold, as near as halving comes, that at most `top` of the scores (.., I)
+    reach; best (.., 1).
 
-    A compiler makes all of it one pass over the scores; sorting them, or torch.topk, takes more time than the rest.
+    A compiler makes all of it one pass over the scores; sorting them, or torch.topk, takes more
+    time than the rest.
     """
     low, high = best - REACH, best
     for _ in range(HALVINGS):
@@ -329,32 +349,39 @@ def threshold(score, best, top):
 
 
 class Store(RowMemory, kind="store"):
-    """Keys and values of hidden states, found again by content, beside a state that fades; in two middle layers.
+    """Keys and values of hidden states, found again by content, beside a state that fades; in two
+    middle layers.
 
-    Follows LMCODE's dual memory (short-term and long-term, consolidation, replay); of one kin with the Memorizing
-    Transformer (Wu et al. 2022, section 3), LongMem (Wang et al. 2023) and CAMELoT (He et al. 2024: items that are
-    alike are merged). At one place, x_s (D) the layer's normalised input, H heads:
+    Follows LMCODE's dual memory (short-term and long-term, consolidation, replay); of one kin
+    with the Memorizing Transformer (Wu et al. 2022, section 3), LongMem (Wang et al. 2023) and
+    CAMELoT (He et al. 2024: items that are alike are merged). At one place, x_s (D) the layer's
+    normalised input, H heads:
 
-        item s      key k_s = unit(W_k x_{s-1}), value v_s = W_v x_s (what followed), importance i_s = log sigmoid(w x_s)
+        item s      key k_s = unit(W_k x_{s-1}), value v_s = W_v x_s (what followed),
+                    importance i_s = log sigmoid(w x_s)
         score       a_ts = scale_h cos(W_q x_t, k_s) + i_s  for s <= t of the same sequence, the best `top` of them
         read        r_t = sigmoid(g x_t)_h softmax(0, a_t)(0, v): a null item of logit 0 lets a head find nothing
         output      y_t + W_o (r_t, h_t), h_t the short-term state of `Fading` with U units
 
-    Keys know no position, so what is learned within a row holds across rows. A sequence's first token follows nothing
-    and is no item. In training nothing is written into slots: while a lane has no more tokens than slots, and nothing
-    is merged, all is one masked attention over the lane.
+    Keys know no position, so what is learned within a row holds across rows. A sequence's first
+    token follows nothing and is no item. In training nothing is written into slots: while a lane
+    has no more tokens than slots, and nothing is merged, all is one masked attention over the
+    lane.
 
-    At a row's end, its items join the slots. With `merge_above` below 1, an item whose key has a greater cosine (mean
-    over heads) with an older one is merged into it: keys and values become means weighted by counts, importances add.
-    When full, the least important of the older half go first.
+    At a row's end, its items join the slots. With `merge_above` below 1, an item whose key has a
+    greater cosine (mean over heads) with an older one is merged into it: keys and values become
+    means weighted by counts, importances add. When full, the least important of the older half go
+    first.
 
-    Start: W_o = 0, scale 10, importance and gates 0.5. Settings: heads; dim: of a head (None: a fifth of the width);
-    slots; top; scale; cosine_above: nothing below is found; merge_above; units: U (None: a fifth of the width).
+    Start: W_o = 0, scale 10, importance and gates 0.5. Settings: heads; dim: of a head (None: a
+    fifth of the width); slots; top; scale; cosine_above: nothing below is found; merge_above;
+    units: U (None: a fifth of the width).
 
-    The state, at each place p: `keys.p`, `values.p`, `facts.p` (B, M, ..), oldest last to go first in order; the same of
-    the current row, `row_keys.p` .. (B, C, ..); `last.p` the last token's W_k x; `fading.p`; `merged.p` and `dropped.p`,
-    how many items were; `read.p` (B,), tokens read. Watched: `found`, the share of attention that is not the null
-    item's; `gate`; `held`, the share of slots in use; `merged`, items merged a sequence.
+    The state, at each place p: `keys.p`, `values.p`, `facts.p` (B, M, ..), oldest last to go
+    first in order; the same of the current row, `row_keys.p` .. (B, C, ..); `last.p` the last
+    token's W_k x; `fading.p`; `merged.p` and `dropped.p`, how many items were; `read.p` (B,),
+    tokens read. Watched: `found`, the share of attention that is not the null item's; `gate`;
+    `held`, the share of slots in use; `merged`, items merged a sequence.
     """
 
     own = RowMemory.own | dict(heads=2, dim=None, slots=10_000, top=32, scale=10.0, cosine_above=-1.0, merge_above=1.0,
@@ -404,8 +431,9 @@ class Store(RowMemory, kind="store"):
     # ---- what both forms share
 
     def project(self, i, x):
-        """Of x (.., D), float32: queries, keys of the next item, values (.., H d); the fading state's gates; the read
-        gates (.., H); log importance (..)."""
+        """Of x (.., D), float32: queries, keys of the next item, values (.., H d); the fading
+        state's gates; the read gates (.., H); log importance (..).
+        """
         made = self.into[i](x)[..., :sum(self.sizes)]
         three, gates, read, importance = made.split(self.sizes, -1)
         return *three.chunk(3, -1), gates, read.sigmoid(), F.logsigmoid(importance[..., 0])
@@ -415,8 +443,9 @@ class Store(RowMemory, kind="store"):
         return F.normalize(x.unflatten(-1, (self.heads, -1)), dim=-1).flatten(-2).to(self.out[0].weight.dtype)
 
     def look(self, i, query, items, seen):
-        """What queries (S, T, H d) read of Items (S, I, ..), `seen` (S or 1, T, I): (S, T, H, d), and the share of
-        attention that found something (S, H, T)."""
+        """What queries (S, T, H d) read of Items (S, I, ..), `seen` (S or 1, T, I): (S, T, H, d),
+        and the share of attention that found something (S, H, T).
+        """
         def split(x):
             return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
@@ -515,8 +544,9 @@ class Store(RowMemory, kind="store"):
     # ---- a row's end
 
     def settle(self, old, items, ended):
-        """What the M slots hold next: `old`, or where a row ended the best of `items` (B, M + C, ..); and how many
-        items were merged and dropped, (B,) each."""
+        """What the M slots hold next: `old`, or where a row ended the best of `items` (B, M + C,
+        ..); and how many items were merged and dropped, (B,) each.
+        """
         none = torch.zeros_like(old.facts[:, 0, 0])
         if not (items.facts.device.type != "cpu" or bool(ended.any())):     # there it is cheaper to ask
             return old, none, none
@@ -535,8 +565,10 @@ class Store(RowMemory, kind="store"):
         return settled, torch.where(ended, merged, none), torch.where(ended, dropped, none)
 
     def kept(self, importance, count):
-        """Places (B, count), in order, of the items that stay, given their importance (B, I), oldest first: empty slots
-        go first, then the least important of the older half, then the oldest."""
+        """Places (B, count), in order, of the items that stay, given their importance (B, I),
+        oldest first: empty slots go first, then the least important of the older half, then the
+        oldest.
+        """
         I = importance.size(1)
         order = torch.arange(I, device=importance.device)
         rank = torch.where(order < I // 2, importance, 1e4 + order)
@@ -544,8 +576,9 @@ class Store(RowMemory, kind="store"):
         return rank.topk(count).indices.sort().values
 
     def merge(self, items, first, above):
-        """Merge each of the items from number `first` on into the oldest one whose key is like its own: (Items, how
-        many were merged (B,)). What is merged leaves an empty slot."""
+        """Merge each of the items from number `first` on into the oldest one whose key is like its
+        own: (Items, how many were merged (B,)). What is merged leaves an empty slot.
+        """
         importance, count = items.facts[..., 0], items.facts[..., 1]
         B, I = importance.shape
         keys, values = items.keys.float(), items.values.float()
@@ -583,8 +616,9 @@ class Store(RowMemory, kind="store"):
     # ---- on demand
 
     def consolidate(self, state, threshold):
-        """Merge items whose keys have a cosine above `threshold`, in the slots and at every place: (next state, how many
-        were merged). Items of the current row join in at its end."""
+        """Merge items whose keys have a cosine above `threshold`, in the slots and at every place:
+        (next state, how many were merged). Items of the current row join in at its end.
+        """
         total = 0
         for p in self.places:
             items = Items(*(state[f"{name}.{p}"] for name in Items._fields))
@@ -601,7 +635,9 @@ class Store(RowMemory, kind="store"):
         return state, total
 
     def all_items(self, state, place, sequence):
-        """Items (I, ..) of one sequence that are there, oldest first, those of the current row included."""
+        """Items (I, ..) of one sequence that are there, oldest first, those of the current row
+        included.
+        """
         filled = int(state["filled"][sequence])
         old = [state[f"{name}.{place}"][sequence] for name in Items._fields]
         row = [state[f"row_{name}.{place}"][sequence, :filled] for name in Items._fields]
@@ -610,8 +646,9 @@ class Store(RowMemory, kind="store"):
         return Items(*(part[there] for part in items))
 
     def search(self, state, place, x, count, sequence=0):
-        """Numbers of the items of one sequence that best match a query x (D), their scores and cosines (mean over
-        heads), best first."""
+        """Numbers of the items of one sequence that best match a query x (D), their scores and
+        cosines (mean over heads), best first.
+        """
         i, items = self.places.index(place), self.all_items(state, place, sequence)
         query = self.unit(self.project(i, x)[0]).float().view(self.heads, -1)
         keys = items.keys.float().unflatten(-1, (self.heads, -1))
@@ -624,8 +661,10 @@ class Store(RowMemory, kind="store"):
     # ---- to be seen
 
     def contents(self, state, tokenizer=None, sequence=0):
-        """The items of one sequence, place by place, oldest first: dicts with place, token, text, position, importance
-        (0 to 1; more where items were merged), count (of items merged into it)."""
+        """The items of one sequence, place by place, oldest first: dicts with place, token, text,
+        position, importance (0 to 1; more where items were merged), count (of items merged into
+        it).
+        """
         found = []
         for p in self.places:
             for facts in self.all_items(state, p, sequence).facts.tolist():
@@ -633,8 +672,9 @@ class Store(RowMemory, kind="store"):
         return found
 
     def statistics(self, state, sequence=0):
-        """Of one sequence, place by place: dicts with place, items, slots, merged, dropped, tokens read, and tokens read
-        for each item held (what merging saves)."""
+        """Of one sequence, place by place: dicts with place, items, slots, merged, dropped, tokens
+        read, and tokens read for each item held (what merging saves).
+        """
         found = []
         for p in self.places:
             read = int(state[f"read.{p}"][sequence])
@@ -652,34 +692,38 @@ def told(facts, tokenizer):
                 importance=math.exp(importance), count=int(count))
 
 
-# ------------------------------------------------------------------------------------ the bank
+# ------------------------------------------------------------ the bank
 
 class Bank(RowMemory, kind="bank"):
-    """Learned vectors, the same for every text, read by cross-attention beside attention in every layer.
+    """Learned vectors, the same for every text, read by cross-attention beside attention in every
+    layer.
 
-    Follows the Memory-Augmented Transformer (Mixture of Chapters); of one kin with memory layers (Berges et al. 2024)
-    and persistent vectors (Sukhbaatar et al. 2019). It remembers nothing of the text: a control for "more parameters".
-    A bank B (slots x D), normal 0.02, shared by all layers, with one W_k, W_v; x_t (D) the layer's normalised input:
+    Follows the Memory-Augmented Transformer (Mixture of Chapters); of one kin with memory layers
+    (Berges et al. 2024) and persistent vectors (Sukhbaatar et al. 2019). It remembers nothing of
+    the text: a control for "more parameters". A bank B (slots x D), normal 0.02, shared by all
+    layers, with one W_k, W_v; x_t (D) the layer's normalised input:
 
         chapter     log p_t = log softmax(R x_t) over 16 chapters of 64 slots each; the best 4 of each token are read
         read        r_t = softmax(scale_h q_t k_j / sqrt(d) + log p_t(chapter of j)) v_j, q, k normalised
         output      y_t + W_o r_t
 
-    The relative routes by the mean of a sequence, which looks ahead; here each token routes for itself ("token"), by a
-    fading mean of what came before it and itself ("rolling": half of it is ROLLING tokens old or less), or by the mean
-    of both ("hybrid"). The router's log p stands in the logits, so the language model's own gradient reaches it
-    (Mixture of Chapters); beside it a loss that balances the chapters (Fedus et al. 2021, section 2.2) and one that
-    keeps the router's logits small (Zoph et al. 2022, section 3.3). Weight decay leaves the bank alone.
+    The relative routes by the mean of a sequence, which looks ahead; here each token routes for
+    itself ("token"), by a fading mean of what came before it and itself ("rolling": half of it is
+    ROLLING tokens old or less), or by the mean of both ("hybrid"). The router's log p stands in
+    the logits, so the language model's own gradient reaches it (Mixture of Chapters); beside it a
+    loss that balances the chapters (Fedus et al. 2021, section 2.2) and one that keeps the
+    router's logits small (Zoph et al. 2022, section 3.3). Weight decay leaves the bank alone.
 
-    Start: W_o = 0. Settings: slots; heads; dim: of a head (None: a tenth of the width); chapters (1: no router);
-    best; rank: of a bank that is a product of two matrices, 0: it is none; width: of its vectors, 0: the model's;
-    shared: one bank for all layers; after: the query has seen what attention found (block variant A: attention, memory,
-    feed-forward), else the layer's input (after the last feed-forward: variant B); routing; balance, z_loss: weights of
-    the two losses.
+    Start: W_o = 0. Settings: slots; heads; dim: of a head (None: a tenth of the width); chapters
+    (1: no router); best; rank: of a bank that is a product of two matrices, 0: it is none; width:
+    of its vectors, 0: the model's; shared: one bank for all layers; after: the query has seen
+    what attention found (block variant A: attention, memory, feed-forward), else the layer's
+    input (after the last feed-forward: variant B); routing; balance, z_loss: weights of the two
+    losses.
 
-    The state, at each place p: `chosen.p` (B, chapters), how often each was, and `routed.p`, the fading mean, where
-    routing is not by token. Watched: `chapters`, how many are in use (the exponential of the entropy); `sharpest`, the
-    mean weight of the slot that is read most.
+    The state, at each place p: `chosen.p` (B, chapters), how often each was, and `routed.p`, the
+    fading mean, where routing is not by token. Watched: `chapters`, how many are in use (the
+    exponential of the entropy); `sharpest`, the mean weight of the slot that is read most.
     """
 
     own = RowMemory.own | dict(slots=1024, heads=2, dim=None, chapters=16, best=4, rank=0, width=0, shared=True,
@@ -736,8 +780,9 @@ class Bank(RowMemory, kind="bank"):
         return made[b]
 
     def route(self, logits, mean, notes):
-        """log p (.., chapters) of the chapters that are read, -inf of the others, given the router's logits and their
-        fading mean; and which are read. The two losses go into notes."""
+        """log p (.., chapters) of the chapters that are read, -inf of the others, given the
+        router's logits and their fading mean; and which are read. The two losses go into notes.
+        """
         if self.set["routing"] == "rolling":
             logits = mean
         elif self.set["routing"] == "hybrid":
@@ -755,7 +800,9 @@ class Bank(RowMemory, kind="bank"):
         return log_p.masked_fill(~read, -math.inf), read
 
     def read(self, i, x, y, mean_of, notes):
-        """What becomes of y (N, T, D), which chapters were read, and what mean_of(logits) gave beside the mean."""
+        """What becomes of y (N, T, D), which chapters were read, and what mean_of(logits) gave
+        beside the mean.
+        """
         asked = norm(x.float() + y.float()).to(x.dtype) if self.set["after"] else x
         query, logits = self.ask[i](asked)[..., :sum(self.sizes)].split(self.sizes, -1)
         k, v = self.slots_of(i, notes)
@@ -777,7 +824,9 @@ class Bank(RowMemory, kind="bank"):
         return y + self.out[i](found), chosen, state
 
     def fading(self, logits, first, opens, real):
-        """The fading mean of the router's logits (S, T, chapters) up to each token, and the last one."""
+        """The fading mean of the router's logits (S, T, chapters) up to each token, and the last
+        one.
+        """
         if self.set["routing"] == "token":
             return None, None
         keep = 0.5 ** (1 / self.ROLLING)
@@ -808,8 +857,10 @@ class Bank(RowMemory, kind="bank"):
         return y, {**state, **changed}
 
     def contents(self, state, tokenizer=None, sequence=0):
-        """The slots as the last place that has them reads them: dicts with slot, chapter, chosen (share of the tokens
-        read, at that place, that chose its chapter), norm of what it adds, and the tokens that this raises."""
+        """The slots as the last place that has them reads them: dicts with slot, chapter, chosen
+        (share of the tokens read, at that place, that chose its chapter), norm of what it adds,
+        and the tokens that this raises.
+        """
         place, i = self.places[-1], len(self.places) - 1
         _, v = self.slots_of(i, {})
         added = self.out[i](v.transpose(0, 1).flatten(1)).float()       # (slots, D)
@@ -824,12 +875,14 @@ class Bank(RowMemory, kind="bank"):
                 for j in range(len(added))]
 
 
-# ------------------------------------------------------------------------------------ fast weights
+# ------------------------------------------------------------ fast weights
 
 class Course(NamedTuple):
-    """How weights and momentum go on over n chunks, as matrices: chunk i's weights are
-    by_update[i] u + by_weights[i] W + by_momentum[i] S, its momentum momentum_by_update[i] u + momentum_by_itself[i] S,
-    where W, S stand before the first, and u (n) are the chunks' updates. (S, H, n, n) or (S, H, n)."""
+    """How weights and momentum go on over n chunks, as matrices: chunk i's weights are by_update[i]
+    u + by_weights[i] W + by_momentum[i] S, its momentum momentum_by_update[i] u +
+    momentum_by_itself[i] S, where W, S stand before the first, and u (n) are the chunks' updates.
+    (S, H, n, n) or (S, H, n).
+    """
 
     by_update: torch.Tensor
     by_weights: torch.Tensor
@@ -838,7 +891,9 @@ class Course(NamedTuple):
     momentum_by_itself: torch.Tensor
 
     def forward(self):
-        """From before the first chunk to after the last: (.., 2, n + 2), for weights and momentum, by u, W and S."""
+        """From before the first chunk to after the last: (.., 2, n + 2), for weights and momentum,
+        by u, W and S.
+        """
         weights, momentum = self.by_update[..., -1, :], self.momentum_by_update[..., -1, :]
         kept, moved, goes_on = (x[..., -1:] for x in (self.by_weights, self.by_momentum, self.momentum_by_itself))
         weights = torch.cat((weights, kept, moved), -1)
@@ -847,8 +902,9 @@ class Course(NamedTuple):
 
 
 def course_of(log_eta, log_keep, begins=None):
-    """The Course of S_i = eta_i S_{i-1} + u_i, W_i = keep_i W_{i-1} + S_i; where it `begins` W is the first again, and
-    S is 0. (S, H, n) each."""
+    """The Course of S_i = eta_i S_{i-1} + u_i, W_i = keep_i W_{i-1} + S_i; where it `begins` W is
+    the first again, and S is 0. (S, H, n) each.
+    """
     momentum, keep = decay(log_eta, begins), decay(log_keep, begins)
     itself = log_eta.cumsum(-1).exp()
     if begins is not None:
@@ -862,8 +918,8 @@ def course_of(log_eta, log_keep, begins=None):
 def updates(k, v, theta, weights):
     """What each chunk of some rows adds to the momentum, and the surprise of each token.
 
-    The gradient of theta_t / 2 |W_2 silu(W_1 k_t) - v_t|^2, summed over a chunk, divided by its length, at the row's
-    weights, no longer than 1 a head.
+    The gradient of theta_t / 2 |W_2 silu(W_1 k_t) - v_t|^2, summed over a chunk, divided by its
+    length, at the row's weights, no longer than 1 a head.
 
     Args:
         k, v: (.., n, c, d). theta: (.., n, c). weights: (.., 2, d, h): W_1, and W_2 transposed.
@@ -876,14 +932,17 @@ def updates(k, v, theta, weights):
     z = keys @ one                                                      # (.., n c, h)
     gate = z.sigmoid()
     f = z * gate
-    error = f @ two.mT - wanted                                         # (.., n c, d)
+    error = f @ two.transpose(-1, -2) - wanted                                         # (.., n c, d)
     scaled = error * theta.flatten(-2)[..., None]
     dz = (scaled @ two) * (gate * (1 + z * (1 - gate)))
 
     def by_chunk(x):
         return x.unflatten(-2, (n, c))
 
-    gradient = torch.stack((k.mT @ by_chunk(dz), by_chunk(scaled).mT @ by_chunk(f)), -3)
+    # transpose, not .mT: that one is taken for an input of what is compiled once
+    of_one = k.transpose(-1, -2) @ by_chunk(dz)
+    of_two = by_chunk(scaled).transpose(-1, -2) @ by_chunk(f)
+    gradient = torch.stack((of_one, of_two), -3)
     step = gradient / -c
     length = step.flatten(-3).norm(dim=-1).clamp(min=1)
     return step / length[..., None, None, None], by_chunk(error.square().mean(-1, keepdim=True))[..., 0]
@@ -891,11 +950,14 @@ def updates(k, v, theta, weights):
 
 @compile_once
 def row_of(k, v, theta, forward, opened, first, held):
-    """One row of the loop over rows: with what it begins and with what it ends, (S, H, 2, P) each, no gradients.
+    """One row of the loop over rows: with what it begins and with what it ends, (S, H, 2, P) each,
+    no gradients.
 
     Args:
-        k, v, theta: of the row, as in `updates`. forward: (S, H, 2, n + 2), the last line of its Course, for weights and
-            for momentum, each for the n updates, the weights and the momentum. opened: (S,) bool, a sequence starts.
+        k, v, theta: of the row, as in `updates`.
+        forward: (S, H, 2, n + 2), the last line of its Course, for weights and for momentum, each
+            for the n updates, the weights and the momentum.
+        opened: (S,) bool, a sequence starts.
         first, held: (S, H, 2, P), weights and momentum that have read nothing, and those of the row before.
     """
     held = where(opened, first, held)
@@ -918,30 +980,36 @@ class Parts(NamedTuple):
 class Mag(RowMemory, kind="mag"):
     """Memory as a gate: the weights of a small network in two layers, rewritten while reading.
 
-    Follows MemoryMAG and Titans (Behrouz et al. 2024, section 3.1 and, memory as a gate, 4.2). At one place, x_t (D) the
-    layer's normalised input, H heads, M(k; W) = W_2 silu(W_1 k), d -> h -> d:
+    Follows MemoryMAG and Titans (Behrouz et al. 2024, section 3.1 and, memory as a gate, 4.2). At
+    one place, x_t (D) the layer's normalised input, H heads, M(k; W) = W_2 silu(W_1 k), d -> h ->
+    d:
 
-        q, k, v     W_q x, W_k x, W_v x, each mixed with its own of the token before by a learned share (the key begins as
-                    that of the token before: a short convolution that is not optional); q, k unit, v normalised
+        q, k, v     W_q x, W_k x, W_v x, each mixed with its own of the token before by a learned
+                    share (the key begins as that of the token before: a short convolution that is
+                    not optional); q, k unit, v normalised
         surprise    l_t = 1/2 |M(k_t) - v_t|^2
         chunk i     u_i = - mean over its c tokens of theta_t grad l_t, at most of norm 1
                     S_i = eta_i S_{i-1} + u_i,  W_i = (1 - alpha_i) W_{i-1} + S_i
-        read        r_t = norm(M(q_t; W_{i-1})) + softmax(q_t P_k) P_v: what earlier chunks wrote, and 16 persistent tokens
+        read        r_t = norm(M(q_t; W_{i-1})) + softmax(q_t P_k) P_v: what earlier chunks wrote,
+                    and 16 persistent tokens
         output      (1 - g_t) y_t + g_t W_o r_t,  g_t = sigmoid(G x_t + b), D gates
 
-    The gradients of a row are all taken at the weights with which the row began, so that both recurrences are matrices
-    over its chunks, and over all chunks of a lane. In training that weight is a constant of the gradient grad l (first
-    order, as in Nichol et al. 2018): what was written is learned through what it adds, not through where later
-    gradients are taken. So only the weights at the rows' starts need a loop, without gradients.
-    Query refinement: the earlier place's output is projected into the next one's query.
+    The gradients of a row are all taken at the weights with which the row began, so that both
+    recurrences are matrices over its chunks, and over all chunks of a lane. In training that
+    weight is a constant of the gradient grad l (first order, as in Nichol et al. 2018): what was
+    written is learned through what it adds, not through where later gradients are taken. So only
+    the weights at the rows' starts need a loop, without gradients. Query refinement: the earlier
+    place's output is projected into the next one's query.
 
-    Start: alpha = sigmoid(-6), eta = sigmoid(0), theta = 0.5 sigmoid(0), g = sigmoid(-3): near attention; W_o = 0, so that
-    an arm begins as the baseline with 0.953 of attention at its places; the refinement 0. Settings: heads; dim: d (None: a
-    tenth of the width); inner: h (None: 2 d); chunk; theta; persistent; forget, momentum, gate: the logits above.
+    Start: alpha = sigmoid(-6), eta = sigmoid(0), theta = 0.5 sigmoid(0), g = sigmoid(-3): near
+    attention; W_o = 0, so that an arm begins as the baseline with 0.953 of attention at its
+    places; the refinement 0. Settings: heads; dim: d (None: a tenth of the width); inner: h
+    (None: 2 d); chunk; theta; persistent; forget, momentum, gate: the logits above.
 
-    The state, at each place p: `weights.p`, `momentum.p` (B, H, 2, d, h) at the row's start; `row.p` (B, C, ..), the
-    current row's q, k, v and rates; `last.p` the last token's; `row_about` (B, C, 2), its tokens and gates. Watched:
-    `gate`; `surprise`, the mean square of the error; `distance` of the weights from their first, relative.
+    The state, at each place p: `weights.p`, `momentum.p` (B, H, 2, d, h) at the row's start;
+    `row.p` (B, C, ..), the current row's q, k, v and rates; `last.p` the last token's;
+    `row_about` (B, C, 2), its tokens and gates. Watched: `gate`; `surprise`, the mean square of
+    the error; `distance` of the weights from their first, relative.
     """
 
     own = RowMemory.own | dict(heads=4, dim=None, inner=None, chunk=16, theta=0.5, persistent=16, forget=-6.0,
@@ -953,7 +1021,7 @@ class Mag(RowMemory, kind="mag"):
         super().__init__(config)
         H, d = self.heads, self.dim = self.set["heads"], self.width_of("dim", 0.1, 16)
         self.inner = self.set["inner"] or 2 * d
-        D, width, count = config.n_embd, H * d, len(self.places)
+        D, width = config.n_embd, H * d
         self.chunk = math.gcd(self.set["chunk"], self.row_length)
         self.sizes = (3 * width, H, H, H)                               # q k v, theta, eta, alpha
         self.mixed = sum(self.sizes)
@@ -967,9 +1035,11 @@ class Mag(RowMemory, kind="mag"):
         spread = torch.tensor([d ** -0.5, 0.02]).view(2, 1, 1)          # of W_1 and W_2
         self.first = nn.ParameterList(nn.Parameter((torch.randn(H, 2, d, self.inner) * spread).flatten(1))
                                       for _ in self.places)
-        self.persistent = nn.ParameterList(nn.Parameter(torch.randn(2, H * self.set["persistent"] * d).view(2, -1))
-                                           for _ in self.places)
-        self.undecayed = (*(f"first.{i}" for i in range(count)), *(f"persistent.{i}" for i in range(count)))
+        tokens = self.set["persistent"]
+        self.persistent = nn.ParameterList(nn.Parameter(torch.randn(2, H * tokens * d))
+                                           for _ in (self.places if tokens else ()))
+        self.undecayed = tuple(f"{name}.{i}" for name in ("first", "persistent")
+                               for i in range(len(getattr(self, name))))
         for into, gate, out in zip(self.into, self.gate, self.out):
             nn.init.zeros_(out.weight)
             nn.init.zeros_(gate.weight)
@@ -1026,8 +1096,9 @@ class Mag(RowMemory, kind="mag"):
                      self.set["theta"] * by_chunk(theta).sigmoid(), F.logsigmoid(eta), F.logsigmoid(-alpha))
 
     def recall(self, i, q, weights):
-        """What queries (S, H, n, c, d) read of the weights (S, H, n, 2, d, h) before their chunk, and of the persistent
-        tokens: (S, n c, H d)."""
+        """What queries (S, H, n, c, d) read of the weights (S, H, n, 2, d, h) before their chunk,
+        and of the persistent tokens: (S, n c, H d).
+        """
         one, two = weights.unbind(-3)
         found = norm(F.silu(q @ one) @ two.mT)
         if self.set["persistent"]:
@@ -1046,16 +1117,20 @@ class Mag(RowMemory, kind="mag"):
     # ---- whole sequences
 
     def row_starts(self, i, parts, opens):
-        """Weights (S, H, R, 2, d, h) with which each row begins, of sequences from their start; no gradients."""
+        """Weights (S, H, R, 2, d, h) with which each row begins, of sequences from their start; no
+        gradients.
+        """
         first = self.first_weights(i).detach().expand(len(parts.q), -1, -1, -1, -1)
         rows = parts.q.size(2)
         if rows == 1:
             return first[:, :, None]
         parts = Parts(*(x.detach() for x in parts))
         forward = course_of(parts.log_eta, parts.log_keep).forward()    # of each row by itself
-        by_row = [x.movedim(2, 0).contiguous() for x in (parts.k, parts.v, parts.theta, forward)]
+        # copies: what is compiled once takes no two views of one tensor
+        by_row = [x.movedim(2, 0).clone(memory_format=torch.contiguous_format)
+                  for x in (parts.k, parts.v, parts.theta, forward)]
         empty = torch.stack((first, torch.zeros_like(first)), 2).flatten(3)
-        held, starts = empty, []
+        held, starts = empty.clone(), []
         for r in range(rows):
             start, held = row_of(*(x[r] for x in by_row), opens[:, r], empty, held)
             starts.append(start[:, :, 0].view_as(first))
@@ -1082,8 +1157,9 @@ class Mag(RowMemory, kind="mag"):
         return self.answer(i, x, y, read.reshape(N, C, -1), notes)[0]
 
     def before_chunks(self, course, u, weights, momentum, begins=None):
-        """Weights (S, H, n, 2, d, h) that each of n chunks finds, given all updates u and what stood before the first:
-        weights (.., H, 2, d, h), momentum or None: 0."""
+        """Weights (S, H, n, 2, d, h) that each of n chunks finds, given all updates u and what
+        stood before the first: weights (.., H, 2, d, h), momentum or None: 0.
+        """
         def earlier(x, fill):                                           # the line of the chunk before
             moved = F.pad(x, (0, 0) * (x.dim() - 3) + (1, 0), value=fill)[:, :, :-1]
             if begins is None:
@@ -1130,9 +1206,11 @@ class Mag(RowMemory, kind="mag"):
     # ---- to be seen
 
     def contents(self, state, tokenizer=None, sequence=0):
-        """Of one sequence, place by place: a dict with place, distance (of the weights from their first, relative) and
-        momentum (its norm), then one for each token of the current row with place, token, text, surprise (mean square of
-        the error), theta, eta, alpha (means over heads) and, at the last place, gate."""
+        """Of one sequence, place by place: a dict with place, distance (of the weights from their
+        first, relative) and momentum (its norm), then one for each token of the current row with
+        place, token, text, surprise (mean square of the error), theta, eta, alpha (means over
+        heads) and, at the last place, gate.
+        """
         filled, found = int(state["filled"][sequence]), []
         tokens, gates = state["row_about"][sequence, :filled].unbind(-1)
         for i, p in enumerate(self.places):
@@ -1152,27 +1230,31 @@ class Mag(RowMemory, kind="mag"):
         return found
 
 
-# ------------------------------------------------------------------------------------ a state that fades
+# ------------------------------------------------------------ a state that fades
 
 class Gru(RowMemory, kind="gru"):
-    """A vector that fades, at the embedding, between the fourth and the fifth of eight layers, and at the final state.
+    """A vector that fades, at the embedding, between the fourth and the fifth of eight layers, and
+    at the final state.
 
-    Follows GPT-2 with a GRU memory and decay; of one kin with minGRU (Feng et al. 2024), RG-LRU (De et al. 2024) and
-    block-recurrent transformers (Hutchins et al. 2022). At one place, x_t (D) what stands there, normalised, U units:
+    Follows GPT-2 with a GRU memory and decay; of one kin with minGRU (Feng et al. 2024), RG-LRU
+    (De et al. 2024) and block-recurrent transformers (Hutchins et al. 2022). At one place, x_t
+    (D) what stands there, normalised, U units:
 
         h_t = sigmoid(fade) (1 - z_t) h_{t-1} + z_t tanh(W_h x_t + b_h),  z_t = sigmoid(W_z x_t + b_z)      (Fading)
         y_t + W_o norm(h_t)
 
-    With `cell`, the relative's own: a true GRU cell (Cho et al. 2014) that is updated once a row by the mean of its
-    tokens' x and decays by `fade` a row; a token reads what earlier rows left:
+    With `cell`, the relative's own: a true GRU cell (Cho et al. 2014) that is updated once a row
+    by the mean of its tokens' x and decays by `fade` a row; a token reads what earlier rows left:
 
         h_r = fade GRU(mean x, h_{r-1})
 
-    Start: W_o = 0; see Fading. Settings: units: U (None: 0.4 of the width); cell; fade: of the cell.
+    Start: W_o = 0; see Fading. Settings: units: U (None: 0.4 of the width); cell; fade: of the
+    cell.
 
-    The state, at each place p: `fading.p` (B, U); with `cell`, `sum.p` (B, 3 U), of the current row's projections, too.
-    `reset` is `cache.clear()`; a turn that is given a new cache is ephemeral. Watched: `half_life`, tokens after which
-    half of a unit is left, at its mean rate; `gate`, the mean of z.
+    The state, at each place p: `fading.p` (B, U); with `cell`, `sum.p` (B, 3 U), of the current
+    row's projections, too. `reset` is `cache.clear()`; a turn that is given a new cache is
+    ephemeral. Watched: `half_life`, tokens after which half of a unit is left, at its mean rate;
+    `gate`, the mean of z.
     """
 
     own = RowMemory.own | dict(units=None, cell=False, fade=0.97)
@@ -1235,7 +1317,9 @@ class Gru(RowMemory, kind="gru"):
     # ---- the true cell
 
     def cell(self, i, gates, h):
-        """The state (B, U) after a row whose projections' mean is gates (B, 3 U), and the mean of z."""
+        """The state (B, U) after a row whose projections' mean is gates (B, 3 U), and the mean of
+        z.
+        """
         r, z, candidate = gates.chunk(3, -1)
         r_again, z_again, again = self.again[i](h.to(self.again[i].weight.dtype)).chunk(3, -1)
         z = (z + z_again).sigmoid()
@@ -1253,13 +1337,16 @@ class Gru(RowMemory, kind="gru"):
             h, gate = self.cell(i, means[:, r], h)
             opened.append(gate)
         self.noted(notes, torch.stack(opened).mean(), torch.full_like(gate, math.log(self.set["fade"]) / y.size(1)))
-        # the last row's end is read by nobody: times zero, so that what made it has a gradient, zero, and not none
+        # the last row's end is read by nobody: times zero, so that what made it has a gradient,
+        # zero, and not none
         before = torch.stack(before, 1) + 0.0 * h[:, None]
         return self.answer(i, y, before.flatten(0, 1)[:, None])
 
     def contents(self, state, tokenizer=None, sequence=0):
-        """Of one sequence, a dict for each place: place, norm of the state, the units' half-lives in tokens (fastest,
-        median, slowest), gates at rest (mean), and the tokens that W_o norm(h) raises."""
+        """Of one sequence, a dict for each place: place, norm of the state, the units' half-lives
+        in tokens (fastest, median, slowest), gates at rest (mean), and the tokens that W_o
+        norm(h) raises.
+        """
         found = []
         for i, p in enumerate(self.places):
             h = state[f"fading.{p}"][sequence]
@@ -1274,12 +1361,14 @@ class Gru(RowMemory, kind="gru"):
         return found
 
 
-# ------------------------------------------------------------------------------------ the model
+# ------------------------------------------------------------ the model
 
 class RevenaHybrid(RevenaHybridTiny):
-    """RevenaHybridTiny in the file that knows the further memories, with what a store is asked for by its user.
+    """RevenaHybridTiny in the file that knows the further memories, with what a store is asked for
+    by its user.
 
-    `cache` is a RevenaCache: model.new_cache(). Texts are strings, for which a tokenizer is needed, or token ids.
+    `cache` is a RevenaCache: model.new_cache(). Texts are strings, for which a tokenizer is
+    needed, or token ids.
     """
 
     def __init__(self, config):
@@ -1307,8 +1396,10 @@ class RevenaHybrid(RevenaHybridTiny):
 
     @torch.no_grad()
     def query_memory(self, cache, text, top_k=5, tokenizer=None, sequence=0):
-        """The items of a store that its last token would look for after a text, best first: dicts with place, token,
-        text, position, importance, count, cosine and score. The cache stays as it is."""
+        """The items of a store that its last token would look for after a text, best first: dicts
+        with place, token, text, position, importance, count, cosine and score. The cache stays as
+        it is.
+        """
         if not isinstance(self.memory, Store):
             raise ValueError(f"a {self.config.memory} holds no items to ask for; see cache.contents()")
         ids, trial = self.ids_of(text, tokenizer), copy.deepcopy(cache)
@@ -1324,7 +1415,9 @@ class RevenaHybrid(RevenaHybridTiny):
         return sorted(found, key=_score, reverse=True)[:top_k]
 
     def consolidate(self, cache, threshold):
-        """Merge a store's items whose keys have a cosine above `threshold`; returns how many were merged."""
+        """Merge a store's items whose keys have a cosine above `threshold`; returns how many were
+        merged.
+        """
         if not isinstance(self.memory, Store):
             raise ValueError(f"a {self.config.memory} holds no items to merge")
         cache.state, merged = self.memory.consolidate(cache.state, threshold)

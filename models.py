@@ -1,4 +1,5 @@
-"""The models: GPT-70M, and RevenaHybridTiny-70M, which is GPT-70M with a short-term memory and one memory more.
+"""The models: GPT-70M, and RevenaHybridTiny-70M, which is GPT-70M with a short-term memory and one
+memory more.
 
 GPT-70M   pre-norm transformer, rotary positions, tied embeddings, full causal attention
 STM       short-term memory: the same attention, but each position sees only itself and the 127 before it
@@ -8,14 +9,15 @@ LTM       long-term memory: at most 256 items outside the network; a token whose
           cosine similarity above 0.8, first in first out
 RevenaCache   what generation carries from token to token: attention's last keys and values, the memory's state
 
-A model computes one function in two forms: `score` and `forward` a whole sequence at once (training, evaluation),
-`stream` a few tokens at a time with constant memory (generation). This file travels in every checkpoint and is
-complete by itself.
+A model computes one function in two forms: `score` and `forward` a whole sequence at once
+(training, evaluation), `stream` a few tokens at a time with constant memory (generation). This
+file travels in every checkpoint and is complete by itself.
 
-Axes: L lanes of R rows, N = L R rows, C positions in a row (128), B sequences, T tokens, D width, H heads,
-V vocabulary; of the LTM E exact and K learned addresses (H is E + K there), A dimensions of one, I candidate
-items, M slots. A sequence longer than the window is laid out as consecutive rows of a lane; `opens` (L, R) marks
-the rows that begin a sequence, as the first of each lane does. Without `opens` each row is a sequence of its own.
+Axes: L lanes of R rows, N = L R rows, C positions in a row (128), B sequences, T tokens, D width,
+H heads, V vocabulary; of the LTM E exact and K learned addresses (H is E + K there), A dimensions
+of one, I candidate items, M slots. A sequence longer than the window is laid out as consecutive
+rows of a lane; `opens` (L, R) marks the rows that begin a sequence, as the first of each lane
+does. Without `opens` each row is a sequence of its own.
 """
 
 import copy
@@ -109,7 +111,7 @@ class RevenaConfig(PreTrainedConfig):
             raise ValueError("ltm_ngrams, ltm_learned and ltm_shown must be at least 1")
 
 
-# ------------------------------------------------------------------------------------ the backbone of all arms
+# ------------------------------------------------------------ the backbone of all arms
 
 def norm(x):
     """RMS norm without weights (Zhang & Sennrich 2019) over the last axis."""
@@ -117,9 +119,11 @@ def norm(x):
 
 
 def rotate(x, table, first=0):
-    """Rotary embedding (Su et al. 2021) of x (N, T, H, D/H) at positions first, first+1, ...; table: Backbone.rotary.
+    """Rotary embedding (Su et al. 2021) of x (N, T, H, D/H) at positions first, first+1, ...;
+    table: Backbone.rotary.
 
-    (a, b) cos + (b, a) (-sin, sin): with a flip instead of a cat a compiler fuses it with the norm before it.
+    (a, b) cos + (b, a) (-sin, sin): with a flip instead of a cat a compiler fuses it with the
+    norm before it.
     """
     cos, sin = table[:, first:first + x.size(1), None]                  # (T, 1, 2, D/H/2) each
     halves = x.float().unflatten(-1, (2, -1))
@@ -128,17 +132,20 @@ def rotate(x, table, first=0):
 
 
 def attend(q, k, v, mask=None):
-    """Softmax attention, (N, T, H, D/H) each; causal where no mask (broadcastable to (N, H, T, T')) is given."""
+    """Softmax attention, (N, T, H, D/H) each; causal where no mask (broadcastable to (N, H, T, T'))
+    is given.
+    """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     heads = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
     return heads.transpose(1, 2)
 
 
 def row_attention(q, k, v, table, opens=None):
-    """Attention within rows (N, C, H, D/H); with `opens` (L, R), sliding: a row also sees the end of the row before it.
+    """Attention within rows (N, C, H, D/H); with `opens` (L, R), sliding: a row also sees the end
+    of the row before it.
 
-    Positions are counted from the start of the earlier row, so no length of text wears them out: the cost of a
-    sequence is linear in its length, its positions never exceed two rows.
+    Positions are counted from the start of the earlier row, so no length of text wears them out:
+    the cost of a sequence is linear in its length, its positions never exceed two rows.
     """
     if opens is None:
         return attend(rotate(q, table), rotate(k, table), v)
@@ -152,10 +159,12 @@ def row_attention(q, k, v, table, opens=None):
 
 
 class Block(nn.Module):
-    """One pre-norm layer: attention, then a GELU network, each added to the residual stream (float32).
+    """One pre-norm layer: attention, then a GELU network, each added to the residual stream
+    (float32).
 
-    Queries and keys are normalised, and each head's output has a sigmoid gate (Qiu et al. 2025): a softmax must put
-    its weight somewhere, and without a gate it learns to put it on the first token, which a sliding window loses.
+    Queries and keys are normalised, and each head's output has a sigmoid gate (Qiu et al. 2025):
+    a softmax must put its weight somewhere, and without a gate it learns to put it on the first
+    token, which a sliding window loses.
     """
 
     def __init__(self, config):
@@ -189,7 +198,8 @@ class Block(nn.Module):
         return x + self.feed(x)
 
 
-# who compiles a model compiles one layer, not each; before torch 2.8 there is no such thing, nor is it needed to run.
+# who compiles a model compiles one layer, not each; before torch 2.8 there is no such thing, nor
+# is it needed to run.
 # Only what changes nothing but its result may be such a region: a layer that streams writes a cache
 def _plain(function):
     return function
@@ -266,10 +276,12 @@ _run_whole = whole_block, whole_attend, whole_feed
 _run_streaming = Block.__call__, Block.attend, Block.feed
 
 
-# ------------------------------------------------------------------------------------ the interface of a memory
+# ------------------------------------------------------------ the interface of a memory
 
 class Final(NamedTuple):
-    """The backbone's last word on each position of some rows: what a memory that acts at the output is handed."""
+    """The backbone's last word on each position of some rows: what a memory that acts at the output
+    is handed.
+    """
 
     h: torch.Tensor             # (N, C, D) final states
     tokens: torch.Tensor        # (N, C)
@@ -281,7 +293,9 @@ class Final(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Per target, (N, C) each; natural logarithms; what stands where the target is EOT means nothing."""
+    """Per target, (N, C) each; natural logarithms; what stands where the target is EOT means
+    nothing.
+    """
 
     log_p: torch.Tensor         # of the model, its memory included
     log_p_stm: torch.Tensor     # of the backbone's output alone, which decides what an LTM stores
@@ -295,11 +309,12 @@ MOVED = 0.1                     # a memory inside the backbone had a hand in wha
 
 
 class Memory(nn.Module):
-    """One interface for every memory. This one does nothing: it is the memory of a model whose memory is off.
+    """One interface for every memory. This one does nothing: it is the memory of a model whose
+    memory is off.
 
-    A memory may act inside the backbone, at the output, or both. What it knows of the backbone is what it is handed:
-    the config's width, layers and row length, and the tensors below. A subclass names itself, `class Bank(Memory,
-    kind="bank")`, and overrides what it needs:
+    A memory may act inside the backbone, at the output, or both. What it knows of the backbone is
+    what it is handed: the config's width, layers and row length, and the tensors below. A
+    subclass names itself, `class Bank(Memory, kind="bank")`, and overrides what it needs:
 
         inside      `places` (-1: on the embedding, l: beside the attention of layer l, n_layer: on the final state),
                     `mix` for a few tokens and, where that can be had faster, `rows` for whole sequences
@@ -348,14 +363,16 @@ class Memory(nn.Module):
         return {}
 
     def room(self, state):
-        """(B,) how many tokens of each sequence `mix` may be given at once; None: any number. A memory that works in
-        rows takes no more than are left to a row's end."""
+        """(B,) how many tokens of each sequence `mix` may be given at once; None: any number. A
+        memory that works in rows takes no more than are left to a row's end.
+        """
         return None
 
     # ---- inside the backbone
 
     def mix(self, place, x, y, state, real, notes):
-        """What becomes of y (B, n, D) at a place, for n new tokens of each sequence: (y, next state).
+        """What becomes of y (B, n, D) at a place, for n new tokens of each sequence: (y, next
+        state).
 
         Args:
             x: (B, n, D) the normalised residual stream that goes into the layer (for -1 and n_layer: the stream).
@@ -367,7 +384,9 @@ class Memory(nn.Module):
         return y, state
 
     def rows(self, place, x, y, opens, notes):
-        """`mix` of whole sequences from their start: x, y (N, C, D) -> y; row after row, if there is no shorter way."""
+        """`mix` of whole sequences from their start: x, y (N, C, D) -> y; row after row, if there
+        is no shorter way.
+        """
         if opens is None:
             return self.mix(place, x, y, self.empty(len(x), x.device), None, notes)[0]
         L, R = opens.shape
@@ -390,17 +409,23 @@ class Memory(nn.Module):
         return Scores(final.log_p, final.log_p, objective, nothing, hit, self.watch(notes))
 
     def distribution(self, logits, final):
-        """log p of every token of the vocabulary, (N, C, V), given the backbone's logits; final.log_p may be None."""
+        """log p of every token of the vocabulary, (N, C, V), given the backbone's logits;
+        final.log_p may be None.
+        """
         return logits.log_softmax(-1)
 
     def predict(self, logits, h, tokens, real, state, embed):
-        """`distribution` after n new tokens of each sequence: (log p (B, n, V), next state, what was drawn on)."""
+        """`distribution` after n new tokens of each sequence: (log p (B, n, V), next state, what
+        was drawn on).
+        """
         return logits.log_softmax(-1), state, {}
 
     # ---- to be seen
 
     def watch(self, notes):
-        """{name: scalar} for each of `watched`: the mean of what `mix` put into notes under that name."""
+        """{name: scalar} for each of `watched`: the mean of what `mix` put into notes under that
+        name.
+        """
         return {name: torch.stack(notes[name]).mean().detach() for name in self.watched}
 
     def contents(self, state, tokenizer=None, sequence=0):
@@ -420,7 +445,7 @@ def where(flag, one, other):
 NOTHING = Memory()
 
 
-# ------------------------------------------------------------------------------------ the long-term memory
+# ------------------------------------------------------------ the long-term memory
 
 class Affine(nn.Linear):
     """A matrix that may be bfloat16, and a bias that is added in float32."""
@@ -450,7 +475,9 @@ class Reading(NamedTuple):
     cosine: torch.Tensor        # (N, K, C, I) of the learned addresses
 
     def weights(self, odds):
-        """(N, C, I), the learned ones only where the log odds (N, C) of looking up through them are above 0."""
+        """(N, C, I), the learned ones only where the log odds (N, C) of looking up through them are
+        above 0.
+        """
         return self.exact + self.learned * (odds > 0)[..., None]
 
 
@@ -458,27 +485,32 @@ RING = ("grams", "known", "key", "strength", "value", "bits", "position")       
 
 
 class LongTermMemory(Memory, kind="ltm"):
-    """At most 256 surprising tokens, first in first out, found again by content; acts at the output.
+    """At most 256 surprising tokens, first in first out, found again by content; acts at the
+    output.
 
-    One sequence x_0 .. x_t; the backbone gives h_t and p_stm, its softmax.
-    Write: x_{t+1} arrives; if -log2 p_stm(x_{t+1}) > 4.5 it is stored, filed under the address of position t.
-    Read: items whose key has a cosine above 0.8 with the address of t are retrieved, item i with a weight a_i.
-    Combine: p(y) = (p_stm(y) + sum_i a_i [value_i = y]) / (1 + sum_i a_i), a pointer mixture (cf. Grave et al.
-    2017, Merity et al. 2017), which sums to one whatever the a_i are. Surprisal is p_stm's, so writing does not
-    depend on reading, and a whole sequence is computed at once.
+    One sequence x_0 .. x_t; the backbone gives h_t and p_stm, its softmax. Write: x_{t+1}
+    arrives; if -log2 p_stm(x_{t+1}) > 4.5 it is stored, filed under the address of position t.
+    Read: items whose key has a cosine above 0.8 with the address of t are retrieved, item i with
+    a weight a_i. Combine: p(y) = (p_stm(y) + sum_i a_i [value_i = y]) / (1 + sum_i a_i), a
+    pointer mixture (cf. Grave et al. 2017, Merity et al. 2017), which sums to one whatever the
+    a_i are. Surprisal is p_stm's, so writing does not depend on reading, and a whole sequence is
+    computed at once.
 
-    Exact addresses: the one-hot vector of the last token, of the last two, of the last three. The cosine of two is 1
-    where all tokens agree and 0 elsewhere, so they are compared as tokens. The one-token address exists only where
-    that token was itself stored: that "the" recurs says nothing.
-    Learned addresses: linear in the final state and the last three tokens; a key also knows the token it files, and
-    the state after reading it. Trust and strength are linear in the same.
+    Exact addresses: the one-hot vector of the last token, of the last two, of the last three. The
+    cosine of two is 1 where all tokens agree and 0 elsewhere, so they are compared as tokens. The
+    one-token address exists only where that token was itself stored: that "the" recurs says
+    nothing. Learned addresses: linear in the final state and the last three tokens; a key also
+    knows the token it files, and the state after reading it. Trust and strength are linear in the
+    same.
 
-    The price of a look-up selects: a hard threshold gives no gradient to what lies below it. Each position decides
-    whether it consults the learned addresses at all; training computes both losses, with and without, the one with
-    it plus a price, and weighs them by the probability of looking up, so the odds learn from every position.
+    The price of a look-up selects: a hard threshold gives no gradient to what lies below it. Each
+    position decides whether it consults the learned addresses at all; training computes both
+    losses, with and without, the one with it plus a price, and weighs them by the probability of
+    looking up, so the odds learn from every position.
 
-    The state: a ring of the items' fields (RING), `count` of items ever stored, and of the last position `h`, `log_z`,
-    `tail` (the last E tokens), `stored` (the last token was), `started`, `place`.
+    The state: a ring of the items' fields (RING), `count` of items ever stored, and of the last
+    position `h`, `log_z`, `tail` (the last E tokens), `stored` (the last token was), `started`,
+    `place`.
     """
 
     hit_means = "predictions that retrieved at least one item"
@@ -489,7 +521,8 @@ class LongTermMemory(Memory, kind="ltm"):
         H = E + K
         self.sizes = (K * A, H, H, 1)                                   # address, trust, strength, open
         self.width = -(-sum(self.sizes) // 16) * 16                     # aligned for tensor cores
-        # each part has room for all four, also where an address takes only the first and the third (of x, h at t+1)
+        # each part has room for all four, also where an address takes only the first and the
+        # third (of x, h at t+1)
         self.from_state = Affine(D, 2 * self.width)                     # as h_t, h_{t+1}
         self.from_tokens = nn.Linear(D, (1 + E) * self.width, bias=False)       # as x_{t+1}, x_t, x_{t-1}, ..
 
@@ -519,25 +552,30 @@ class LongTermMemory(Memory, kind="ltm"):
                        strength + value_strength, is_open[..., 0])
 
     def of_tokens(self, tokens, embed):
-        """What tokens (N, T) add to the addresses of the position before them, their own, and those after them:
-        1 + E tensors (N, T, width). EOT adds nothing."""
+        """What tokens (N, T) add to the addresses of the position before them, their own, and those
+        after them: 1 + E tensors (N, T, width). EOT adds nothing.
+        """
         known = norm(embed(tokens)) * (tokens != EOT)[..., None]
         return self.from_tokens(known.to(self.from_tokens.weight.dtype)).split(self.width, dim=-1)
 
     # ---- write
 
     def route(self, log_p, targets):
-        """Surprisal in bits of each target, 0 where there is none, and whether it is stored (both like `targets`)."""
+        """Surprisal in bits of each target, 0 where there is none, and whether it is stored (both
+        like `targets`).
+        """
         none = targets == EOT
         bits = (-log_p.detach() / math.log(2)).masked_fill(none, 0.0)
         return bits, ~none & (bits > self.config.ltm_surprisal_bits)
 
     def candidates(self, address, targets, stored, opens=None):
-        """The items that each row may retrieve: Address (N, I, ..) of what keys have, values (N, I), visible (N, C, I).
+        """The items that each row may retrieve: Address (N, I, ..) of what keys have, values (N,
+        I), visible (N, C, I).
 
-        Item i (value: the target of position i) is visible to t iff it was stored, i < t in the same sequence, and
-        fewer than `ltm_slots` items were stored after it before t. Stored items are numbered; a row's candidates are
-        the slots' worth of numbers before it and those stored in it, so the cost is linear in the length.
+        Item i (value: the target of position i) is visible to t iff it was stored, i < t in the
+        same sequence, and fewer than `ltm_slots` items were stored after it before t. Stored
+        items are numbered; a row's candidates are the slots' worth of numbers before it and those
+        stored in it, so the cost is linear in the length.
         """
         M, (N, C) = self.config.ltm_slots, targets.shape
         if opens is None:                                   # every row is a sequence: its own tokens are candidates
@@ -552,7 +590,8 @@ class LongTermMemory(Memory, kind="ltm"):
         oldest = (before[:, 0] - M).maximum(first)
         span = torch.arange(M + C, device=stored.device)
         number = oldest[:, None] + span                     # (N, I)
-        # where the item of each number stands; a number not given out stands at 0, which in_reach hides
+        # where the item of each number stands; a number not given out stands at 0, which in_reach
+        # hides
         given = torch.where(stored.flatten(), count - 1, N * C)
         place = torch.arange(N * C, device=stored.device)
         stands = given.new_zeros(N * C + M + C).index_copy(0, given, place)[number]
@@ -565,21 +604,23 @@ class LongTermMemory(Memory, kind="ltm"):
         return items, line(targets), self.in_reach(before, number)
 
     def in_reach(self, before, number):
-        """Which items, numbered `number` (N, I), -1: none, are in memory where `before` (N, C) have been stored: bool
-        (N, C, I), false for what was pushed out or is yet to come."""
+        """Which items, numbered `number` (N, I), -1: none, are in memory where `before` (N, C) have
+        been stored: bool (N, C, I), false for what was pushed out or is yet to come.
+        """
         low = (before - self.config.ltm_slots).clamp(min=0)
         return (number[:, None] < before[..., None]) & (number[:, None] >= low[..., None])
 
     # ---- read
 
     def weigh(self, address, items, log_p, visible):
-        """Weights of the retrieved: exp(trust + strength + n exact_trust) through the exact address of n tokens,
-        through a learned one exp(trust + strength + sharpness (cosine - 1) + plausibility log p_stm(value)) times
-        min(1, shown / seen)^crowding; no exponent above 10.
+        """Weights of the retrieved: exp(trust + strength + n exact_trust) through the exact address
+        of n tokens, through a learned one exp(trust + strength + sharpness (cosine - 1) +
+        plausibility log p_stm(value)) times min(1, shown / seen)^crowding; no exponent above 10.
 
-        exact_trust is a choice, and not there in training: likelihood alone often leaves a fact that stood once just
-        below what is likely anywhere. Nor is crowding: the more items a query sees, the more of them an address finds,
-        and the weights add up; a row of training never shows as many as a long text does.
+        exact_trust is a choice, and not there in training: likelihood alone often leaves a fact
+        that stood once just below what is likely anywhere. Nor is crowding: the more items a
+        query sees, the more of them an address finds, and the weights add up; a row of training
+        never shows as many as a long text does.
 
         Args:
             address: of the queries, (N, C, ..). items: Address of the candidates, (N, I, ..), as far as they have it.
@@ -629,8 +670,10 @@ class LongTermMemory(Memory, kind="ltm"):
     # ---- combine
 
     def score(self, final, notes):
-        """Scores of the targets; the objective weighs both outcomes of a look-up by its odds, and adds log p_stm: the
-        backbone's own prediction, which decides what is stored, keeps learning also where the memory knows."""
+        """Scores of the targets; the objective weighs both outcomes of a look-up by its odds, and
+        adds log p_stm: the backbone's own prediction, which decides what is stored, keeps
+        learning also where the memory knows.
+        """
         read, values, stored, odds = self.read(final)
         same = values[:, None] == final.targets[..., None]
 
@@ -675,7 +718,8 @@ class LongTermMemory(Memory, kind="ltm"):
         E, M, (B, n) = self.config.ltm_ngrams, self.config.ltm_slots, tokens.shape
         log_z = logits.logsumexp(-1)
 
-        # write: the tokens that came, under the states that should have predicted them (one position earlier)
+        # write: the tokens that came, under the states that should have predicted them (one
+        # position earlier)
         earlier = torch.cat((state["h"][:, None].to(h.dtype), h), dim=1)                # positions -1 .. n-1
         earlier_z = torch.cat((state["log_z"][:, None], log_z), dim=1)
         log_p = (earlier[:, :n].float() * embed(tokens).float()).sum(-1) - earlier_z[:, :n]
@@ -705,7 +749,8 @@ class LongTermMemory(Memory, kind="ltm"):
         drawn = dict(value=items["value"], position=items["position"], weight=weight[:, -1], cosine=cosine,
                      total=1 + weight[:, -1].sum(-1))
 
-        # keep: the newest `ltm_slots` items, each in the slot of its number; what is older than the ring falls out
+        # keep: the newest `ltm_slots` items, each in the slot of its number; what is older than
+        # the ring falls out
         kept = stored & (arrived > arrived[:, -1:] - M)
         slot = torch.where(kept, (arrived - 1) % M, M)
         state = {name: into_slots(state[name], slot, new[name]) for name in RING} | dict(
@@ -716,7 +761,9 @@ class LongTermMemory(Memory, kind="ltm"):
     # ---- to be seen
 
     def contents(self, state, tokenizer=None, sequence=0):
-        """The items of one sequence, oldest first: a list of dicts with token, text, bits, position."""
+        """The items of one sequence, oldest first: a list of dicts with token, text, bits,
+        position.
+        """
         count, M = int(state["count"][sequence]), self.config.ltm_slots
         token, bits, position = (state[name][sequence].tolist() for name in ("value", "bits", "position"))
         slots = [number % M for number in range(max(0, count - M), count)]
@@ -724,7 +771,9 @@ class LongTermMemory(Memory, kind="ltm"):
                      position=position[slot]) for slot in slots]
 
     def retrieved(self, drawn, tokenizer=None, sequence=0):
-        """What the last prediction drew on, heaviest first: dicts with token, text, position, cosine, share of p."""
+        """What the last prediction drew on, heaviest first: dicts with token, text, position,
+        cosine, share of p.
+        """
         names = ("value", "position", "cosine", "weight")
         columns = [drawn[name][sequence].tolist() for name in names]
         total = float(drawn["total"][sequence])
@@ -744,16 +793,20 @@ def text_of(token, tokenizer):
 
 
 def moved(x, lag, fill, length):
-    """x (N, T, ..) moved `lag` positions to the right (-1: to the left) along a line of `length`; `fill` comes in."""
+    """x (N, T, ..) moved `lag` positions to the right (-1: to the left) along a line of `length`;
+    `fill` comes in.
+    """
     ahead = max(-lag, 0)
     padding = (0, 0) * (x.dim() - 2) + (max(lag, 0), ahead)
     return F.pad(x, padding, value=fill)[:, ahead:ahead + length]
 
 
 def lagged(x, lag, opens, fill):
-    """x (N, C, ..) moved `lag` positions to the right (-1: to the left) along its sequence; `fill` before the start.
+    """x (N, C, ..) moved `lag` positions to the right (-1: to the left) along its sequence; `fill`
+    before the start.
 
-    Moved to the left, the end of a sequence sees the start of the next: no matter, it has no target to file.
+    Moved to the left, the end of a sequence sees the start of the next: no matter, it has no
+    target to file.
     """
     C = x.size(1)
     line = x if opens is None else x.flatten(0, 1)[None]
@@ -765,7 +818,9 @@ def lagged(x, lag, opens, fill):
 
 
 def into_slots(ring, slot, new):
-    """ring (B, M, ..) with new (B, n, ..) written to its slots (B, n), all different; slot M: left out."""
+    """ring (B, M, ..) with new (B, n, ..) written to its slots (B, n), all different; slot M: left
+    out.
+    """
     B, n = slot.shape
     index = slot.view(B, n, *[1] * (ring.dim() - 2)).expand_as(new)
     room = F.pad(ring, (0, 0) * (ring.dim() - 2) + (0, 1))              # one more, for what is left out
@@ -773,15 +828,19 @@ def into_slots(ring, slot, new):
 
 
 def mix(stm, weight, values):
-    """log of (p_stm + the items' weights at their values) / (1 + all weights): (N, C, V), (N, C, I), (N, I)."""
+    """log of (p_stm + the items' weights at their values) / (1 + all weights): (N, C, V), (N, C,
+    I), (N, I).
+    """
     added = torch.zeros_like(stm).scatter_add_(2, values[:, None].expand(-1, stm.size(1), -1), weight)
     return (stm.exp() + added).clamp(min=1e-38).log() - weight.sum(-1, keepdim=True).log1p()
 
 
-# ------------------------------------------------------------------------------------ the two models
+# ------------------------------------------------------------ the two models
 
 class GPT(PreTrainedModel, GenerationMixin):
-    """GPT-70M, and the backbone of RevenaHybridTiny: log-probabilities as logits, so that softmax gives p."""
+    """GPT-70M, and the backbone of RevenaHybridTiny: log-probabilities as logits, so that softmax
+    gives p.
+    """
 
     config_class = RevenaConfig
     base_model_prefix = "revena"
@@ -795,7 +854,9 @@ class GPT(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     def _init_weights(self, module):
-        """Embeddings: Normal(0, 0.02) (GPT-2). What is linear keeps nn.Linear's start: uniform in 1 / sqrt(inputs)."""
+        """Embeddings: Normal(0, 0.02) (GPT-2). What is linear keeps nn.Linear's start: uniform in 1
+        / sqrt(inputs).
+        """
         if isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
 
@@ -824,8 +885,8 @@ class GPT(PreTrainedModel, GenerationMixin):
     def states(self, tokens, opens=None, embedded=None, collect=None):
         """Final states (N, C, D) of rows of tokens (N, C), and what the memory noted of this pass.
 
-        `opens` as at the top of this file; `embedded`: the tokens' embeddings, where they are known; `collect`: a list
-        that receives what goes into each layer.
+        `opens` as at the top of this file; `embedded`: the tokens' embeddings, where they are
+        known; `collect`: a list that receives what goes into each layer.
         """
         table, memory, notes = self.backbone.rotary, self.active, {}
 
@@ -843,12 +904,16 @@ class GPT(PreTrainedModel, GenerationMixin):
         return self.backbone(embedded, attentions, mix, memory.places, collect, whole=True), notes
 
     def log_p(self, h, targets):
-        """log p_stm(target) and log Z, (N, C) each, a slice of positions at a time, to bound the logits."""
+        """log p_stm(target) and log Z, (N, C) each, a slice of positions at a time, to bound the
+        logits.
+        """
         pairs, size = [], 2048 if h.is_cuda else 64                     # 64 x V floats: what malloc keeps and reuses
         for states, wanted in zip(h.flatten(0, 1).split(size), targets.flatten().split(size)):
             if h.is_cuda:
-                # what fuses well: all columns with those of no token hidden, where a slice would be read unaligned;
-                # and a masked sum, where a gather's gradient is a (positions, V) matrix of zeros to fill
+                # what fuses well: all columns with those of no token hidden, where a slice would
+                # be read unaligned;
+                # and a masked sum, where a gather's gradient is a (positions, V) matrix of zeros
+                # to fill
                 logits = F.linear(states, self.backbone.embed.weight).float()
                 token = torch.arange(logits.size(-1), device=h.device)
                 logits = torch.where(token < self.config.vocab_size, logits, -math.inf)
@@ -861,7 +926,9 @@ class GPT(PreTrainedModel, GenerationMixin):
         return tuple(torch.cat(parts).view_as(targets) for parts in zip(*pairs))
 
     def score(self, tokens, targets, opens=None, embedded=None):
-        """Scores of the targets (N, C), EOT where there is none, given the tokens up to each position."""
+        """Scores of the targets (N, C), EOT where there is none, given the tokens up to each
+        position.
+        """
         h, notes = self.states(tokens, opens, embedded)
         return self.score_states(h, notes, tokens, targets, *self.log_p(h, targets), opens)
 
@@ -875,7 +942,8 @@ class GPT(PreTrainedModel, GenerationMixin):
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
                 labels=None, use_cache=None, output_attentions=None, output_hidden_states=None, return_dict=None,
                 logits_to_keep=0, cache_position=None):
-        """Log-probabilities of the next token as `logits` (B, T, V): softmax(logits) = exp(logits) = p.
+        """Log-probabilities of the next token as `logits` (B, T, V): softmax(logits) =
+        exp(logits) = p.
 
         Args:
             input_ids: (B, T). attention_mask: (B, T) ones for text, zeros for padding on the left or, without a
@@ -897,7 +965,7 @@ class GPT(PreTrainedModel, GenerationMixin):
         real = torch.ones_like(input_ids, dtype=torch.bool)
         if attention_mask is not None:
             real = attention_mask[:, -T:].bool()
-        check_positions(position_ids, attention_mask, real, past_key_values)
+        check_positions(position_ids, real)
         if past_key_values is None and not use_cache:
             logits = self._whole(input_ids, real, logits_to_keep, hidden)
         else:
@@ -914,7 +982,9 @@ class GPT(PreTrainedModel, GenerationMixin):
         return output.to_tuple() if return_dict is False else output
 
     def _whole(self, ids, real, keep, hidden):
-        """forward without a cache: padding moved to the right, sequences cut into rows, all rows at once."""
+        """forward without a cache: padding moved to the right, sequences cut into rows, all rows at
+        once.
+        """
         B, T = ids.shape
         window, longest = self.config.stm_window, self.config.n_positions
         if window is None and T > longest:
@@ -950,7 +1020,8 @@ class GPT(PreTrainedModel, GenerationMixin):
         parts, states = [], []
         for block, mask in cache.blocks(ids.masked_fill(~real, EOT), real):
             collected = None if hidden is None else []
-            # one token of a model with a window has the same shapes whatever came before: a GPU replays it
+            # one token of a model with a window has the same shapes whatever came before: a GPU
+            # replays it
             same = (block.is_cuda and block.size(1) == 1 and self.config.stm_window
                     and not (torch.is_grad_enabled() or self.training))
             if same and hidden is None and not torch.compiler.is_compiling():
@@ -967,8 +1038,9 @@ class GPT(PreTrainedModel, GenerationMixin):
     # ---- a few tokens at a time
 
     def advance(self, tokens, cache, real, collect=None):
-        """States (B, n, D) of a block of new tokens (B, n), attention and memory going on from `cache`, which moves
-        on."""
+        """States (B, n, D) of a block of new tokens (B, n), attention and memory going on from
+        `cache`, which moves on.
+        """
         n, window = tokens.size(1), self.config.stm_window
         past = cache.real.size(1)
         if window is None and past + n > self.config.n_positions:
@@ -1000,9 +1072,11 @@ class GPT(PreTrainedModel, GenerationMixin):
         return h
 
     def stream(self, tokens, cache, real=None, collect=None):
-        """Go on from `cache` with tokens (B, n), n at most a window: log p (B, n, V) of what comes after each.
+        """Go on from `cache` with tokens (B, n), n at most a window: log p (B, n, V) of what comes
+        after each.
 
-        Constant memory and constant cost a token; equal to the parallel form. `real` (B, n) is False on padding.
+        Constant memory and constant cost a token; equal to the parallel form. `real` (B, n) is
+        False on padding.
         """
         if real is None:
             real = torch.ones_like(tokens, dtype=torch.bool)
@@ -1016,19 +1090,25 @@ class GPT(PreTrainedModel, GenerationMixin):
     # ---- generation
 
     def new_cache(self, batch_size=1):
-        """An empty RevenaCache; forward(..) and generate(..) go on from it, and fill it, as `past_key_values`."""
+        """An empty RevenaCache; forward(..) and generate(..) go on from it, and fill it, as
+        `past_key_values`.
+        """
         return RevenaCache(self, batch_size)
 
     def load_cache(self, path):
-        """The RevenaCache that `cache.save(path)` wrote; ValueError if it is that of a model of another shape."""
+        """The RevenaCache that `cache.save(path)` wrote; ValueError if it is that of a model of
+        another shape.
+        """
         return RevenaCache.load(path, self)
 
     def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, past_key_values=None,
                                       is_first_iteration=False, **kwargs):
-        """What generate(..) feeds the model, where a cache goes on: the part of the text that it has not read.
+        """What generate(..) feeds the model, where a cache goes on: the part of the text that it
+        has not read.
 
-        By itself, generate takes a text for the whole so far and drops as many tokens as were read. Here one that is
-        too short for that is all new, and a longer one must hold the last tokens read where it was read up to.
+        By itself, generate takes a text for the whole so far and drops as many tokens as were
+        read. Here one that is too short for that is all new, and a longer one must hold the last
+        tokens read where it was read up to.
         """
         if is_first_iteration and next_sequence_length is not None and (read := past_key_values.get_seq_length()):
             known = past_key_values.tail[:, -read:]
@@ -1045,7 +1125,9 @@ class GPT(PreTrainedModel, GenerationMixin):
 
 
 def check_cache(cache, batch, real):
-    """Raise ValueError unless a cache can take these tokens of `batch` sequences, real (B, T) False on padding."""
+    """Raise ValueError unless a cache can take these tokens of `batch` sequences, real (B, T) False
+    on padding.
+    """
     if type(cache).__name__ != "RevenaCache":               # by name: a folder's copy of this file has its own class
         raise ValueError(f"past_key_values must be a RevenaCache, not a {type(cache).__name__}: see model.new_cache()")
     if len(cache.real) != batch:
@@ -1060,22 +1142,23 @@ def check_cache(cache, batch, real):
         raise ValueError("with a cache, pad only before the first token of a sequence, not between its turns")
 
 
-def check_positions(positions, mask, real, cache):
-    """Raise ValueError unless position_ids (B, T) count each sequence's tokens on: nothing here could honour others."""
+def check_positions(positions, real):
+    """Raise ValueError where position_ids (B, T) restart or jump between two tokens of a text:
+    rotary positions are relative, so where they begin does not matter, but several documents in
+    one row would see one another.
+    """
     if positions is None:
         return
-    counted = real.long().cumsum(1)
-    if mask is not None and mask.size(1) > real.size(1):
-        counted = mask.long().cumsum(1)[:, -real.size(1):]
-    elif cache is not None:
-        counted = counted + cache.get_seq_length()
-    if ((positions - (counted - 1)) * real).any():
+    steps = positions[:, -real.size(1):].diff(dim=1)
+    if ((steps != 1) & real[:, 1:] & real[:, :-1]).any():
         raise ValueError("position_ids that restart or jump are not supported: one document a sequence, "
                          "without packing (or one row each, padded)")
 
 
 class RevenaHybridTiny(GPT):
-    """GPT with sliding-window attention (STM) and, where config.memory_enabled, the memory that config.memory names."""
+    """GPT with sliding-window attention (STM) and, where config.memory_enabled, the memory that
+    config.memory names.
+    """
 
     def __init__(self, config):
         super().__init__(config)
@@ -1089,17 +1172,18 @@ class RevenaHybridTiny(GPT):
         return self.memory if self.config.memory_enabled else NOTHING
 
 
-# ------------------------------------------------------------------------------------ what generation carries
+# ------------------------------------------------------------ what generation carries
 
 TAIL = 3                        # last tokens that a cache remembers, to tell a text that goes on from a new one
 
 
 class RevenaCache(Cache):
-    """What generation carries from token to token: the STM's last 127 keys and values a layer, and the memory's state.
+    """What generation carries from token to token: the STM's last 127 keys and values a layer, and
+    the memory's state.
 
-    `model.new_cache()` is an empty one. Pass it in as `past_key_values` and it fills; pass it in again and the next
-    turn remembers; `save` it, `model.load_cache(path)`, and a later process does; `clear` it and all is forgotten.
-    Its size does not depend on how much it has read.
+    `model.new_cache()` is an empty one. Pass it in as `past_key_values` and it fills; pass it in
+    again and the next turn remembers; `save` it, `model.load_cache(path)`, and a later process
+    does; `clear` it and all is forgotten. Its size does not depend on how much it has read.
 
     Attributes:
         keys, values: a list of (B, 127, H, D/H) a layer. real: (B, 127) which of them are text.
@@ -1133,8 +1217,9 @@ class RevenaCache(Cache):
         self.drawn, self.length, self.graph = {}, 0, None
 
     def blocks(self, ids, real):
-        """Cut new tokens (B, T) into blocks that the model streams: (tokens, real) each, at most a window long, and
-        none beyond the end of a row where the memory works in rows."""
+        """Cut new tokens (B, T) into blocks that the model streams: (tokens, real) each, at most a
+        window long, and none beyond the end of a row where the memory works in rows.
+        """
         window = self.model.config.stm_window or ids.size(1)
         start, T = 0, ids.size(1)
         while start < T:
@@ -1155,9 +1240,11 @@ class RevenaCache(Cache):
         return {name: copy.deepcopy(value) for name, value in config.items() if name.startswith(("ltm_", "memory"))}
 
     def replay(self, tokens, real):
-        """`stream` of one token a sequence (B, 1) as a CUDA graph: log p (B, 1, V), and the cache has moved on.
+        """`stream` of one token a sequence (B, 1) as a CUDA graph: log p (B, 1, V), and the cache
+        has moved on.
 
-        The graph works on tensors of its own: what else happened to the cache since is copied into them first.
+        The graph works on tensors of its own: what else happened to the cache since is copied
+        into them first.
         """
         length = self.length
         if self.graph is None or self.recorded_with != self.settings():     # a graph has those that it was made with
@@ -1227,13 +1314,15 @@ class RevenaCache(Cache):
         """Write the cache to a safetensors file."""
         tensors = {name: x.contiguous() for name, x in self.tensors().items()}
         save_file(tensors, path, metadata={"length": str(self.length)})
-        mask = os.umask(0)                                                  # safetensors writes 0600, whatever the umask
+        mask = os.umask(0)                                  # safetensors writes 0600, whatever the umask
         os.umask(mask)
         os.chmod(path, 0o666 & ~mask)
 
     @classmethod
     def load(cls, path, model):
-        """Read a cache that `save` wrote, for a model of the same shape; ValueError if it is of another."""
+        """Read a cache that `save` wrote, for a model of the same shape; ValueError if it is of
+        another.
+        """
         named = load_file(path, device=str(model.device))
         with safe_open(path, "pt") as file:
             length = (file.metadata() or {}).get("length", "")
@@ -1272,7 +1361,9 @@ class RevenaCache(Cache):
         self.reorder_cache(indices)
 
     def batch_repeat_interleave(self, repeats):
-        """Make `repeats` copies of each sequence, side by side: for beams, or several ways to go on."""
+        """Make `repeats` copies of each sequence, side by side: for beams, or several ways to go
+        on.
+        """
         self.reorder_cache(torch.arange(len(self.real)).repeat_interleave(repeats))
 
     def crop(self, *_):

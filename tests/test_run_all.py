@@ -793,7 +793,8 @@ def test_waiting_for_an_installation_heeds_signals(waiting, number, whole_group)
     project, _, running = waiting
     (os.killpg if whole_group else os.kill)(running.pid, number)
     _, error = running.communicate(timeout=PATIENCE)
-    assert running.returncode == 128 + number and error == ""
+    # a shell says so, or dies of the signal itself where it was at its own work
+    assert running.returncode in (128 + number, -number) and error == ""
     assert not (project.folder / ".venv").exists()
 
 
