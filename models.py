@@ -1147,7 +1147,7 @@ def check_positions(positions, real):
     rotary positions are relative, so where they begin does not matter, but several documents in
     one row would see one another.
     """
-    if positions is None:
+    if positions is None or real.size(1) < 2:
         return
     steps = positions[:, -real.size(1):].diff(dim=1)
     if ((steps != 1) & real[:, 1:] & real[:, :-1]).any():
