@@ -798,7 +798,7 @@ def train_toy(kind, steps, rate=2e-3, **settings):
 @pytest.mark.slow
 @with_gradients
 @pytest.mark.parametrize("kind, steps, settings", [
-    ("store", 500, dict(dim=16, units=32)), ("mag", 700, dict(dim=16, chunk=8))])
+    ("store", 500, dict(heads=4, dim=16, units=32)), ("mag", 700, dict(dim=16, chunk=8))])
 def test_pairs_are_carried_from_row_to_row(kind, steps, settings):
     assert train_toy(kind, steps, **settings) >= 0.9
 
