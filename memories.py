@@ -26,11 +26,11 @@ from torch import nn
 from torch.nn import functional as F
 
 try:
-    from .models import Affine, Memory, RevenaHybridTiny, compile_once, into_slots, lagged, norm, text_of, where
+    from .models import Affine, Memory, RevenaHybridTiny, into_slots, lagged, norm, text_of, where
 except ImportError:
     if __package__:
         raise
-    from models import Affine, Memory, RevenaHybridTiny, compile_once, into_slots, lagged, norm, text_of, where
+    from models import Affine, Memory, RevenaHybridTiny, into_slots, lagged, norm, text_of, where
 
 
 # ------------------------------------------------------------ what decays, without a loop
@@ -944,14 +944,12 @@ def updates(k, v, theta, weights):
     def by_chunk(x):
         return x.unflatten(-2, (n, c))
 
-    # transpose, not .mT: that one is taken for an input of what is compiled once
     of_one = k.transpose(-1, -2) @ by_chunk(dz)
     of_two = by_chunk(scaled).transpose(-1, -2) @ by_chunk(f)
     surprise = error.square().sum(-1, keepdim=True)
     return -torch.stack((of_one, of_two), -3), by_chunk(surprise)[..., 0]
 
 
-@compile_once
 def row_of(k, v, theta, forward, opened, first, held):
     """One row of the loop over rows: with what it begins and with what it ends, (S, H, 2, P) each,
     no gradients.
@@ -1135,11 +1133,9 @@ class Mag(RowMemory, kind="mag"):
             return first[:, :, None]
         parts = Parts(*(x.detach() for x in parts))
         forward = course_of(parts.log_eta, parts.log_keep).forward()    # of each row by itself
-        # copies: what is compiled once takes no two views of one tensor
-        by_row = [x.movedim(2, 0).clone(memory_format=torch.contiguous_format)
-                  for x in (parts.k, parts.v, parts.theta, forward)]
+        by_row = [x.movedim(2, 0) for x in (parts.k, parts.v, parts.theta, forward)]
         empty = torch.stack((first, torch.zeros_like(first)), 2).flatten(3)
-        held, starts = empty.clone(), []
+        held, starts = empty, []
         for r in range(rows):
             start, held = row_of(*(x[r] for x in by_row), opens[:, r], empty, held)
             starts.append(start[:, :, 0].view_as(first))

@@ -200,27 +200,15 @@ class Block(nn.Module):
 
 # who compiles a model compiles one layer, not each; before torch 2.8 there is no such thing, nor
 # is it needed to run.
-# Only what changes nothing but its result may be such a region: a layer that streams writes a cache
+# Only what changes nothing but its result may be such a region (a layer that streams writes a
+# cache), and only where all layers are: with a memory among them torch 2.11 made wrong gradients
 def _plain(function):
     return function
 
 
-compile_once = getattr(torch.compiler, "nested_compile_region", _plain)
-
-
-@compile_once
+@getattr(torch.compiler, "nested_compile_region", _plain)
 def whole_block(block, x, attention):
     return block(x, attention)
-
-
-@compile_once
-def whole_attend(block, x, attention):
-    return block.attend(x, attention)
-
-
-@compile_once
-def whole_feed(block, x):
-    return block.feed(x)
 
 
 class Backbone(nn.Module):
@@ -254,7 +242,7 @@ class Backbone(nn.Module):
             whole: nothing is written but the result, so that a compiler may take each layer for the same.
         """
         dtype, last = self.embed.weight.dtype, len(self.blocks)
-        run, attend, feed = _run_whole if whole else _run_streaming
+        run = whole_block if whole and not places else Block.__call__
         x = norm(embedded.float())
         if -1 in places:
             x = mix(-1, norm(x).to(dtype), x)
@@ -264,16 +252,12 @@ class Backbone(nn.Module):
             if layer not in places:
                 x = run(block, x, attention)
                 continue
-            added = mix(layer, norm(x).to(dtype), attend(block, x, attention))
+            added = mix(layer, norm(x).to(dtype), block.attend(x, attention))
             x = x + added
-            x = x + feed(block, x)
+            x = x + block.feed(x)
         if last in places:
             x = mix(last, norm(x).to(dtype), x)
         return norm(x).to(dtype)
-
-
-_run_whole = whole_block, whole_attend, whole_feed
-_run_streaming = Block.__call__, Block.attend, Block.feed
 
 
 # ------------------------------------------------------------ the interface of a memory

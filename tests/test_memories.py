@@ -363,6 +363,26 @@ def test_a_compiler_takes_it_whole(name, chained):
     torch.autograd.grad(found, [model.memory.out.weight if name == "mean" else next(model.memory.parameters())])
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: a wrong gradient of a compiled step")
+@every_case
+def test_compiled_gradients_are_the_gradients(name):
+    model = make(name).cuda().train()
+    tokens, targets = (x.cuda() for x in rows_of())
+    opens, parameters = OPENS.cuda(), [p for p in model.parameters() if p.requires_grad]
+
+    def objective(tokens, targets, opens):
+        return -model.score(tokens, targets, opens).objective.mean()
+
+    torch._dynamo.reset()
+    both = []
+    for function in (objective, torch.compile(objective, fullgraph=True, dynamic=False)):
+        loss = function(tokens, targets, opens)
+        both.append(torch.autograd.grad(loss, parameters, allow_unused=True))
+    for plain, made in zip(*both):
+        assert (plain is None) == (made is None)
+        assert plain is None or (plain - made).norm() <= 1e-3 * plain.norm() + 1e-7
+
+
 @every_case
 def test_statistics_are_scalars_that_it_names(name):
     model = make(name).train()
