@@ -915,56 +915,78 @@ def course_of(log_eta, log_keep, begins=None):
     return Course(keep @ momentum, by_weights, by_momentum, momentum, itself)
 
 
-def updates(k, v, theta, weights):
-    """What each chunk of some rows adds to the momentum, and the surprise of each token.
+class Slopes(NamedTuple):
+    """What the gradient at a row's weights is made of, of T = n c tokens: of W_1 it is keys^T dz,
+    of W_2 transposed errors^T f.
+    """
 
-    The gradient of theta_t / 2 |W_2 silu(W_1 k_t) - v_t|^2 at the row's weights, its mean over
-    the chunk divided by n times the loss's curvature there. That is bounded by |f|^2 + |W_2
-    diag(silu')|^2 for keys of length 1 (Gauss-Newton), so that all chunks of a row together, taken
-    at the same weights, cannot overshoot where theta < 2.
+    keys: torch.Tensor          # (.., T, d)
+    dz: torch.Tensor            # (.., T, h)
+    errors: torch.Tensor        # (.., T, d), times the step's size
+    f: torch.Tensor             # (.., T, h)
+    surprise: torch.Tensor      # (.., n, c), the error's square
+
+
+def slopes_of(k, v, theta, weights):
+    """The Slopes of theta_t / 2 |W_2 silu(W_1 k_t) - v_t|^2 at the row's weights, each chunk's mean
+    divided by n times the loss's curvature there.
+
+    That is bounded by |f|^2 + |W_2 diag(silu')|^2 for keys of length 1 (Gauss-Newton), so that
+    all chunks of a row together, taken at the same weights, cannot overshoot where theta < 2.
 
     Args:
         k, v: (.., n, c, d). theta: (.., n, c). weights: (.., 2, d, h): W_1, and W_2 transposed.
-
-    Returns: (.., n, 2, d, h) and (.., n, c), the error's mean square by that of the value.
     """
     n, c = theta.shape[-2:]
     one, two = weights.unbind(-3)
     keys, wanted = k.flatten(-3, -2), v.flatten(-3, -2)
-    z = keys @ one                                                      # (.., n c, h)
+    z = keys @ one
     gate = z.sigmoid()
     f, slope = z * gate, gate * (1 + z * (1 - gate))
-    error = f @ two.transpose(-1, -2) - wanted                          # (.., n c, d)
+    error = f @ two.transpose(-1, -2) - wanted
     size = two.detach().square().sum(-2, keepdim=True)                  # (.., 1, h)
     curvature = (f.detach().square() + slope.detach().square() * size).sum(-1)
     rate = theta / (n * c * curvature.unflatten(-1, (n, c)).mean(-1, keepdim=True))
-    scaled = error * rate.flatten(-2)[..., None]
-    dz = (scaled @ two) * slope
+    errors = error * rate.flatten(-2)[..., None]
+    dz = (errors @ two) * slope
+    return Slopes(keys, dz, errors, f, error.square().sum(-1).unflatten(-1, (n, c)))
 
-    def by_chunk(x):
-        return x.unflatten(-2, (n, c))
 
-    of_one = k.transpose(-1, -2) @ by_chunk(dz)
-    of_two = by_chunk(scaled).transpose(-1, -2) @ by_chunk(f)
-    surprise = error.square().sum(-1, keepdim=True)
-    return -torch.stack((of_one, of_two), -3), by_chunk(surprise)[..., 0]
+def updates(k, v, theta, weights):
+    """What each chunk of some rows adds to the momentum, (.., n, 2, d, h), and the surprise of each
+    token, (.., n, c). Arguments as those of `slopes_of`.
+    """
+    found = slopes_of(k, v, theta, weights)
+    keys, dz, errors, f = (x.unflatten(-2, theta.shape[-2:]) for x in found[:4])
+    of_one, of_two = keys.transpose(-1, -2) @ dz, errors.transpose(-1, -2) @ f
+    return -torch.stack((of_one, of_two), -3), found.surprise
 
 
 def row_of(k, v, theta, forward, opened, first, held):
-    """One row of the loop over rows: with what it begins and with what it ends, (S, H, 2, P) each,
-    no gradients.
+    """One row of the loop over rows: with what it begins and with what it ends, (S, H, 2, 2, d, h)
+    each, no gradients. The chunks' updates are summed as they are made.
 
     Args:
-        k, v, theta: of the row, as in `updates`.
+        k, v, theta: of the row, as in `slopes_of`.
         forward: (S, H, 2, n + 2), the last line of its Course, for weights and for momentum, each
             for the n updates, the weights and the momentum.
         opened: (S,) bool, a sequence starts.
-        first, held: (S, H, 2, P), weights and momentum that have read nothing, and those of the row before.
+        first, held: (S, H, 2, 2, d, h), weights and momentum that have read nothing, and those of the row before.
     """
     held = where(opened, first, held)
-    d = k.size(-1)
-    u, _ = updates(k, v, theta, held[:, :, 0].unflatten(-1, (2, d, -1)))
-    return held, forward @ torch.cat((u.flatten(-3), held), 2)
+    n, c = theta.shape[-2:]
+    keys, dz, errors, f, _ = slopes_of(k, v, theta, held[:, :, 0])
+    shares, kept = forward.split((n, 2), -1)
+    share = shares.mT.repeat_interleave(c, 2)[..., None]                # (S, H, n c, 2, 1)
+
+    def summed(x, y):                                                   # (S, H, d, 2, h)
+        return (x.transpose(-1, -2) @ (share * y[..., None, :]).flatten(-2)).unflatten(-1, (2, -1))
+
+    added = torch.stack((summed(keys, dz), summed(errors, f)), 2).movedim(-2, 2)
+    weights, momentum = held.unbind(2)
+    kept = kept[..., None, None, None]                                  # (S, H, 2, 2, 1, 1, 1)
+    after = kept[:, :, :, 0] * weights[:, :, None] + kept[:, :, :, 1] * momentum[:, :, None] - added
+    return held, after
 
 
 class Parts(NamedTuple):
@@ -1134,11 +1156,11 @@ class Mag(RowMemory, kind="mag"):
         parts = Parts(*(x.detach() for x in parts))
         forward = course_of(parts.log_eta, parts.log_keep).forward()    # of each row by itself
         by_row = [x.movedim(2, 0) for x in (parts.k, parts.v, parts.theta, forward)]
-        empty = torch.stack((first, torch.zeros_like(first)), 2).flatten(3)
+        empty = torch.stack((first, torch.zeros_like(first)), 2)
         held, starts = empty, []
         for r in range(rows):
             start, held = row_of(*(x[r] for x in by_row), opens[:, r], empty, held)
-            starts.append(start[:, :, 0].view_as(first))
+            starts.append(start[:, :, 0])
         return torch.stack(starts, 2)
 
     def whole(self, place, x, y, opens, notes):

@@ -438,6 +438,7 @@ class Training:
             return f"plain PyTorch step on {self.device.type} (no CUDA)"
         if self.world > 1:
             return "plain PyTorch step, shared by several processes"
+        torch.set_float32_matmul_precision("high")      # TF32: what a memory keeps in float32 is multiplied no slower
         how = "captured as one CUDA graph, not compiled (that takes Triton, a C compiler and Python's headers)"
         if has_compiler(self.device):
             how = "compiled and captured as one CUDA graph"
