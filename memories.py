@@ -952,41 +952,29 @@ def slopes_of(k, v, theta, weights):
     return Slopes(keys, dz, errors, f, error.square().sum(-1).unflatten(-1, (n, c)))
 
 
-def updates(k, v, theta, weights):
-    """What each chunk of some rows adds to the momentum, (.., n, 2, d, h), and the surprise of each
-    token, (.., n, c). Arguments as those of `slopes_of`.
+def updates(slopes, chunks, dtype):
+    """What each of n chunks adds to the momentum of W_1 and of W_2 transposed, (.., n, d, h) each, of
+    the Slopes of a row.
     """
-    found = slopes_of(k, v, theta, weights)
-    keys, dz, errors, f = (x.unflatten(-2, theta.shape[-2:]) for x in found[:4])
-    of_one, of_two = keys.transpose(-1, -2) @ dz, errors.transpose(-1, -2) @ f
-    return -torch.stack((of_one, of_two), -3), found.surprise
+    keys, dz, errors, f = (x.to(dtype).unflatten(-2, (chunks, -1)) for x in slopes[:4])
+    return -(keys.transpose(-1, -2) @ dz), -(errors.transpose(-1, -2) @ f)
 
 
-def row_of(k, v, theta, forward, opened, first, held):
-    """One row of the loop over rows: with what it begins and with what it ends, (S, H, 2, 2, d, h)
-    each, no gradients. The chunks' updates are summed as they are made.
+def carried(slopes, forward, held):
+    """Weights and momentum (S, H, 2, 2, d, h) after a row, of what is `held` before it: all its
+    chunks' updates are summed as they are made.
 
-    Args:
-        k, v, theta: of the row, as in `slopes_of`.
-        forward: (S, H, 2, n + 2), the last line of its Course, for weights and for momentum, each
-            for the n updates, the weights and the momentum.
-        opened: (S,) bool, a sequence starts.
-        first, held: (S, H, 2, 2, d, h), weights and momentum that have read nothing, and those of the row before.
+    forward: (S, H, 2, n + 2), the last line of the row's Course, for weights and for momentum,
+    each for the n updates, the weights and the momentum.
     """
-    held = where(opened, first, held)
-    n, c = theta.shape[-2:]
-    keys, dz, errors, f, _ = slopes_of(k, v, theta, held[:, :, 0])
-    shares, kept = forward.split((n, 2), -1)
-    share = shares.mT.repeat_interleave(c, 2)[..., None]                # (S, H, n c, 2, 1)
-
-    def summed(x, y):                                                   # (S, H, d, 2, h)
-        return (x.transpose(-1, -2) @ (share * y[..., None, :]).flatten(-2)).unflatten(-1, (2, -1))
-
-    added = torch.stack((summed(keys, dz), summed(errors, f)), 2).movedim(-2, 2)
+    shares, kept = forward.split((forward.size(-1) - 2, 2), -1)
+    share = shares.mT.repeat_interleave(slopes.keys.size(-2) // shares.size(-1), 2)     # (S, H, n c, 2)
+    left = torch.stack((slopes.keys, slopes.errors), 2)
+    right = torch.stack((slopes.dz, slopes.f), 2)[..., None, :] * share[:, :, None, ..., None]
+    added = (left.transpose(-1, -2) @ right.flatten(-2)).unflatten(-1, (2, -1))         # (S, H, 2, d, 2, h)
     weights, momentum = held.unbind(2)
-    kept = kept[..., None, None, None]                                  # (S, H, 2, 2, 1, 1, 1)
-    after = kept[:, :, :, 0] * weights[:, :, None] + kept[:, :, :, 1] * momentum[:, :, None] - added
-    return held, after
+    of_weights, of_momentum = kept[..., None, None, None].unbind(3)                     # (S, H, 2, 1, 1, 1)
+    return of_weights * weights[:, :, None] + of_momentum * momentum[:, :, None] - added.movedim(-2, 2)
 
 
 class Parts(NamedTuple):
@@ -1022,6 +1010,7 @@ class Mag(RowMemory, kind="mag"):
     that have anything in common, and training was lost. A step that is a share of what the
     curvature allows (`updates`; the normalised LMS of Nagumo & Noda 1967) cannot do that.
 
+    What is carried on is float32; what only the row's own queries read has the model's precision.
     The gradients of a row are all taken at the weights with which the row began, so that both
     recurrences are matrices over its chunks, and over all chunks of a lane. In training that
     weight is a constant of the gradient grad l (first order, as in Nichol et al. 2018): what was
@@ -1124,12 +1113,11 @@ class Mag(RowMemory, kind="mag"):
         q, k, v = (F.normalize(x, dim=-1) for x in (q, k, v))
         return Parts(q, k, v, theta, F.logsigmoid(eta), F.logsigmoid(-alpha))
 
-    def recall(self, i, q, weights):
-        """What queries (S, H, n, c, d) read of the weights (S, H, n, 2, d, h) before their chunk,
-        and of the persistent tokens: (S, n c, H d).
+    def recall(self, i, q, one, two):
+        """What queries (S, H, n, c, d) read of W_1 and W_2 transposed (S, H, n, d, h) before their
+        chunk, and of the persistent tokens: (S, n c, H d).
         """
-        one, two = weights.unbind(-3)
-        found = norm(F.silu(q @ one) @ two.mT)
+        found = norm((F.silu(q.to(one.dtype) @ one) @ two.mT).float())
         if self.set["persistent"]:
             keys, values = self.persistent[i].float().view(2, self.heads, 1, -1, self.dim)
             found = found + (q @ keys.mT).softmax(-1) @ values
@@ -1155,12 +1143,13 @@ class Mag(RowMemory, kind="mag"):
             return first[:, :, None]
         parts = Parts(*(x.detach() for x in parts))
         forward = course_of(parts.log_eta, parts.log_keep).forward()    # of each row by itself
-        by_row = [x.movedim(2, 0) for x in (parts.k, parts.v, parts.theta, forward)]
         empty = torch.stack((first, torch.zeros_like(first)), 2)
         held, starts = empty, []
         for r in range(rows):
-            start, held = row_of(*(x[r] for x in by_row), opens[:, r], empty, held)
-            starts.append(start[:, :, 0])
+            held = where(opens[:, r], empty, held)
+            starts.append(held[:, :, 0])
+            slopes = slopes_of(*(x[:, :, r] for x in parts[1:4]), held[:, :, 0])
+            held = carried(slopes, forward[:, :, r], held)
         return torch.stack(starts, 2)
 
     def whole(self, place, x, y, opens, notes):
@@ -1170,22 +1159,22 @@ class Mag(RowMemory, kind="mag"):
         rows = 1 if opens is None else opens.size(1)
         parts = self.parts(sequences(torch.cat((three, rates), -1), opens), rows)
         starts = self.row_starts(i, parts, opens)
-        u, surprise = updates(parts.k, parts.v, parts.theta, starts)    # (S, H, R, n, 2, d, h)
-        n = u.size(3)
+        slopes, n = slopes_of(*parts[1:4], starts), parts.k.size(3)
         begins = None
         if opens is not None:
             begins = F.pad(opens[..., None], (0, n - 1)).flatten(1)[:, None]        # (S, 1, R n)
         course = course_of(parts.log_eta.flatten(2), parts.log_keep.flatten(2), begins)
-        weights = self.before_chunks(course, u.flatten(2, 3), self.first_weights(i), None, begins)
-        read = self.recall(i, parts.q.flatten(2, 3), weights)
-        last = weights[:, :, -1].detach()
-        first = self.first_weights(i).detach()
-        note(notes, surprise=surprise.mean(), distance=(last - first).norm() / (len(last) ** 0.5 * first.norm()))
+        first = self.first_weights(i)
+        found = [self.before_chunks(course, u.flatten(2, 3), w, None, begins)
+                 for u, w in zip(updates(slopes, n, y.dtype), first.unbind(1))]
+        read = self.recall(i, parts.q.flatten(2, 3), *found)
+        last = (starts[:, :, -1] - first).detach()
+        note(notes, surprise=slopes.surprise.mean(), distance=last.norm() / (len(last) ** 0.5 * first.detach().norm()))
         return self.answer(i, x, y, read.reshape(N, C, -1), notes)[0]
 
     def before_chunks(self, course, u, weights, momentum, begins=None):
-        """Weights (S, H, n, 2, d, h) that each of n chunks finds, given all updates u and what
-        stood before the first: weights (.., H, 2, d, h), momentum or None: 0.
+        """What W_1, or W_2 transposed, is where each of n chunks finds it, (S, H, n, d, h) like all
+        its updates u; what stood before the first: weights (.., H, d, h), momentum or None: 0.
         """
         def earlier(x, fill):                                           # the line of the chunk before
             moved = F.pad(x, (0, 0) * (x.dim() - 3) + (1, 0), value=fill)[:, :, :-1]
@@ -1194,11 +1183,11 @@ class Mag(RowMemory, kind="mag"):
             flag = begins.view(len(begins), 1, -1, *[1] * (x.dim() - 3))
             return moved.masked_fill(flag, fill)
 
-        added = (earlier(course.by_update, 0.0) @ u.flatten(3)).view_as(u)
-        found = added + earlier(course.by_weights, 1.0)[..., None, None, None] * weights[..., None, :, :, :]
+        added = (earlier(course.by_update, 0.0).to(u.dtype) @ u.flatten(3)).view_as(u)
+        found = added + earlier(course.by_weights, 1.0)[..., None, None] * weights[..., None, :, :]
         if momentum is not None:
-            found = found + earlier(course.by_momentum, 0.0)[..., None, None, None] * momentum[:, :, None]
-        return found
+            found = found + earlier(course.by_momentum, 0.0)[..., None, None] * momentum[:, :, None]
+        return found.to(u.dtype)
 
     # ---- a few tokens
 
@@ -1210,13 +1199,13 @@ class Mag(RowMemory, kind="mag"):
         row = put_in_row(state[f"row.{p}"], came, torch.cat((self.blend(i, three, before), rates), -1))
         parts = self.parts(row, 1)
         weights, momentum = state[f"weights.{p}"], state[f"momentum.{p}"]
-        u, surprise = updates(*(getattr(parts, name)[:, :, 0] for name in ("k", "v", "theta")), weights)
+        slopes = slopes_of(*(x[:, :, 0] for x in parts[1:4]), weights)
         course = course_of(parts.log_eta[:, :, 0], parts.log_keep[:, :, 0])
-        found = self.before_chunks(course, u, weights, momentum)
-        read = from_row(self.recall(i, parts.q[:, :, 0], found), came)
-        held = torch.stack((weights, momentum), 2).flatten(3)           # (B, H, 2, P)
-        after = course.forward() @ torch.cat((u.flatten(3), held), 2)
-        after = where(came.ended, after, held).unflatten(-1, weights.shape[-3:])
+        us = updates(slopes, parts.k.size(3), y.dtype)
+        found = [self.before_chunks(course, *three) for three in zip(us, weights.unbind(2), momentum.unbind(2))]
+        read = from_row(self.recall(i, parts.q[:, :, 0], *found), came)
+        held = torch.stack((weights, momentum), 2)                      # (B, H, 2, 2, d, h)
+        after = where(came.ended, carried(slopes, course.forward(), held), held)
         last = torch.where(came.real[:, -1:], three[:, -1], state[f"last.{p}"])
         changed = {f"row.{p}": row, f"last.{p}": last,
                    f"weights.{p}": after[:, :, 0], f"momentum.{p}": after[:, :, 1]}
@@ -1227,7 +1216,7 @@ class Mag(RowMemory, kind="mag"):
             changed["row_about"] = put_in_row(state["row_about"], came, about)
         first = self.first_weights(i)
         distance = (weights - first).norm() / (len(weights) ** 0.5 * first.norm())
-        note(notes, surprise=surprise.mean(), distance=distance)
+        note(notes, surprise=slopes.surprise.mean(), distance=distance)
         return y, {**state, **changed}
 
     # ---- to be seen
@@ -1246,8 +1235,7 @@ class Mag(RowMemory, kind="mag"):
                               momentum=float(state[f"momentum.{p}"][sequence].norm())))
             parts = self.parts(state[f"row.{p}"][sequence:sequence + 1], 1)
             k, v, theta = (x[0, :, 0] for x in (parts.k, parts.v, parts.theta))
-            _, surprise = updates(k, v, theta, weights)
-            surprise, theta = surprise.mean(0).flatten(), theta.mean(0).flatten()
+            surprise, theta = slopes_of(k, v, theta, weights).surprise.mean(0).flatten(), theta.mean(0).flatten()
             eta, alpha = parts.log_eta[0, :, 0].exp().mean(0), 1 - parts.log_keep[0, :, 0].exp().mean(0)
             for t in range(filled):
                 token, chunk = int(tokens[t]), t // self.chunk

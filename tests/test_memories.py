@@ -365,6 +365,7 @@ def test_a_compiler_takes_it_whole(name, chained):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: a wrong gradient of a compiled step")
 @every_case
+@with_gradients
 def test_compiled_gradients_are_the_gradients(name):
     model = make(name).cuda().train()
     tokens, targets = (x.cuda() for x in rows_of())
@@ -642,7 +643,8 @@ def test_the_gradient_written_by_hand_is_the_gradient():
     k, v = torch.randn(2, n, c, d, generator=draw).unbind()
     theta = torch.rand(n, c, generator=draw)
     weights = (0.3 * torch.randn(2, d, h, generator=draw)).requires_grad_()
-    found, surprise = memories.updates(k, v, theta, weights)
+    slopes = memories.slopes_of(k, v, theta, weights)
+    found, surprise = torch.stack(memories.updates(slopes, n, torch.float32), 1), slopes.surprise
     for i in range(n):
         f = F.silu(k[i] @ weights[0])
         error = f @ weights[1].T - v[i]
@@ -667,9 +669,10 @@ def test_a_row_of_steps_at_the_same_weights_does_not_overshoot():
         weights = torch.randn(2, d, h, generator=draw) * torch.tensor([d ** -0.5, 0.02]).view(2, 1, 1)
         before = None
         for _ in range(20):
-            found, surprise = memories.updates(k, v, torch.full((n, c), 1.9), weights)
-            assert before is None or surprise.mean() < before + 1e-6
-            before, weights = surprise.mean(), weights + found.sum(0)
+            slopes = memories.slopes_of(k, v, torch.full((n, c), 1.9), weights)
+            surprise, step = slopes.surprise.mean(), torch.stack(memories.updates(slopes, n, torch.float32)).sum(1)
+            assert before is None or surprise < before + 1e-6
+            before, weights = surprise, weights + step
         assert before < 1
 
 
@@ -898,7 +901,7 @@ FEATURES = {
         "DDP": built("train.Training.gradients"),
     },
     "MemoryMAG": {
-        "neural memory": built("memories.updates", "test_the_gradient_written_by_hand_is_the_gradient"),
+        "neural memory": built("memories.slopes_of", "test_the_gradient_written_by_hand_is_the_gradient"),
         "momentum, forgetting": built("memories.course_of", "test_the_weights_go_on_as_the_equations_say"),
         "persistent tokens": built("memories.Mag.recall", "test_from_the_second_step_on_every_parameter_has_a_gradient"),
         "query refinement": built("memories.Mag.project", "test_from_the_second_step_on_every_parameter_has_a_gradient"),
