@@ -57,13 +57,13 @@ ARMS = {
     "with_store": Arm("store", "store: keys and values"),
     "with_bank": Arm("bank", "bank: learned vectors"),
     "with_mag": Arm("mag", "MAG: fast weights"),
-    "with_gru": Arm("gru", "GRU: fading state"),
+    "with_gru": Arm("gru", "GRU: fading state", dict(placement="upper")),
 
     # what else a number could come from, one seed each
     "wide": Arm(None, "wider feed-forward", backbone=dict(n_inner=2784), control=True),
     "with_bank_low_rank": Arm("bank", "bank of rank 64", dict(rank=64), control=True),
     "with_gru_cell": Arm("gru", "GRUCell a row, decay 0.97", dict(cell=True, fade=0.97), control=True),
-    "with_gru_reset": Arm("gru", "GRU, reset at every row", dict(carry=False), control=True),
+    "with_gru_reset": Arm("gru", "GRU, reset at every row", dict(placement="upper", carry=False), control=True),
     "with_mag_reset": Arm("mag", "MAG, reset at every row", dict(carry=False), control=True),
     "with_store_reset": Arm("store", "store, reset at every row", dict(carry=False), control=True),
     "with_store_few": Arm("store", "store of 256, merging", dict(slots=256, merge_above=0.9), control=True),

@@ -629,7 +629,7 @@ def test_a_low_rank_or_narrow_bank_is_smaller():
 
 
 @pytest.mark.parametrize("placement, places", [("all", (0, 1, 2, 3)), ("first", (0,)), ("last", (3,)),
-                                               ("every 3", (0, 3)), ([2, 1], (1, 2))])
+                                               ("every 3", (0, 3)), ("upper", (2, 3, 4)), ([2, 1], (1, 2))])
 def test_where_a_memory_acts(placement, places):
     assert memories.places_of(placement, 4) == places
 
