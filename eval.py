@@ -51,6 +51,7 @@ from stages import (ARMS, PROJECT, SPECIFIED, StageError, arm_flag, arm_folder, 
                     load_model, load_split, load_tokenizer, lower_precision, parser_of, pick_device,
                     read_json, read_manifest, run_stage, seal, sha256, write_atomic, write_json)
 
+CHAIN = " From", " one comes to"                        # how the end of a chain of facts is asked for
 FORMATS = {                     # how a fact is written; the question stops before the value
     "pair": (" {key}", " {value}", "."),
     "colon": (" {key}:", " {value}", "."),
@@ -76,7 +77,11 @@ class Settings:
     distracted: int = 256       # the distance there, where they fit into it
     dialogues: int = 64         # of three turns: facts, other text, a question
     turn: int = 100             # tokens of a turn
-    together: int = 16          # dialogues at a time: each token has log p of the whole vocabulary
+    needles: tuple = (2_048, 4_096, 8_192, 16_384)      # tokens of a text that begins with the facts
+    hops: tuple = (1, 2, 3, 4)  # facts of a chain whose end is asked for, ..
+    hop_tokens: int = 512       # .. in a text of so many tokens
+    streamed: int = 64          # questions of each of these
+    together: int = 32          # texts at a time: each token has log p of the whole vocabulary
     repeats: int = 5            # timed passes, memory on and off in turn, over ..
     timed: int = 16             # .. so many packs
     shown: int = 420            # the picture of a memory: tokens of a document, ..
@@ -100,7 +105,7 @@ def jsonable(settings):
 
 FULL = Settings()
 QUICK = Settings(pack=16, trials=8, distances=(64, 160, 256), long_range=(160, 256), distractors=(0, 64),
-                 dialogues=6, timed=1, fitted=6)
+                 dialogues=6, needles=(512,), hops=(1, 2), hop_tokens=256, streamed=6, timed=1, fitted=6)
 
 REFERENCE = "baseline"          # what every other arm is compared with
 SIGNIFICANT = 0.05
@@ -430,9 +435,9 @@ def questions(texts, tokenizer, name, distance, count, settings, extra=0):
 
 
 class Dialogues(NamedTuple):
-    """Texts of three turns: facts, other text, a question at the end."""
+    """Texts in turns: facts in the first, other text, a question at the end of the last."""
 
-    turns: np.ndarray           # (count, 3, tokens of a turn)
+    turns: np.ndarray           # (count, turns, tokens of a turn)
     choices: np.ndarray         # (count, facts) values planted, the right one first
 
 
@@ -464,6 +469,50 @@ def make_dialogues(texts, tokenizer, settings):
     return Dialogues(np.array(turns, np.int64), np.array(choices))
 
 
+def make_streamed(texts, tokenizer, length, hops, width, settings):
+    """Dialogues of one long text each, read `width` tokens at a time; None where there is not so much
+    text.
+
+    A needle (hops 0) is a fact asked for in its own words. Otherwise the facts are chains (a: b.
+    .. b: c.) of so many, as in hash-hop (Magic 2024), and the end of one is asked for ("From a one
+    comes to" c).
+    """
+    draw = np.random.default_rng((settings.seed, 4, length, hops))
+    keys, values = keys_and_values(tokenizer, settings)
+    line = np.concatenate([text[1:] for text in texts])
+    if len(line) < length:
+        return None
+    turns, choices = [], []
+    for number in range(settings.streamed):
+        form = form_of(tokenizer, settings.forms[number % len(settings.forms)])
+        ends = draw.choice(values, settings.facts, replace=False)
+        links = draw.choice(keys, (settings.facts, max(1, hops)), replace=False)
+        chains = np.column_stack((links, ends)).tolist()
+        facts = [form.fact(*pair) for chain in chains for pair in itertools.pairwise(chain)]
+        question = facts[0][:form.asked]
+        if hops:
+            question = [*tokenizer.encode(CHAIN[0]), chains[0][0], *tokenizer.encode(CHAIN[1])]
+        shuffled = [facts[i] for i in draw.permutation(len(facts))]
+        room = length - 1 - len(facts) * form.size - len(question)
+        offset = draw.integers(0, len(line) - room + 1)
+        real = line[offset:offset + room]
+        early = scatter(real[:settings.lead], shuffled, draw)
+        turns.append(np.concatenate(([EOT], early, real[settings.lead:], question)).reshape(-1, width))
+        choices.append(ends)
+    return Dialogues(np.array(turns, np.int64), np.array(choices))
+
+
+def all_streamed(texts, tokenizer, width, settings):
+    """{("needle", tokens) or ("hops", facts of a chain): Dialogues} that there is text for."""
+    cells = {("needle", length): (length, 0) for length in settings.needles}
+    cells |= {("hops", hops): (settings.hop_tokens, hops) for hops in settings.hops}
+    made = {cell: make_streamed(texts, tokenizer, *how, width, settings) for cell, how in cells.items()}
+    missing = [number for (_, number), streamed in made.items() if streamed is None]
+    if missing:
+        tqdm.write(f"note: questions over {', '.join(map(str, missing))} tokens or hops are left out: too little text")
+    return {cell: streamed for cell, streamed in made.items() if streamed}
+
+
 class Exam(NamedTuple):
     """What every model is asked."""
 
@@ -476,6 +525,7 @@ class Exam(NamedTuple):
     distances: list             # those that there is text for
     distractors: dict           # {distractors: {form: distance}}, likewise
     dialogues: Dialogues        # None: there is no text for them
+    streamed: dict              # {(kind, number): Dialogues}: needles and hops
     identity: dict              # hashes of it all
 
     @property
@@ -550,10 +600,11 @@ def make_exam(root, rows, meta, tokenizer, settings, quick):
     dialogues = make_dialogues(texts, tokenizer, settings)
     if dialogues is None:
         tqdm.write(f"note: dialogues are left out: no validation document has {3 * settings.turn:,} tokens")
+    streamed = all_streamed(texts, tokenizer, rows.shape[1], settings)
     identity = {"val": meta["splits"]["val"]["sha256"],
                 "questions": digest_of_questions(asked.values())}
     return Exam(settings, tokenizer, texts, rows, characters_per_token(tokenizer), asked, distances,
-                distractors, dialogues, identity)
+                distractors, dialogues, streamed, identity)
 
 
 # ------------------------------------------------------------ answers
@@ -702,6 +753,7 @@ class Measured(NamedTuple):
         outcomes (4, Q) bool, value_nats (Q,): of the questions
         speed_on, speed_off (repeats,): the second empty where there is no memory to switch off
         turns_forced_choice (2, dialogues) bool, turns_value_nats: persistent and ephemeral
+        streamed_forced_choice (cells, questions) bool, streamed_value_nats: needles and hops
     facts: of what, by what and where it was measured; see `expected_of` and `facts_of`.
     """
 
@@ -831,6 +883,10 @@ def measure(model, exam, note=None):
         kept, cleared = (take_turns(model, exam.dialogues, how, settings) for how in (True, False))
         forced, nats = map(np.stack, zip(kept, cleared))
         tensors |= {"turns_forced_choice": forced, "turns_value_nats": nats}
+    if exam.streamed:
+        said = [take_turns(model, streamed, True, settings) for streamed in exam.streamed.values()]
+        forced, nats = map(np.stack, zip(*said))
+        tensors |= {"streamed_forced_choice": forced, "streamed_value_nats": nats}
     models = {"on": model} | ({"off": memory_off(model)} if model.config.memory_enabled else {})
     runs = throughput(models, exam)
     tensors |= {"speed_on": runs["on"], "speed_off": runs.get("off", np.zeros(0))}
@@ -1400,6 +1456,25 @@ def summarise_turns(evidence):
     return summary
 
 
+def summarise_streamed(evidence):
+    """Recall through the cache: {"needle": of a text's tokens, "hops": of a chain's facts}, each with
+    the numbers and, by arm, forced choice, its interval and -ln p of the right value at each.
+    """
+    cells, summary = list(evidence.exam.streamed), {}
+    for kind in dict.fromkeys(kind for kind, _ in cells):
+        chosen = [i for i, cell in enumerate(cells) if cell[0] == kind]
+        arms = {}
+        for arm in evidence.seeds:
+            right = np.stack([one.tensors["streamed_forced_choice"][chosen] for one in evidence.of(arm)])
+            nats = np.stack([one.tensors["streamed_value_nats"][chosen] for one in evidence.of(arm)])
+            seeds, _, trials = right.shape
+            arms[arm] = {"forced_choice": right.mean((0, 2)).tolist(),
+                         "ci95": [wilson(found / seeds, trials) for found in right.sum((0, 2))],
+                         "value_nats": nats.mean((0, 2), dtype=np.float64).tolist()}
+        summary[kind] = {"at": [cells[i][1] for i in chosen], "trials": evidence.exam.settings.streamed, "arms": arms}
+    return summary
+
+
 def summarise_speed(on, off, settings):
     """The throughput of one arm, and by that of the same model with its memory off, timed
     in turn."""
@@ -1562,6 +1637,7 @@ def assemble(evidence, meta, root):
               "bpc_windows": windows,
               "recall": recall,
               "turns": summarise_turns(evidence),
+              "streamed": summarise_streamed(evidence),
               "tokens_per_sec": speed,
               "training": training,
               "memory_hit_rate": hits,

@@ -32,7 +32,7 @@ from test_train import prepared
 WIDTH = 32
 SMALL = evaluation.Settings(pack=6, lane=3, trials=1, forms=("pair", "sentence"), distances=(20, 40), long_range=(40,),
                             lead=8, distractors=(0, 9), distracted=40, dialogues=4, turn=60, together=3, repeats=2,
-                            timed=1, shown=50, bootstrap=200, control_trials=1, fitted=2)
+                            needles=(160, 100_000 * WIDTH), hops=(1, 2), hop_tokens=192, streamed=4, timed=1, shown=50, bootstrap=200, control_trials=1, fitted=2)
 ARMS = ("baseline", "with_ltm")
 TOY = "with_toy"
 
@@ -323,6 +323,29 @@ def test_dialogues_are_what_they_say(tokenizer):
     assert evaluation.make_dialogues([texts[0][:300]], tokenizer, settings) is None
 
 
+@pytest.mark.parametrize("hops", [0, 1, 2, 4])
+def test_needles_and_chains_are_what_they_say(tokenizer, hops):
+    """All facts at the beginning, no word of one after it but in the question, whose answer follows from them."""
+    texts = [np.concatenate(([EOT], np.random.default_rng(i).integers(10, 26, 400))) for i in range(3)]
+    made = evaluation.make_streamed(texts, tokenizer, 512, hops, 128, evaluation.FULL)
+    asked = evaluation.FULL.streamed
+    assert made.turns.shape == (asked, 4, 128) and made.choices.shape == (asked, 8)
+    words = set(evaluation.single_words(tokenizer).tolist()) - set(tokenizer.encode(" The code of is From one comes to"))
+    for number, (turns, choices) in enumerate(zip(made.turns, made.choices)):
+        tokens = turns.reshape(-1).tolist()
+        form = evaluation.form_of(tokenizer, evaluation.FULL.forms[number % 3])
+        count = 8 * max(1, hops)
+        told = tokens[:1 + evaluation.FULL.lead + count * form.size]
+        planted = [token for token in told if token in words]
+        facts = dict(zip(planted[::2], planted[1::2]))
+        assert len(facts) == count and tokens[0] == EOT and EOT not in tokens[1:]
+        word, = (token for token in tokens[len(told):] if token in words)
+        for _ in range(max(1, hops)):
+            word = facts[word]
+        assert word == choices[0] and word not in facts and set(choices.tolist()) <= set(facts.values())
+    assert evaluation.make_streamed(texts, tokenizer, 2_048, hops, 128, evaluation.FULL) is None
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("memory", MEMORIES)
 def test_turns_go_on_from_the_cache_or_begin_anew(tokenizer, memory):
@@ -505,7 +528,7 @@ def test_kinds_of_target_against_a_search():
 
 def evidence_of(texts, costs, per_token, stored=None):
     """Evidence of arms that cost so many bits a target: {arm: (T,)}; `stored`: by the LTM."""
-    exam = evaluation.Exam(SMALL, None, texts, None, per_token, {}, [], {}, None, {})
+    exam = evaluation.Exam(SMALL, None, texts, None, per_token, {}, [], {}, None, {}, {})
     measured = {}
     for arm, bits in costs.items():
         log_p = (-math.log(2) * np.asarray(bits)).astype(np.float32)
@@ -968,6 +991,11 @@ def test_the_rest_of_the_results(evaluated):
         assert len(detail["tokens_per_sec"][arm]["runs"]) == 2 and results[arm]["tokens_per_sec"] > 0
         assert detail["turns"][arm]["trials"] == 4
         assert {"forced_choice", "value_nats"} < detail["turns"][arm]["ephemeral"].keys()
+        for kind, numbers in (("needle", [160]), ("hops", [1, 2])):
+            streamed = detail["streamed"][kind]
+            assert streamed["at"] == numbers and streamed["trials"] == 4
+            for (low, high), share in zip(streamed["arms"][arm]["ci95"], streamed["arms"][arm]["forced_choice"]):
+                assert 0 <= low <= share <= high <= 1
         assert detail["training"][arm] == {"tokens_per_sec": None, "loss": None}      # no history.jsonl was written
     speed = detail["tokens_per_sec"]["with_ltm"]
     assert len(speed["off_runs"]) == 2 and speed["verdict"] in VERDICTS
