@@ -2125,9 +2125,10 @@ def differences(results, arm):
     gap = with_interval(far["difference"]["mean"], far["difference"]["ci95"], "+.3f")
     chance = detail["recall"]["chance"]
     lines.append(("long_range_recall", gap, f"{far['verdict']}, chance {chance:.3f}"))
-    gap = "x " + with_interval(speed["ratio"], speed["ratio_ci95"], ".3f")
-    says = f"{speed['verdict']}, by the same model with its memory off"
-    lines.append(("tokens_per_sec", gap, says))
+    if "ratio" in speed:                                    # an arm without a memory has none to switch off
+        gap = "x " + with_interval(speed["ratio"], speed["ratio_ci95"], ".3f")
+        says = f"{speed['verdict']}, by the same model with its memory off"
+        lines.append(("tokens_per_sec", gap, says))
     return lines
 
 
