@@ -1197,13 +1197,11 @@ class Mag(RowMemory, kind="mag"):
             flag = begins.view(len(begins), 1, -1, *[1] * (x.dim() - 3))
             return moved.masked_fill(flag, fill)
 
-        shares = [earlier(course.by_update, 0.0), earlier(course.by_weights, 1.0)[..., None]]
-        added = [u, weights[..., None, :, :].expand(len(u), -1, -1, -1, -1)]
+        added = (earlier(course.by_update, 0.0).to(u.dtype) @ u.flatten(3)).view_as(u)
+        found = added + earlier(course.by_weights, 1.0)[..., None, None] * weights[..., None, :, :]
         if momentum is not None:
-            shares.append(earlier(course.by_momentum, 0.0)[..., None])
-            added.append(momentum[:, :, None])
-        shares, added = torch.cat(shares, -1).to(u.dtype), torch.cat([x.to(u.dtype) for x in added], 2)
-        return (shares @ added.flatten(3)).view_as(u)
+            found = found + earlier(course.by_momentum, 0.0)[..., None, None] * momentum[:, :, None]
+        return found.to(u.dtype)
 
     # ---- a few tokens
 
