@@ -104,6 +104,44 @@ def artefacts(root):
     paths = [path for path in (root / "data").iterdir() if path.is_file() and path.name != ".lock"]
     return {path.name: path.read_bytes() for path in paths}
 
+# ------------------------------------------------------------------ text that asks to be remembered
+
+def test_planted_documents_ask_for_what_they_say(make_root, write_jsonl):
+    """Facts first, then questions that follow from them; one hop at first, chains later; words that eval.py never
+    asks about; the same bytes again.
+    """
+    root, settings = make_root(), prepare_data.QUICK
+    prepared(root, write_jsonl(plain(40, 600)), quick=True)
+    facts = prepare_data.plant(root, True, settings)
+    path = root / "data" / "planted.bin"
+    before = path.read_bytes()
+    assert facts["sha256"] == stages.sha256(path) and facts["documents"] == settings.planted_documents
+    tokenizer = load_tokenizer(root, True)
+    words = set(prepare_data.planted_words(tokenizer).tolist())
+    assert all(tokenizer.decode([word]).strip().istitle() for word in words)
+    words -= {*tokenizer.encode(" Note"), *tokenizer.encode(" Follow")}         # of the formats
+    hops = []
+    for ids in documents_of(np.frombuffer(before, np.uint16).reshape(-1, settings.window)):
+        assert len(ids) == settings.planted_tokens
+        named = [token for token in ids.tolist() if token in words]
+        leads_to, asked = {}, 0
+        for first, second in zip(named[::2], named[1::2]):
+            if first not in leads_to:
+                assert not asked, "a fact after a question"
+                leads_to[first] = second
+                continue
+            end = first
+            while end in leads_to:
+                end = leads_to[end]
+            assert end == second
+            asked += 1
+        hops.append(len(leads_to) // asked)
+        assert len(named) % 2 == 0 and len(leads_to) == asked * hops[-1]
+    assert set(hops[:len(hops) // prepare_data.MOST_HOPS]) == {1} and max(hops) == prepare_data.MOST_HOPS
+    prepare_data.plant(root, True, settings)
+    assert path.read_bytes() == before
+
+
 # ------------------------------------------------------------------ the contracts
 
 

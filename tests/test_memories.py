@@ -690,6 +690,24 @@ def test_the_weights_go_on_as_the_equations_say():
     assert differ(after, torch.stack((W, M), 2)) < 1e-5
 
 
+def test_what_is_carried_is_the_sum_of_the_updates():
+    """Summed as they are made, or chunk after chunk as the equations say."""
+    draw = torch.Generator().manual_seed(0)
+    S, H, n, c, d, h = 1, 2, 3, 4, 5, 6
+    k, v = F.normalize(torch.randn(2, S, H, n, c, d, generator=draw), dim=-1).unbind()
+    theta = torch.rand(S, H, n, c, generator=draw)
+    eta, keep = torch.rand(2, S, H, n, generator=draw).unbind()
+    held = torch.randn(S, H, 2, 2, d, h, generator=draw)
+    weights, momentum = held.unbind(2)
+    slopes = memories.slopes_of(k, v, theta, weights)
+    after = memories.carried(slopes, memories.course_of(eta.log(), keep.log()).forward(), held)
+    u = torch.stack(memories.updates(slopes, n, torch.float32), 3)                      # (S, H, n, 2, d, h)
+    for i in range(n):
+        momentum = eta[..., i, None, None, None] * momentum + u[:, :, i]
+        weights = keep[..., i, None, None, None] * weights + momentum
+    assert differ(after, torch.stack((weights, momentum), 2)) < 1e-5
+
+
 def test_what_mag_holds_is_told():
     model, ids = make("mag"), text(1, WINDOW + 6)
     _, cache = streamed(model, ids, [1])
