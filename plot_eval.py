@@ -1182,10 +1182,10 @@ def row_of_arm(results, arm):
 
 
 def table_of_arms(results):
-    """All arms, each on one line."""
+    """All arms but the controls, each on one line."""
     header = ["arm", "parameters", "bits per character", "x baseline (95%)", "compression",
               f"recall {reach_said(results['detail']['recall'])}", "training speed", "state"]
-    rows = [row_of_arm(results, arm) for arm in arms_of(results)]
+    rows = [row_of_arm(results, arm) for arm in arms_of(results) if not ARMS[arm].control]
     chained = ", chained" if results["detail"]["run"]["settings"].get("chained") else ""
     return markdown(header, rows, f"{how_trained(results)}{chained}. {where_measured(results)}")
 
