@@ -469,9 +469,9 @@ def make_dialogues(texts, tokenizer, settings):
     return Dialogues(np.array(turns, np.int64), np.array(choices))
 
 
-def make_streamed(texts, tokenizer, length, hops, width, settings):
-    """Dialogues of one long text each, read `width` tokens at a time; None where there is not so much
-    text.
+def make_streamed(line, tokenizer, length, hops, width, settings):
+    """Dialogues of one long text each, a piece of `line` with facts in it, read `width` tokens at a
+    time; None where the line is not so long.
 
     A needle (hops 0) is a fact asked for in its own words. Otherwise the facts are chains (a: b.
     .. b: c.) of so many, as in hash-hop (Magic 2024), and the end of one is asked for ("From a one
@@ -479,7 +479,6 @@ def make_streamed(texts, tokenizer, length, hops, width, settings):
     """
     draw = np.random.default_rng((settings.seed, 4, length, hops))
     keys, values = keys_and_values(tokenizer, settings)
-    line = np.concatenate([text[1:] for text in texts])
     if len(line) < length:
         return None
     turns, choices = [], []
@@ -506,7 +505,8 @@ def all_streamed(texts, tokenizer, width, settings):
     """{("needle", tokens) or ("hops", facts of a chain): Dialogues} that there is text for."""
     cells = {("needle", length): (length, 0) for length in settings.needles}
     cells |= {("hops", hops): (settings.hop_tokens, hops) for hops in settings.hops}
-    made = {cell: make_streamed(texts, tokenizer, *how, width, settings) for cell, how in cells.items()}
+    line = np.concatenate([text[1:] for text in texts])
+    made = {cell: make_streamed(line, tokenizer, *how, width, settings) for cell, how in cells.items()}
     missing = [number for (_, number), streamed in made.items() if streamed is None]
     if missing:
         tqdm.write(f"note: questions over {', '.join(map(str, missing))} tokens or hops are left out: too little text")

@@ -375,14 +375,13 @@ class Store(RowMemory, kind="store"):
     means weighted by counts, importances add. When full, the least important of the older half go
     first.
 
-    Start: W_o = 0, scale 10, importance and gates 0.5; W_o learns four times as fast. Tried
-    at 5,000 chained steps (seed 0, nats a token over the last 1,000, all of them of text not seen
-    before; baseline 4.908): as it is 4.854, W_o no faster 4.860, scale 20 as well 4.861, in layers 6 and
-    8 of 8 4.877.
+    Start: W_o = 0, scale 10, importance and gates 0.5; W_o learns four times as fast. Tried at
+    5,000 chained steps (seed 0, nats a token over the last 1,000, all of them of text not seen
+    before; baseline 4.908): as it is 4.854, W_o no faster 4.860, scale 20 and no faster 4.861, in
+    layers 6 and 8 of 8 and no faster 4.877.
 
-    Settings: heads; dim: of a head (None: a
-    fifth of the width); slots; top; scale; cosine_above: nothing below is found; merge_above;
-    units: U (None: a fifth of the width).
+    Settings: heads; dim: of a head (None: a fifth of the width); slots; top; scale; cosine_above:
+    nothing below is found; merge_above; units: U (None: a fifth of the width).
 
     The state, at each place p: `keys.p`, `values.p`, `facts.p` (B, M, ..), oldest last to go
     first in order; the same of the current row, `row_keys.p` .. (B, C, ..); `last.p` the last
@@ -1019,7 +1018,7 @@ class Mag(RowMemory, kind="mag"):
     The relatives' step is a gradient with a bound on its norm. With it, and values of size 1 a
     dimension, the memory's error grew from row to row, by a factor of 40 within 8 rows of keys
     that have anything in common, and training was lost. A step that is a share of what the
-    curvature allows (`updates`; the normalised LMS of Nagumo & Noda 1967) cannot do that.
+    curvature allows (`slopes_of`; the normalised LMS of Nagumo & Noda 1967) cannot do that.
 
     What is carried on is float32; what only the row's own queries read has the model's precision.
     The gradients of a row are all taken at the weights with which the row began, so that both
@@ -1158,12 +1157,11 @@ class Mag(RowMemory, kind="mag"):
         parts = Parts(*(x.detach() for x in parts))
         forward = course_of(parts.log_eta, parts.log_keep).forward()    # of each row by itself
         empty = torch.stack((first, torch.zeros_like(first)), 2)
-        held, starts = empty, []
-        for r in range(rows):
-            held = where(opens[:, r], empty, held)
+        held, starts = empty, [first]
+        for r in range(1, rows):
+            slopes = slopes_of(*(x[:, :, r - 1] for x in parts[1:4]), held[:, :, 0])
+            held = where(opens[:, r], empty, carried(slopes, forward[:, :, r - 1], held))
             starts.append(held[:, :, 0])
-            slopes = slopes_of(*(x[:, :, r] for x in parts[1:4]), held[:, :, 0])
-            held = carried(slopes, forward[:, :, r], held)
         return torch.stack(starts, 2)
 
     def whole(self, place, x, y, opens, notes):
@@ -1281,8 +1279,7 @@ class Gru(RowMemory, kind="gru"):
     4.905, with 512 units there 4.917, with W_o four times as fast 4.959; at "upper" 4.897, so that
     is where the arm has it.
 
-    Settings: units: U (None: 0.4 of the width); cell; fade: of the
-    cell.
+    Settings: units: U (None: 0.4 of the width); cell; fade: of the cell.
 
     The state, at each place p: `fading.p` (B, U); with `cell`, `sum.p` (B, 3 U), of the current
     row's projections, too. `reset` is `cache.clear()`; a turn that is given a new cache is

@@ -104,6 +104,7 @@ def artefacts(root):
     paths = [path for path in (root / "data").iterdir() if path.is_file() and path.name != ".lock"]
     return {path.name: path.read_bytes() for path in paths}
 
+
 # ------------------------------------------------------------------ text that asks to be remembered
 
 def test_planted_documents_ask_for_what_they_say(make_root, write_jsonl):

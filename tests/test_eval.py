@@ -32,7 +32,8 @@ from test_train import prepared
 WIDTH = 32
 SMALL = evaluation.Settings(pack=6, lane=3, trials=1, forms=("pair", "sentence"), distances=(20, 40), long_range=(40,),
                             lead=8, distractors=(0, 9), distracted=40, dialogues=4, turn=60, together=3, repeats=2,
-                            needles=(160, 100_000 * WIDTH), hops=(1, 2), hop_tokens=192, streamed=4, timed=1, shown=50, bootstrap=200, control_trials=1, fitted=2)
+                            needles=(160, 100_000 * WIDTH), hops=(1, 2), hop_tokens=192, streamed=4,
+                            timed=1, shown=50, bootstrap=200, control_trials=1, fitted=2)
 ARMS = ("baseline", "with_ltm")
 TOY = "with_toy"
 
@@ -326,8 +327,8 @@ def test_dialogues_are_what_they_say(tokenizer):
 @pytest.mark.parametrize("hops", [0, 1, 2, 4])
 def test_needles_and_chains_are_what_they_say(tokenizer, hops):
     """All facts at the beginning, no word of one after it but in the question, whose answer follows from them."""
-    texts = [np.concatenate(([EOT], np.random.default_rng(i).integers(10, 26, 400))) for i in range(3)]
-    made = evaluation.make_streamed(texts, tokenizer, 512, hops, 128, evaluation.FULL)
+    line = np.random.default_rng(0).integers(10, 26, 1_200)
+    made = evaluation.make_streamed(line, tokenizer, 512, hops, 128, evaluation.FULL)
     asked = evaluation.FULL.streamed
     assert made.turns.shape == (asked, 4, 128) and made.choices.shape == (asked, 8)
     words = set(evaluation.single_words(tokenizer).tolist()) - set(tokenizer.encode(" The code of is From one comes to"))
@@ -343,7 +344,7 @@ def test_needles_and_chains_are_what_they_say(tokenizer, hops):
         for _ in range(max(1, hops)):
             word = facts[word]
         assert word == choices[0] and word not in facts and set(choices.tolist()) <= set(facts.values())
-    assert evaluation.make_streamed(texts, tokenizer, 2_048, hops, 128, evaluation.FULL) is None
+    assert evaluation.make_streamed(line, tokenizer, 2_048, hops, 128, evaluation.FULL) is None
 
 
 @torch.no_grad()

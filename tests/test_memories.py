@@ -657,7 +657,6 @@ def test_the_gradient_written_by_hand_is_the_gradient():
         assert differ(surprise[i], error.square().sum(-1)) < 1e-5
 
 
-@with_gradients
 def test_a_row_of_steps_at_the_same_weights_does_not_overshoot():
     """Whatever keys have in common: the error over the row falls with the largest theta."""
     draw = torch.Generator().manual_seed(0)
