@@ -26,11 +26,11 @@ from torch import nn
 from torch.nn import functional as F
 
 try:
-    from .models import Affine, Memory, RevenaHybridTiny, into_slots, lagged, norm, text_of, where
+    from .models import Affine, Memory, RevenaHybridTiny, dtype_for, into_slots, lagged, norm, text_of, where
 except ImportError:
     if __package__:
         raise
-    from models import Affine, Memory, RevenaHybridTiny, into_slots, lagged, norm, text_of, where
+    from models import Affine, Memory, RevenaHybridTiny, dtype_for, into_slots, lagged, norm, text_of, where
 
 
 # ------------------------------------------------------------ what decays, without a loop
@@ -201,7 +201,7 @@ class RowMemory(Memory):
 
     own = {"carry": True, "placement": None}
     by_row = False
-    embedding = None            # () -> the backbone's nn.Embedding, for `contents`; RevenaHybrid sets it
+    embedding = None            # () -> the backbone's TokenMatrix, for `contents`; RevenaHybrid sets it
 
     def __init__(self, config):
         super().__init__(config)
@@ -282,8 +282,8 @@ class RowMemory(Memory):
         """
         if self.embedding is None:
             return []
-        matrix = self.embedding().weight[:self.config.vocab_size]
-        logits = F.linear(vectors.to(matrix.dtype), matrix)
+        matrix = self.embedding()
+        logits = matrix(vectors.to(dtype_for(matrix)))[..., :self.config.vocab_size]
         found = logits.topk(best).indices.tolist()
 
         def words(tokens):
@@ -414,7 +414,7 @@ class Store(RowMemory, kind="store"):
             fading.start(into.bias[3 * width:3 * width + 2 * self.units].data)
 
     def held(self, batch, device):
-        M, C, dtype = self.set["slots"], self.row_length, self.out[0].weight.dtype
+        M, C, dtype = self.set["slots"], self.row_length, dtype_for(self.out[0])
         width = self.heads * self.dim
 
         def zeros(*shape, dtype=torch.float32):
@@ -447,7 +447,7 @@ class Store(RowMemory, kind="store"):
 
     def unit(self, x):
         """x (.., H d), each head a unit vector, in the matrices' dtype."""
-        return F.normalize(x.unflatten(-1, (self.heads, -1)), dim=-1).flatten(-2).to(self.out[0].weight.dtype)
+        return F.normalize(x.unflatten(-1, (self.heads, -1)), dim=-1).flatten(-2).to(dtype_for(self.out[0]))
 
     def look(self, i, query, items, seen):
         """What queries (S, T, H d) read of Items (S, I, ..), `seen` (S or 1, T, I): (S, T, H, d),
@@ -478,7 +478,7 @@ class Store(RowMemory, kind="store"):
         """y (.., D) with what was read (.., H, d) and the short-term state (.., U) added."""
         gated = (read.float() * gate[..., None]).flatten(-2)
         both = torch.cat((gated, by_pace(h)), -1)
-        return y + self.out[i](both.to(self.out[i].weight.dtype))
+        return y + self.out[i](both.to(dtype_for(self.out[i])))
 
     # ---- whole sequences
 
@@ -491,7 +491,7 @@ class Store(RowMemory, kind="store"):
         first = torch.zeros(N, C, dtype=torch.bool, device=x.device)
         first[:, 0] = True if opens is None else opens.flatten()
         facts = importance.masked_fill(first, -math.inf)[..., None]
-        dtype = self.out[i].weight.dtype
+        dtype = dtype_for(self.out[i])
         items = Items(self.unit(lagged(k, 1, opens, 0.0)), v.to(dtype), facts)
         items = Items(*(sequences(part, opens) for part in items))
         place_in = torch.arange(T, device=x.device)
@@ -1110,7 +1110,7 @@ class Mag(RowMemory, kind="mag"):
 
     def blend(self, i, three, before):
         """Each token's q, k, v (.., 3 H d) with those of the token before."""
-        return three + (before - three) * self.shift[i].sigmoid()
+        return three + (before - three) * self.shift[i].float().sigmoid()
 
     def parts(self, made, rows):
         """The Parts of (S, T, 3 H d + 3 H): R rows of each of S sequences."""
@@ -1139,7 +1139,7 @@ class Mag(RowMemory, kind="mag"):
     def answer(self, i, x, y, read, notes):
         """y (.., D) given way to what was read (.., H d), by the gate; the gate's mean (..) too."""
         gate = self.gate[i](x).sigmoid()
-        added = self.out[i](read.to(self.out[i].weight.dtype))
+        added = self.out[i](read.to(dtype_for(self.out[i])))
         notes["read"] = added
         note(notes, gate=gate.mean())
         return (y + gate * (added.float() - y)).to(y.dtype), gate.mean(-1)
@@ -1315,7 +1315,7 @@ class Gru(RowMemory, kind="gru"):
         return state | {f"sum.{p}": zeros(3 * self.units) for p in self.places if self.by_row}
 
     def answer(self, i, y, h):
-        return y + self.out[i](by_pace(h).to(self.out[i].weight.dtype))
+        return y + self.out[i](by_pace(h).to(dtype_for(self.out[i])))
 
     def noted(self, notes, gate, log_a):
         half_life = math.log(0.5) / log_a.detach()
@@ -1323,7 +1323,7 @@ class Gru(RowMemory, kind="gru"):
 
     def whole(self, place, x, y, opens, notes):
         i, (N, C) = self.places.index(place), x.shape[:2]
-        gates = self.into[i](x.to(self.out[i].weight.dtype))
+        gates = self.into[i](x.to(dtype_for(self.out[i])))
         if self.by_row:
             return self.whole_cell(i, gates, y, opens, notes)
         h, _, gate, log_a = self.fading[i](sequences(gates, opens), None, opens)
@@ -1332,7 +1332,7 @@ class Gru(RowMemory, kind="gru"):
 
     def step(self, place, x, y, state, came, notes):
         i = self.places.index(place)
-        gates, h = self.into[i](x.to(self.out[i].weight.dtype)), state[f"fading.{place}"]
+        gates, h = self.into[i](x.to(dtype_for(self.out[i]))), state[f"fading.{place}"]
         if not self.by_row:
             h, last, gate, log_a = self.fading[i](gates, h, None, came.real)
             self.noted(notes, gate, log_a)
@@ -1351,7 +1351,7 @@ class Gru(RowMemory, kind="gru"):
         z.
         """
         r, z, candidate = gates.chunk(3, -1)
-        r_again, z_again, again = self.again[i](h.to(self.again[i].weight.dtype)).chunk(3, -1)
+        r_again, z_again, again = self.again[i](h.to(dtype_for(self.again[i]))).chunk(3, -1)
         z = (z + z_again).sigmoid()
         candidate = (candidate + (r + r_again).sigmoid() * again).tanh()
         return self.set["fade"] * ((1 - z) * h + z * candidate), z.mean()
@@ -1437,7 +1437,7 @@ class RevenaHybrid(RevenaHybridTiny):
         into = self(ids, past_key_values=trial, output_hidden_states=True).hidden_states
         found = []
         for place in self.memory.places:
-            x = norm(into[place][sequence, -1].float()).to(self.memory.out[0].weight.dtype)
+            x = norm(into[place][sequence, -1].float()).to(dtype_for(self.memory.out[0]))
             items, best = self.memory.search(cache.state, place, x, top_k, sequence)
             for number, score, cosine in best:
                 about = told(items.facts[number].tolist(), tokenizer)

@@ -158,6 +158,24 @@ def row_attention(q, k, v, table, opens=None):
     return attend(rotate(q, table, C), rotate(k, table), v, seen[:, None])
 
 
+def dtype_for(matrix):
+    """The dtype in which a matrix takes its input: its own, or float32 where it has none that can be
+    computed with (quantised weights are integers or bytes, or lie behind a method).
+    """
+    dtype = getattr(getattr(matrix, "weight", None), "dtype", torch.float32)
+    return dtype if dtype.is_floating_point and dtype.itemsize > 1 else torch.float32
+
+
+class TokenMatrix(nn.Embedding):
+    """The embedding and, tied to it, the output matrix: one module that is called for both, so that
+    what acts when a module is called (FSDP, hooks) knows of both.
+    """
+
+    def forward(self, x):
+        """tokens (..) -> (.., D); states (.., D) -> unnormalised log-probabilities (.., rows)."""
+        return F.linear(x, self.weight) if x.is_floating_point() else super().forward(x)
+
+
 class Block(nn.Module):
     """One pre-norm layer: attention, then a GELU network, each added to the residual stream
     (float32).
@@ -180,21 +198,24 @@ class Block(nn.Module):
 
     def attend(self, x, attention):
         """What attention adds to x (N, T, D); attention(q, k, v) says what each position sees."""
-        D, dtype = x.size(-1), self.out.weight.dtype
+        D, dtype = x.size(-1), dtype_for(self.qkvg)
         y = self.qkvg(norm(x).to(dtype))
         q, k, v = y[..., :3 * D].unflatten(-1, (3, self.n_head, -1)).unbind(2)      # (N, T, H, D/H) each
         gate = 2 * y[..., 3 * D:3 * D + self.n_head, None].float().sigmoid()        # 1 at the start
         heads = attention(norm(q), norm(k), v) * gate.to(dtype)
-        return self.out(heads.flatten(2))
+        return self.out(heads.flatten(2).to(dtype_for(self.out)))
 
     def feed(self, x):
         """What the network adds to x (N, T, D)."""
-        inner = self.up(norm(x).to(self.out.weight.dtype))
+        inner = self.up(norm(x).to(dtype_for(self.up)))
         return self.down(F.gelu(inner, approximate="tanh"))
 
-    def forward(self, x, attention):
-        """x (N, T, D) -> (N, T, D)."""
-        x = x + self.attend(x, attention)
+    def forward(self, x, attention, mix=None):
+        """x (N, T, D) -> (N, T, D); mix(x, y) says what a memory makes of what attention adds."""
+        added = self.attend(x, attention)
+        if mix is not None:
+            added = mix(norm(x).to(dtype_for(self.qkvg)), added)
+        x = x + added
         return x + self.feed(x)
 
 
@@ -216,7 +237,7 @@ class Backbone(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.embed = nn.Embedding(self.padded(config.vocab_size), config.n_embd)
+        self.embed = TokenMatrix(self.padded(config.vocab_size), config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         half = config.n_embd // config.n_head // 2
         length = 2 * config.stm_window if config.stm_window else config.n_positions
@@ -241,7 +262,7 @@ class Backbone(nn.Module):
             states: a list that collects what goes into each layer.
             whole: nothing is written but the result, so that a compiler may take each layer for the same.
         """
-        dtype, last = self.embed.weight.dtype, len(self.blocks)
+        dtype, last = dtype_for(self.embed), len(self.blocks)
         run = whole_block if whole and not places else Block.__call__
         x = norm(embedded.float())
         if -1 in places:
@@ -249,12 +270,10 @@ class Backbone(nn.Module):
         for layer, (block, attention) in enumerate(zip(self.blocks, attentions)):
             if states is not None:
                 states.append(x)
-            if layer not in places:
+            if layer in places:
+                x = block(x, attention, functools.partial(mix, layer))
+            else:
                 x = run(block, x, attention)
-                continue
-            added = mix(layer, norm(x).to(dtype), block.attend(x, attention))
-            x = x + added
-            x = x + block.feed(x)
         if last in places:
             x = mix(last, norm(x).to(dtype), x)
         return norm(x).to(dtype)
@@ -272,7 +291,7 @@ class Final(NamedTuple):
     targets: torch.Tensor       # (N, C), EOT where there is none
     log_p: torch.Tensor         # (N, C) log p_stm of each target
     log_z: torch.Tensor         # (N, C) log of the sum over the exponentials of all logits
-    embed: torch.Tensor         # (V, D) the output matrix; no gradient flows into it from a memory
+    embed: object               # tokens -> (.., D), rows of the output matrix; a memory gives them no gradient
     opens: torch.Tensor         # (L, R) or None
 
 
@@ -436,7 +455,7 @@ class Affine(nn.Linear):
 
     def forward(self, x):
         product = F.linear(x, self.weight.to(x.dtype)).float()
-        return product if self.bias is None else product + self.bias
+        return product if self.bias is None else product + self.bias.float()
 
 
 class Address(NamedTuple):
@@ -540,7 +559,7 @@ class LongTermMemory(Memory, kind="ltm"):
         after them: 1 + E tensors (N, T, width). EOT adds nothing.
         """
         known = norm(embed(tokens)) * (tokens != EOT)[..., None]
-        return self.from_tokens(known.to(self.from_tokens.weight.dtype)).split(self.width, dim=-1)
+        return self.from_tokens(known.to(dtype_for(self.from_tokens))).split(self.width, dim=-1)
 
     # ---- write
 
@@ -687,7 +706,7 @@ class LongTermMemory(Memory, kind="ltm"):
         config = self.config
         M, E, K = config.ltm_slots, config.ltm_ngrams, config.ltm_learned
 
-        def zeros(*shape, dtype=self.from_state.weight.dtype):
+        def zeros(*shape, dtype=dtype_for(self.from_state)):
             return torch.zeros(batch, *shape, dtype=dtype, device=device)
 
         ring = dict(grams=zeros(M, E, dtype=torch.long) + EOT, known=zeros(M, dtype=torch.bool),
@@ -815,6 +834,7 @@ def mix(stm, weight, values):
     """log of (p_stm + the items' weights at their values) / (1 + all weights): (N, C, V), (N, C,
     I), (N, I).
     """
+    weight = weight.to(stm.dtype)
     added = torch.zeros_like(stm).scatter_add_(2, values[:, None].expand(-1, stm.size(1), -1), weight)
     return (stm.exp() + added).clamp(min=1e-38).log() - weight.sum(-1, keepdim=True).log1p()
 
@@ -829,6 +849,7 @@ class GPT(PreTrainedModel, GenerationMixin):
     config_class = RevenaConfig
     base_model_prefix = "revena"
     _is_stateful = True                         # no assisted decoding: a memory can't be unread
+    _no_split_modules = ["Block"]               # what FSDP wraps one by one
     _supports_sdpa = True                       # for those who ask for it by name: it is what `attend` calls
     accepts_loss_kwargs = False                 # Trainer is to divide accumulated losses: forward means over its batch
 
@@ -845,6 +866,29 @@ class GPT(PreTrainedModel, GenerationMixin):
             nn.init.normal_(module.weight, std=0.02)
 
     @classmethod
+    def from_pretrained(cls, *args, device_map=None, output_loading_info=False, **kwargs):
+        """As ever, but what the files lack, or have of another shape, starts as in a new model; and
+        the model goes onto one device.
+
+        Raises: ValueError where device_map names several devices.
+        """
+        if isinstance(device_map, dict) and len(set(map(str, device_map.values()))) > 1:
+            raise ValueError(f"{cls.__name__} works on one device, not on several: pass device_map={{'': 0}}")
+        if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+            device_map = {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
+        if device_map is not None:
+            kwargs["device_map"] = device_map
+        model, about = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        lacking = [name if isinstance(name, str) else name[0]
+                   for name in (*about["missing_keys"], *about["mismatched_keys"])]
+        if lacking:
+            fresh = cls(copy.deepcopy(model.config)).state_dict()
+            there = model.state_dict()
+            for name in set(lacking) & there.keys():
+                there[name].copy_(fresh[name])              # else it would be whatever the memory held
+        return (model, about) if output_loading_info else model
+
+    @classmethod
     def _supports_default_dynamic_cache(cls):
         return False                            # forward makes its own: RevenaCache
 
@@ -856,11 +900,42 @@ class GPT(PreTrainedModel, GenerationMixin):
     def get_input_embeddings(self):
         return self.backbone.embed
 
+    def set_input_embeddings(self, value):
+        if not isinstance(value, TokenMatrix):
+            raise ValueError(f"the embedding is the output matrix, too: set a TokenMatrix, not a {type(value).__name__}")
+        self.backbone.embed = value
+
+    def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
+        """Room for a vocabulary of another size, as after tokenizer.add_tokens(..): returns the
+        embedding. Its rows stay aligned (Backbone.padded), whatever the number of tokens.
+
+        Raises: ValueError for one without <|endoftext|>, which opens texts and pads them.
+        """
+        embed, tokens = self.backbone.embed, new_num_tokens or self.config.vocab_size
+        if new_num_tokens is None and pad_to_multiple_of is None:
+            return embed
+        if pad_to_multiple_of:
+            tokens = -(-tokens // pad_to_multiple_of) * pad_to_multiple_of
+        if tokens <= EOT:
+            raise ValueError(f"a vocabulary of {tokens} tokens is without <|endoftext|> ({EOT}), which this model needs")
+        embed.weight.data = embed.weight.data[:self.config.vocab_size]      # rows of no token: not to be averaged
+        embed = super().resize_token_embeddings(Backbone.padded(tokens), None, mean_resizing)
+        self.config.vocab_size = self.vocab_size = tokens
+        return embed
+
     # ---- whole sequences
 
     def logits(self, h):
         """Unnormalised log-probabilities of the backbone, float32 (.., V)."""
-        return F.linear(h, self.backbone.embed.weight)[..., :self.config.vocab_size].float()
+        return self.all_logits(h)[..., :self.config.vocab_size].float()
+
+    def all_logits(self, h):
+        """`logits` in h's dtype, with the columns that belong to no token (see Backbone.padded)."""
+        embed = self.backbone.embed
+        if hasattr(embed, "lora_embedding_A") or hasattr(embed, "token_adapter"):
+            raise ValueError("the embedding is the output matrix, too, for which there is no such adapter; give it to "
+                             "peft as modules_to_save=['embed'], or leave it out of target_modules")
+        return embed(h)
 
     def embed_detached(self, tokens):
         """Rows of the output matrix, (.., D), for a memory: it does not train them."""
@@ -898,7 +973,7 @@ class GPT(PreTrainedModel, GenerationMixin):
                 # be read unaligned;
                 # and a masked sum, where a gather's gradient is a (positions, V) matrix of zeros
                 # to fill
-                logits = F.linear(states, self.backbone.embed.weight).float()
+                logits = self.all_logits(states).float()
                 token = torch.arange(logits.size(-1), device=h.device)
                 logits = torch.where(token < self.config.vocab_size, logits, -math.inf)
                 picked = torch.where(token == wanted[:, None], logits, 0.0).sum(-1)
@@ -930,31 +1005,37 @@ class GPT(PreTrainedModel, GenerationMixin):
         exp(logits) = p.
 
         Args:
-            input_ids: (B, T). attention_mask: (B, T) ones for text, zeros for padding on the left or, without a
-                cache, on the right.
+            input_ids: (B, T). attention_mask: (B, T), with a cache also over what it has read, ones for text, zeros
+                for padding on the left or, without a cache, on the right.
             position_ids, cache_position: only as they follow from the mask and the cache; others are refused.
             past_key_values: a RevenaCache (see new_cache) to go on from; use_cache=True starts one. Then `input_ids`
                 are only the new tokens, any number; the cost of a token does not depend on how many came before.
             labels: (B, T), -100 ignored; gives `loss`, the mean negative log-likelihood of labels[:, 1:] in nats.
-            logits_to_keep: give the last so many positions only; 0: all.
+            output_hidden_states, output_attentions, return_dict, use_cache: None: what the config says of them.
+            logits_to_keep: give the last so many positions only, 0: all; or those of a 1-D tensor.
 
         Raises:
             ValueError: a mask with holes, inputs that are embeddings, positions that restart, a sequence beyond
-                n_positions, a cache of another number of sequences.
+                n_positions, a cache of another number of sequences, shapes that do not fit, a model on two devices.
         """
-        if output_attentions or inputs_embeds is not None or input_ids is None:
+        def asked(value, name):
+            return getattr(self.config, name, None) if value is None else value
+
+        if asked(output_attentions, "output_attentions") or inputs_embeds is not None or input_ids is None:
             raise ValueError("this model takes input_ids and gives no attentions")
-        B, T = input_ids.shape
-        hidden = [] if output_hidden_states else None
-        real = torch.ones_like(input_ids, dtype=torch.bool)
-        if attention_mask is not None:
-            real = attention_mask[:, -T:].bool()
-        check_positions(position_ids, real)
-        if past_key_values is None and not use_cache:
+        check_placement(self)
+        read = getattr(past_key_values, "length", 0)        # what is no RevenaCache is refused below
+        real = check_inputs(input_ids, attention_mask, labels, logits_to_keep, read, self.config.vocab_size)
+        hidden = [] if asked(output_hidden_states, "output_hidden_states") else None
+        if past_key_values is None and not asked(use_cache, "use_cache"):
+            check_positions(position_ids, real)
+            check_positions(cache_position, real)
             logits = self._whole(input_ids, real, logits_to_keep, hidden)
         else:
-            cache = RevenaCache(self, B) if past_key_values is None else past_key_values
-            check_cache(cache, B, real)
+            cache = RevenaCache(self, len(input_ids)) if past_key_values is None else past_key_values
+            check_cache(cache, len(input_ids), real)
+            check_positions(position_ids, real, cache)
+            check_positions(cache_position, real, cache)
             logits = self._streamed(input_ids, real, cache, logits_to_keep, hidden)
             past_key_values = cache
         loss = None
@@ -963,7 +1044,7 @@ class GPT(PreTrainedModel, GenerationMixin):
             loss = F.nll_loss(logits[:, :-1].flatten(0, 1), wanted.flatten(), ignore_index=-100)
         hidden = None if hidden is None else tuple(hidden)
         output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values, hidden_states=hidden)
-        return output.to_tuple() if return_dict is False else output
+        return output.to_tuple() if asked(return_dict, "return_dict") is False else output
 
     def _whole(self, ids, real, keep, hidden):
         """forward without a cache: padding moved to the right, sequences cut into rows, all rows at
@@ -973,8 +1054,9 @@ class GPT(PreTrainedModel, GenerationMixin):
         window, longest = self.config.stm_window, self.config.n_positions
         if window is None and T > longest:
             raise ValueError(f"{T} tokens; a model without a window sees at most {longest}")
-        lead = real.long().argmax(1)                                    # padding on the left
-        if (real.sum(1) + lead != T - real.flip(1).long().argmax(1)).any():
+        some = real.any(1)
+        lead = real.long().argmax(1).masked_fill(~some, T - 1)          # padding on the left; "" is one <|endoftext|>
+        if (some & (real.sum(1) + lead != T - real.flip(1).long().argmax(1))).any():
             raise ValueError("attention_mask has holes; mask padding only, before or after the text")
         place = torch.arange(T, device=ids.device)
         tokens = ids.masked_fill(~real, EOT).gather(1, (place + lead[:, None]) % T)
@@ -997,8 +1079,9 @@ class GPT(PreTrainedModel, GenerationMixin):
         if hidden is not None:
             hidden[:] = [unrow(x) for x in [*hidden, h]]
         final = Final(h, tokens, targets, None, None, self.embed_detached, opens)
-        return unrow(self.active.distribution(self.logits(h), final))[:, -keep:]
+        return kept(unrow(self.active.distribution(self.logits(h), final)), keep)
 
+    @torch.compiler.disable(reason="what it changes in the cache is no result of a compiled function")
     def _streamed(self, ids, real, cache, keep, hidden):
         """forward with a cache: blocks of at most a window, each continuing what `cache` holds."""
         parts, states = [], []
@@ -1012,12 +1095,12 @@ class GPT(PreTrainedModel, GenerationMixin):
                 parts.append(cache.replay(block, mask))
             else:
                 parts.append(self.stream(block, cache, mask, collected))
-            if keep:
-                parts = [torch.cat(parts, 1)[:, -keep:]]
+            if isinstance(keep, int) and keep:                          # not all of a long text at once
+                parts = [kept(torch.cat(parts, 1), keep)]
             states.append(collected)
         if hidden is not None:
             hidden[:] = [torch.cat(layer, 1) for layer in zip(*states)]
-        return torch.cat(parts, 1)
+        return kept(torch.cat(parts, 1), keep)
 
     # ---- a few tokens at a time
 
@@ -1085,6 +1168,14 @@ class GPT(PreTrainedModel, GenerationMixin):
         """
         return RevenaCache.load(path, self)
 
+    def _prepare_generation_config(self, *args, **kwargs):
+        """A prefill in chunks is none: forward reads in blocks of a window as it is, and a text cut
+        before it is known what of it is new would be cut in the wrong place.
+        """
+        config, rest = super()._prepare_generation_config(*args, **kwargs)
+        config.prefill_chunk_size = None
+        return config, rest
+
     def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, past_key_values=None,
                                       is_first_iteration=False, **kwargs):
         """What generate(..) feeds the model, where a cache goes on: the part of the text that it
@@ -1103,9 +1194,60 @@ class GPT(PreTrainedModel, GenerationMixin):
                                  f"it is new, pass attention_mask=torch.ones({len(known)}, "
                                  f"{read + input_ids.size(1)}), a mask over both")
             next_sequence_length = None
-        return super().prepare_inputs_for_generation(
+        given = super().prepare_inputs_for_generation(
             input_ids, next_sequence_length=next_sequence_length, past_key_values=past_key_values,
             is_first_iteration=is_first_iteration, **kwargs)
+        positions = given.get("position_ids")
+        if positions is not None and past_key_values is not None and (read := past_key_values.get_seq_length()):
+            # of what is new alone, generate counts from 0
+            given["position_ids"] = positions - positions[..., :1] + read
+        return given
+
+
+def kept(logits, keep):
+    """Of (B, T, V) the last `keep` positions, 0: all, or those that a 1-D tensor names."""
+    return logits[:, -keep:] if isinstance(keep, int) else logits[:, keep]
+
+
+def check_placement(model):
+    """Raise ValueError where accelerate has put parts of a model on another device or off it: a
+    memory is no chain of modules through which tensors could be sent from one to the next.
+    """
+    if not hasattr(model, "_hf_hook") and len(set(getattr(model, "hf_device_map", {}).values())) < 2:
+        return
+    if len({x.device for x in model.parameters()} | {torch.device("meta")}) > 2 or model.device.type == "meta":
+        raise ValueError("parts of this model are offloaded or on different devices, and it works on one: load it with "
+                         "device_map={'': 0}, or without a device_map")
+
+
+@torch.compiler.disable(reason="it asks for numbers")
+def check_inputs(ids, mask, labels, keep, read, vocabulary):
+    """Which of the tokens (B, T) are text, bool (B, T); ValueError where shapes do not fit each other,
+    given how many tokens a cache has `read`, or a mask says more than yes and no.
+    """
+    if ids.dim() != 2 or ids.is_floating_point():
+        raise ValueError(f"input_ids are token numbers of shape (batch, tokens), not {ids.dtype} {tuple(ids.shape)}")
+    if ids.numel() == 0 and not read:
+        raise ValueError("no tokens: a text is at least one, tokenizer.bos_token_id where it is empty")
+    ask = ids.size(1) > 1 or not ids.is_cuda                # a GPU is not kept waiting at each token
+    if ask and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
+        raise ValueError(f"a token is not among the {vocabulary} of this model; after tokenizer.add_tokens(..) "
+                         f"call model.resize_token_embeddings(len(tokenizer))")
+    if labels is not None and (labels.shape != ids.shape or not isinstance(keep, int)):
+        raise ValueError(f"labels have the shape of input_ids, {tuple(ids.shape)}, not {tuple(labels.shape)}, "
+                         f"and go with a number as logits_to_keep")
+    if isinstance(keep, int) and keep < 0 or not isinstance(keep, int) and keep.dim() != 1:
+        raise ValueError("logits_to_keep is a number of positions, or a 1-D tensor of them")
+    if mask is None:
+        return torch.ones_like(ids, dtype=torch.bool)
+    if mask.dim() != 2 or len(mask) != len(ids) or mask.size(1) not in (ids.size(1), read + ids.size(1)):
+        raise ValueError(f"attention_mask has the shape of input_ids, {tuple(ids.shape)}"
+                         f"{f', or {read} more columns for what the cache has read' if read else ''}, "
+                         f"not {tuple(mask.shape)}")
+    if ask and ((mask != 0) & (mask != 1)).any():
+        raise ValueError("attention_mask is 1 for text and 0 for padding: documents packed into one row are not "
+                         "supported, give each a row")
+    return mask[:, mask.size(1) - ids.size(1):].bool()
 
 
 def check_cache(cache, batch, real):
@@ -1126,15 +1268,21 @@ def check_cache(cache, batch, real):
         raise ValueError("with a cache, pad only before the first token of a sequence, not between its turns")
 
 
-def check_positions(positions, real):
-    """Raise ValueError where position_ids (B, T) restart or jump between two tokens of a text:
-    rotary positions are relative, so where they begin does not matter, but several documents in
-    one row would see one another.
+def check_positions(positions, real, cache=None):
+    """Raise ValueError where positions (B, T), (1, T) or (T,) restart or jump between two tokens of a
+    text, or between a cache's last one and the first: rotary positions are relative, so where they
+    begin does not matter, but several documents in one row would see one another.
     """
-    if positions is None or real.size(1) < 2:
+    if positions is None or (real.size(1) < 2 and real.is_cuda):
         return
-    steps = positions[:, -real.size(1):].diff(dim=1)
-    if ((steps != 1) & real[:, 1:] & real[:, :-1]).any():
+    if positions.dim() > 2 or positions.size(-1) != real.size(1):
+        raise ValueError(f"position_ids have the shape of input_ids, {tuple(real.shape)}, not {tuple(positions.shape)}")
+    steps = positions.diff(dim=-1)
+    broken = ((steps != 1) & real[:, 1:] & real[:, :-1]).any()
+    if cache is not None:                                   # a position may count padding, or not
+        first, seen = positions[..., 0], cache.real.sum(1)
+        broken = broken | ((seen > 0) & ((first < seen) | (first > cache.length))).any()
+    if broken:
         raise ValueError("position_ids that restart or jump are not supported: one document a sequence, "
                          "without packing (or one row each, padded)")
 
@@ -1185,6 +1333,7 @@ class RevenaCache(Cache):
     def clear(self, batch_size=None):
         """Forget everything, as at the start of a sequence."""
         model, config = self.model, self.model.config
+        check_placement(model)
         B = batch_size or len(self.real)
         past, heads = (config.stm_window or 1) - 1, config.n_head
 
@@ -1355,6 +1504,7 @@ class RevenaCache(Cache):
 
     def __deepcopy__(self, memo):
         memo[id(self.model)] = self.model                   # a copy of the memory, not of the model
+        memo |= {id(x): x.clone() for x in (*self.tensors().values(), *self.drawn.values()) if not x.is_leaf}
         recorded = ("graph", "fixed", "found", "log_p", "recorded_with")
         own = {name: x for name, x in self.__dict__.items() if name not in recorded}
         twin = type(self).__new__(type(self))
