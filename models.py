@@ -1210,14 +1210,34 @@ def kept(logits, keep):
 
 
 def check_placement(model):
-    """Raise ValueError where accelerate has put parts of a model on another device or off it: a
-    memory is no chain of modules through which tensors could be sent from one to the next.
+    """Raise ValueError where parts of a model lie where its methods would not find them: on another
+    device, offloaded by accelerate, or sharded by FSDP as parts that are used without being called.
     """
+    if getattr(model, "_is_fsdp_managed_module", False):
+        check_shards(model)
     if not hasattr(model, "_hf_hook") and len(set(getattr(model, "hf_device_map", {}).values())) < 2:
         return
-    if len({x.device for x in model.parameters()} | {torch.device("meta")}) > 2 or model.device.type == "meta":
+    if len({x.device for x in model.parameters()}) > 1 or model.device.type == "meta":
         raise ValueError("parts of this model are offloaded or on different devices, and it works on one: load it with "
                          "device_map={'': 0}, or without a device_map")
+
+
+def check_shards(model):
+    """Raise ValueError where FSDP would not gather what forward reads: a memory, a backbone and a list
+    of parameters are used, not called.
+    """
+    def is_unit(module):
+        return any(kind.__name__ in ("FSDPModule", "FullyShardedDataParallel") for kind in type(module).__mro__)
+
+    whole = Backbone, Memory, nn.ParameterList
+    if any(is_unit(x) and isinstance(getattr(x, "module", x), whole) for x in model.modules() if x is not model):
+        raise ValueError("FSDP can shard this model as a whole and by its Blocks (ModuleWrapPolicy({Block})), not by "
+                         "its backbone, its memory or lists of parameters")
+    embed = model.backbone.embed
+    weight = None if is_unit(embed) else embed.weight
+    if weight is not None and (weight.dim() != 2 or weight.untyped_storage().size() == 0):
+        raise ValueError("this model's parameters are sharded: call the module that FSDP returned, or go on within "
+                         "FSDP.summon_full_params(..)")
 
 
 @torch.compiler.disable(reason="it asks for numbers")
@@ -1346,7 +1366,9 @@ class RevenaCache(Cache):
         self.real = zeros(past, dtype=torch.bool)
         self.tail = zeros(TAIL, dtype=torch.long) + EOT
         memory = getattr(model, "memory", NOTHING)
-        self.state = {name: x.detach().clone() for name, x in memory.empty(B, model.device).items()}
+        state = memory.empty(B, model.device)
+        state = {name: x.full_tensor() if hasattr(x, "full_tensor") else x for name, x in state.items()}    # FSDP's
+        self.state = {name: x.detach().clone() for name, x in state.items()}
         self.drawn, self.length, self.graph = {}, 0, None
 
     def blocks(self, ids, real):
