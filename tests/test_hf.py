@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import DynamicCache, TextStreamer
 
+from memories import RevenaHybrid
 from models import EOT, GPT, RevenaConfig, RevenaHybridTiny
-from stages import load_tokenizer, save_model
+from stages import load_model, load_tokenizer, save_model
 from test_models import enliven
 
 WINDOW, SLOTS = 16, 20
@@ -394,6 +396,419 @@ def test_gpt_without_a_window_keeps_its_cache_too(ids, tmp_path):
     whole = F.pad(first.sequences, (0, 3), value=11)
     back = gpt.load_cache(tmp_path / "cache.safetensors")
     assert torch.equal(gpt.generate(whole, past_key_values=back, **GREEDY), gpt.generate(whole, **GREEDY))
+
+
+# ------------------------------------------------------------------------------------ as other tools use it
+
+@torch.no_grad()
+def same_as(model, ids, logits):
+    torch.testing.assert_close(model(ids).logits, logits, **CLOSE)
+
+
+PACKED = torch.cat((torch.arange(9), torch.arange(9)))[None]            # two documents in one row
+NOT_HONOURED = {
+    "documents packed by positions": (dict(position_ids=PACKED), "position_ids that restart"),
+    "one row of positions for all": (dict(position_ids=PACKED[0]), "position_ids that restart"),
+    "positions that jump": (dict(position_ids=2 * torch.arange(18)[None]), "position_ids that restart or jump"),
+    "positions of another length": (dict(position_ids=torch.arange(9)[None]), "position_ids have the shape"),
+    "places in a cache that jump": (dict(cache_position=PACKED[0]), "position_ids that restart or jump"),
+    "documents packed by the mask": (dict(attention_mask=1 + (PACKED > 4).long()), "packed into one row"),
+    "a mask over pairs": (dict(attention_mask=torch.ones(1, 1, 18, 18).tril()), "attention_mask has the shape"),
+    "a longer mask": (dict(attention_mask=torch.ones(1, 20)), "attention_mask has the shape"),
+    "a shorter mask": (dict(attention_mask=torch.ones(1, 16)), "attention_mask has the shape"),
+    "a mask with a hole": (dict(attention_mask=(torch.arange(18) != 5)[None].long()), "holes|pad only|pad on the left"),
+    "shifted labels": (dict(labels=torch.zeros(1, 17, dtype=torch.long)), "labels have the shape"),
+    "positions to keep below zero": (dict(logits_to_keep=-3), "logits_to_keep is a number"),
+    "embeddings": (dict(inputs_embeds=torch.zeros(1, 18, 64)), "takes input_ids"),
+    "attentions": (dict(output_attentions=True), "gives no attentions"),
+    "another model's cache": (dict(past_key_values=DynamicCache()), "must be a RevenaCache"),
+}
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+@pytest.mark.parametrize("given, says", NOT_HONOURED.values(), ids=NOT_HONOURED)
+def test_what_is_not_honoured_is_refused(model, ids, given, says, use_cache):
+    """By both paths, in one line, and nothing of transformers' contract is taken and left aside."""
+    with pytest.raises(ValueError, match=says) as refusal:
+        model(ids[:, :18], use_cache=use_cache, **given)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("wrong, says", [
+    (torch.zeros(5, dtype=torch.long), "token numbers of shape"), (torch.zeros(1, 5), "token numbers of shape"),
+    (torch.zeros(1, 0, dtype=torch.long), "no tokens"), (torch.tensor([[1, 50257]]), "resize_token_embeddings"),
+    (torch.tensor([[1, -100]]), "a token is not among")], ids=["a line", "floats", "none", "not added", "ignored labels"])
+def test_input_that_is_no_batch_of_tokens_is_refused(model, wrong, says):
+    with pytest.raises(ValueError, match=says):
+        model(wrong)
+
+
+def test_unknown_arguments_raise(model, ids):
+    """Of forward and of generate, and what Trainer may turn on but this model has not."""
+    for unknown in (dict(token_type_ids=ids), dict(head_mask=ids), dict(attention_maks=ids)):
+        with pytest.raises(TypeError, match=next(iter(unknown))):
+            model(ids, **unknown)
+        with pytest.raises(ValueError, match=next(iter(unknown))):
+            model.generate(ids, **unknown, **GREEDY)
+    with pytest.raises(ValueError, match="position_ids that restart"):
+        model.generate(ids[:, :18], position_ids=PACKED, **GREEDY)
+    with pytest.raises(ValueError, match="gradient checkpointing"):
+        model.gradient_checkpointing_enable()
+
+
+@torch.no_grad()
+def test_a_second_turn_whose_positions_begin_anew_is_refused(model, ids):
+    """That would be another document, which is to see nothing of the first; positions that go on are taken."""
+    cache = model(ids[:, :10], use_cache=True).past_key_values
+    for first in (0, 3, 30):
+        with pytest.raises(ValueError, match="restart or jump"):
+            model(ids[:, 10:14], past_key_values=cache, position_ids=first + torch.arange(4)[None])
+        with pytest.raises(ValueError, match="restart or jump"):
+            model(ids[:, 10:11], past_key_values=cache, position_ids=torch.tensor([[first]]))
+    assert cache.get_seq_length() == 10
+    how = dict(position_ids=10 + torch.arange(4)[None], cache_position=10 + torch.arange(4),
+               attention_mask=torch.ones(1, 14))
+    got = model(ids[:, 10:14], past_key_values=cache, **how).logits
+    torch.testing.assert_close(got, model(ids[:, :14]).logits[:, 10:], **CLOSE)
+    same_as(lambda x: model(x, position_ids=7 + torch.arange(ids.size(1))[None]), ids, model(ids).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_what_is_asked_by_name_or_by_the_config_is_given(model, ids, use_cache, monkeypatch):
+    """Single positions of the logits; hidden states, a tuple and a cache where only the config asks for them."""
+    whole = model(ids).logits
+    for keep in (torch.tensor([3]), torch.tensor([5, 0, 5]), 2, ids.size(1)):
+        got = model(ids, logits_to_keep=keep, use_cache=use_cache).logits
+        torch.testing.assert_close(got, whole[:, -keep:] if isinstance(keep, int) else whole[:, keep], **CLOSE)
+    monkeypatch.setattr(model.config, "output_hidden_states", True)
+    monkeypatch.setattr(model.config, "use_cache", use_cache, raising=False)
+    said = model(ids)
+    assert len(said.hidden_states) == model.config.n_layer + 1 and (said.past_key_values is not None) == use_cache
+    monkeypatch.setattr(model.config, "return_dict", False, raising=False)
+    assert isinstance(model(ids), tuple)
+
+
+CHUNKED = {"new alone": False, "the whole text": True}
+
+
+@pytest.mark.parametrize("whole", CHUNKED.values(), ids=CHUNKED)
+@pytest.mark.parametrize("size", [1, WINDOW, 500])
+def test_a_prefill_in_chunks_is_a_prefill(any_model, ids, whole, size):
+    """After 20 tokens read: the same text and as many tokens read, whether what is new comes alone or behind the old."""
+    old, new = ids[:, :20], ids[:, 3:]
+    cache = any_model.new_cache()
+    with torch.no_grad():
+        any_model(old, past_key_values=cache)
+    given, found = torch.cat((old, new), 1) if whole else new, []
+    for chunks in ({}, dict(prefill_chunk_size=size)):
+        trial = copy.deepcopy(cache)
+        text = any_model.generate(given, past_key_values=trial, max_new_tokens=5, min_new_tokens=5, **chunks)
+        assert trial.get_seq_length() == 20 + new.size(1) + 4
+        found.append(text[:, -5:])
+    assert torch.equal(*found)
+
+
+def test_a_prefill_in_chunks_of_a_padded_batch(model, tokenizer):
+    batch = tokenizer([STORY, "Why?"], return_tensors="pt", padding=True)
+    assert torch.equal(model.generate(**batch, **GREEDY, prefill_chunk_size=7), model.generate(**batch, **GREEDY))
+    how = copy.deepcopy(model.generation_config)
+    how.prefill_chunk_size, how.max_new_tokens = 7, 5
+    assert torch.equal(model.generate(**batch, generation_config=how), model.generate(**batch, max_new_tokens=5))
+
+
+def test_a_prefill_in_chunks_refuses_what_one_at_once_does(any_model, ids):
+    """The guards hang on both paths: a text that does not begin with what was read, and one that brings nothing new."""
+    with torch.no_grad():
+        cache = any_model(ids[:, :8], use_cache=True).past_key_values
+    for wrong, says in ((ids[:, 10:30], "does not begin with the 8"), (ids[:, :8], "no tokens")):
+        for chunks in ({}, dict(prefill_chunk_size=4)):
+            with pytest.raises(ValueError, match=says):
+                any_model.generate(wrong, past_key_values=cache, **GREEDY, **chunks)
+    assert cache.get_seq_length() == 8
+
+
+# ------------------------------------------------------------------------------------ compiled
+
+@pytest.mark.parametrize("how", [dict(use_cache=False), dict(num_beams=2), dict(do_sample=True)], ids=str)
+def test_compiled_every_strategy_gives_its_text(model, ids, how):
+    how = dict(max_new_tokens=3, min_new_tokens=3) | how
+    torch.manual_seed(3)
+    wanted = model.generate(ids, **how)
+    torch._dynamo.reset()
+    twin = copy.deepcopy(model)
+    twin.compile(backend="eager")
+    torch.manual_seed(3)
+    assert torch.equal(twin.generate(ids, **how), wanted)
+
+
+@torch.no_grad()
+def test_compiled_it_goes_on_from_turn_to_turn(model, ids):
+    """By torch.compile(model) as by model.compile(): the cache that is passed in again is the one that was filled."""
+    torch._dynamo.reset()
+    compiled, cache = torch.compile(model, backend="eager"), model.new_cache()
+    parts = [compiled(part, past_key_values=cache).logits for part in ids.split(9, 1)]
+    torch.testing.assert_close(torch.cat(parts, 1), model(ids).logits, **CLOSE)
+    assert cache.get_seq_length() == ids.size(1) and cache.contents() and cache.retrieved() is not None
+    fork = copy.deepcopy(cache)
+    torch.testing.assert_close(compiled(ids[:, :1], past_key_values=fork).logits,
+                               model(ids[:, :1], past_key_values=cache).logits, **CLOSE)
+
+
+# ------------------------------------------------------------------------------------ shapes
+
+def resized(model, tokenizer, *texts):
+    """A copy of both with more tokens."""
+    model, tokenizer = copy.deepcopy(model), copy.deepcopy(tokenizer)
+    assert tokenizer.add_tokens(list(texts)) == len(texts)
+    model.resize_token_embeddings(len(tokenizer))
+    return model, tokenizer
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("count", [1, 47, 48, 200])
+def test_a_folder_with_added_tokens_round_trips(model, tokenizer, tmp_path, count):
+    """Below, at and above the next multiple of 64 rows: saved and loaded it says the same, new tokens included."""
+    larger, words = resized(model, tokenizer, *(f"<|word {i}|>" for i in range(count)))
+    assert larger.config.vocab_size == len(words) == 50257 + count and larger.backbone.embed.weight.size(0) % 64 == 0
+    ids = words(f"The cat <|word 0|> sat <|word {count - 1}|> on", return_tensors="pt").input_ids
+    assert ids.max() == 50256 + count
+    save_model(larger, words, tmp_path)
+    back = RevenaHybridTiny.from_pretrained(tmp_path)
+    logits = back(ids).logits
+    assert logits.size(-1) == 50257 + count and torch.equal(logits, larger(ids).logits)
+    assert torch.equal(back.generate(ids, max_new_tokens=5), larger.generate(ids, max_new_tokens=5))
+    ours = load_model(tmp_path)
+    assert torch.equal(ours(ids).logits, logits) and len(load_from(tmp_path)) == 50257 + count
+
+
+def load_from(folder):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@torch.no_grad()
+def test_room_for_more_tokens_changes_no_other(model, ids):
+    """What the old tokens say of each other stays; a new row is like the mean of them; asked for nothing, nothing is done."""
+    larger, before = copy.deepcopy(model), model(ids).logits
+    assert larger.resize_token_embeddings() is larger.get_input_embeddings() and larger.config.vocab_size == 50257
+    embed = larger.resize_token_embeddings(50300)
+    mean = model.backbone.embed.weight[:50257].mean(0)
+    assert embed is larger.get_output_embeddings() or larger.get_output_embeddings() is None
+    assert (embed.weight[50257:50300].mean(0) - mean).norm() < mean.norm() + 0.05
+    larger.config.memory_enabled = False
+    model = copy.deepcopy(model)
+    model.config.memory_enabled = False
+    known = larger.logits(larger.states(ids)[0])[..., :50257]
+    assert torch.equal(known, model.logits(model.states(ids)[0])) and before.shape == known.shape
+    assert larger.resize_token_embeddings(50257).weight.shape == (50304, 64)
+    assert torch.equal(larger(ids).logits, model(ids).logits)
+    assert larger.resize_token_embeddings(50257, pad_to_multiple_of=100).weight.size(0) == 50304
+    assert larger.config.vocab_size == 50300
+
+
+def test_a_vocabulary_or_embedding_that_cannot_be_is_refused(model):
+    twin = copy.deepcopy(model)
+    with pytest.raises(ValueError, match=r"1000 tokens is without <\|endoftext\|>"):
+        twin.resize_token_embeddings(1000)
+    with pytest.raises(ValueError, match="the output matrix, too"):
+        twin.set_input_embeddings(torch.nn.Embedding(50304, 64))
+    assert twin.config.vocab_size == 50257 and twin.backbone.embed.weight.size(0) == 50304
+
+
+@torch.no_grad()
+def test_a_memory_goes_on_after_tokens_were_added(model, tokenizer, ids, tmp_path):
+    """Its file does not depend on how many tokens there are."""
+    cache = model.new_cache()
+    model(ids, past_key_values=cache)
+    cache.save(tmp_path / "cache.safetensors")
+    larger, words = resized(model, tokenizer, "<|new|>")
+    back = larger.load_cache(tmp_path / "cache.safetensors")
+    assert back.contents() == cache.contents()
+    larger(words("<|new|> cat", return_tensors="pt").input_ids, past_key_values=back)
+    assert back.get_seq_length() == ids.size(1) + 2
+
+
+LACKING = {"another window": dict(stm_window=32), "other addresses": dict(ltm_dim=32), "another memory": dict(memory="gru")}
+
+
+@pytest.mark.parametrize("changed", LACKING.values(), ids=LACKING)
+def test_what_a_folder_lacks_starts_as_in_a_new_model(folder, changed):
+    """Loaded as a model of other shapes, what does not fit is as the constructor makes it, never what memory held."""
+    kind = RevenaHybrid if "memory" in changed else RevenaHybridTiny
+    torch.manual_seed(0)
+    loaded = kind.from_pretrained(folder, ignore_mismatched_sizes=True, **changed)
+    torch.manual_seed(0)
+    fresh, stored = kind(copy.deepcopy(loaded.config)).state_dict(), load_file(folder / "model.safetensors")
+    for name, x in loaded.state_dict().items():
+        same = name in stored and stored[name].shape == x.shape
+        assert x.isfinite().all() and (torch.equal(x, stored[name]) if same else x.std() < 2 * fresh[name].std() + 1e-6)
+    assert torch.equal(loaded.backbone.rotary, fresh["backbone.rotary"])
+    _, about = kind.from_pretrained(folder, ignore_mismatched_sizes=True, output_loading_info=True, **changed)
+    assert about["missing_keys"] or about["mismatched_keys"]
+
+
+def test_adapters_of_the_embedding(model, ids, tmp_path):
+    """One that knows only half of a tied matrix is refused; the matrix itself, trained whole, is saved and comes back."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    for target in (dict(target_modules=["embed"]), dict(target_modules=["up"], trainable_token_indices=[5])):
+        adapted = get_peft_model(copy.deepcopy(model), LoraConfig(r=2, **target))
+        with pytest.raises(ValueError, match="modules_to_save"):
+            adapted(ids)
+    larger = copy.deepcopy(model)
+    larger.resize_token_embeddings(50300)
+    adapted = get_peft_model(larger, LoraConfig(r=2, target_modules="all-linear", modules_to_save=["embed"],
+                                                init_lora_weights=False))
+    adapted(ids, labels=ids).loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in adapted.parameters() if p.requires_grad)
+    with torch.no_grad():
+        for p in adapted.parameters():
+            p += 0.01 * (0 if p.grad is None else p.grad.sign())
+    adapted.save_pretrained(tmp_path)
+    plain = copy.deepcopy(model)
+    plain.resize_token_embeddings(50300)
+    back = PeftModel.from_pretrained(plain, tmp_path)
+    same_as(back, ids, adapted(ids).logits.detach())
+
+
+# ------------------------------------------------------------------------------------ devices
+
+def test_one_device_whatever_the_map_is_called(folder, model, ids):
+    for where in ("auto", "balanced", "cpu", {"": "cpu"}, {"backbone": "cpu", "memory": "cpu"}):
+        loaded = RevenaHybridTiny.from_pretrained(folder, device_map=where)
+        assert len({p.device for p in loaded.parameters()}) == 1
+        same_as(loaded.cpu(), ids, model(ids).logits.detach())
+
+
+@pytest.mark.parametrize("parts", [
+    {"backbone": "cpu", "memory": "disk"}, {"backbone": 0, "memory": 1}, {"backbone": "cpu", "memory": "meta"}], ids=str)
+def test_a_map_of_several_devices_is_refused(folder, parts):
+    with pytest.raises(ValueError, match="one device"):
+        RevenaHybridTiny.from_pretrained(folder, device_map=parts)
+
+
+@pytest.mark.parametrize("how", ["to the CPU", "to the disk", "the memory alone"])
+def test_an_offloaded_model_is_refused(model, ids, tmp_path, how):
+    """accelerate sends weights to a module when it is called, and a memory is used without a call."""
+    from accelerate import cpu_offload, disk_offload, dispatch_model
+
+    twin = copy.deepcopy(model)
+    if how == "to the CPU":
+        cpu_offload(twin, "cpu")
+    elif how == "to the disk":
+        disk_offload(twin, tmp_path, "cpu")
+    else:
+        dispatch_model(twin, {"backbone": "cpu", "memory": "disk"}, main_device="cpu", offload_dir=tmp_path)
+    for use in (twin, twin.generate):
+        with pytest.raises(ValueError, match="works on one") as refusal:
+            use(ids)
+        assert "\n" not in str(refusal.value)
+    with pytest.raises(ValueError, match="works on one"):
+        twin.new_cache()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs: a map over both")
+def test_two_gpus(folder, model, ids):
+    """"auto" is the current one; both, or one part moved by hand, are an error, never other numbers."""
+    loaded = RevenaHybridTiny.from_pretrained(folder, device_map="auto")
+    assert {p.device.index for p in loaded.parameters()} == {torch.cuda.current_device()}
+    torch.testing.assert_close(loaded(ids.cuda()).logits.cpu(), model(ids).logits, atol=1e-2, rtol=0)
+    with pytest.raises(ValueError, match="one device"):
+        RevenaHybridTiny.from_pretrained(folder, device_map={"backbone": 0, "memory": 1})
+    from accelerate import dispatch_model
+    with pytest.raises(ValueError, match="works on one"):
+        dispatch_model(loaded, {"backbone": 0, "memory": 1})(ids.cuda())
+
+
+SHARDED = """
+import sys
+sys.path[:0] = sys.argv[3:]
+import torch, torch.distributed as dist
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from models import Backbone, Block
+from test_memories import make, text
+
+torch.set_num_threads(1)
+dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=int(sys.argv[2]), world_size=2)
+ids, cpu, how = text(2, 40), torch.device("cpu"), dict(max_new_tokens=3, min_new_tokens=3)
+
+def refused(use):
+    try:
+        use(ids)
+    except ValueError as error:
+        assert "FSDP" in str(error) and chr(10) not in str(error), error
+    else:
+        raise AssertionError("not refused")
+
+for kind in ("ltm", "mag"):
+    alone = make(kind)
+    wanted = alone(ids, labels=ids)
+    wanted.loss.backward()
+    with torch.no_grad():
+        said = alone.generate(ids, **how)
+    gradients = {name: p.grad for name, p in alone.named_parameters()}
+    for policy in (None, ModuleWrapPolicy({Block})):
+        model = make(kind)
+        sharded = FSDP(model, auto_wrap_policy=policy, device_id=cpu, use_orig_params=policy is not None)
+        refused(model.generate)
+        got = sharded(ids, labels=ids)
+        torch.testing.assert_close(got.logits, wanted.logits)
+        got.loss.backward()
+        with FSDP.summon_full_params(sharded, with_grads=policy is not None, writeback=False), torch.no_grad():
+            assert torch.equal(model.generate(ids, **how), said)
+            for name, p in model.named_parameters() if policy else ():
+                torch.testing.assert_close(p.grad, gradients[name.replace("_fsdp_wrapped_module.", "")])
+    model = make(kind)
+    for block in model.backbone.blocks:
+        fully_shard(block)
+    fully_shard(model)
+    cache = model.new_cache(2)
+    with torch.no_grad():
+        assert torch.equal(model.generate(ids, past_key_values=cache, **how), said)
+    model(ids, labels=ids).loss.backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad.full_tensor(), gradients[name])
+    refused(FSDP(make(kind), auto_wrap_policy=ModuleWrapPolicy({Backbone}), device_id=cpu))
+    model = make(kind)
+    fully_shard(model.memory)
+    refused(fully_shard(model))
+print("right")
+"""
+
+
+def test_fsdp_of_two_processes(tmp_path):
+    """As a whole and Block by Block, by FSDP and by fully_shard: logits, gradients and text of a model alone; else refused."""
+    (tmp_path / "sharded.py").write_text(SHARDED)
+    tests = Path(__file__).parent
+    command = [sys.executable, tmp_path / "sharded.py", tmp_path / "meeting"]
+    both = [subprocess.Popen([*map(str, (*command, rank, tests.parent, tests))], stdout=subprocess.PIPE, text=True,
+                             stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}) for rank in range(2)]
+    try:
+        for one in both:
+            out, err = one.communicate(timeout=300)
+            assert out.strip() == "right", err[-3000:]
+    finally:
+        for one in both:
+            one.kill()
+
+
+# ------------------------------------------------------------------------------------ empty texts
+
+def test_an_empty_text_beside_another(any_model, tokenizer):
+    """["", "text"] with and without a cache: the other's text is its own, and "" goes on as from <|endoftext|>."""
+    batch = tokenizer(["", "A cat, a dog and a mat"], return_tensors="pt", padding=True)
+    alone = [any_model.generate(x, **GREEDY)[0, -40:] for x in (torch.tensor([[EOT]]), batch.input_ids[1:])]
+    for use_cache in (True, False):
+        texts = any_model.generate(**batch, **GREEDY, use_cache=use_cache)[:, -40:]
+        assert torch.equal(texts[1], alone[1]) and texts[0, 0] == alone[0][0]
+    with torch.no_grad():
+        one, other = (any_model(**batch, use_cache=use_cache).logits for use_cache in (True, False))
+    assert one.isfinite().all() and other.isfinite().all()
+    torch.testing.assert_close(one[0, -1], other[0, -1], **CLOSE)
+    torch.testing.assert_close(one[1], other[1], **CLOSE)
 
 
 # ------------------------------------------------------------------------------------ the usual harness

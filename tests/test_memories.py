@@ -37,7 +37,7 @@ class Mean(Memory, kind="mean of a test"):
         nn.init.zeros_(self.out.weight)
 
     def empty(self, batch, device):
-        width = self.out.in_features
+        width = self.config.n_embd
         return {"sum": torch.zeros(batch, width, device=device), "count": torch.zeros(batch, 1, device=device)}
 
     def mix(self, place, x, y, state, real, notes):
@@ -382,6 +382,81 @@ def test_compiled_gradients_are_the_gradients(name):
     for plain, made in zip(*both):
         assert (plain is None) == (made is None)
         assert plain is None or (plain - made).norm() <= 1e-3 * plain.norm() + 1e-7
+
+
+class Eighths(nn.Module):
+    """A quantised matrix, as users' libraries put it in the place of nn.Linear: whole numbers and a scale a row."""
+
+    def __init__(self, linear):
+        super().__init__()
+        scale = linear.weight.detach().abs().amax(1, keepdim=True).clamp(min=1e-6) / 127
+        self.register_buffer("weight", (linear.weight.detach() / scale).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+        self.bias = linear.bias
+
+    def forward(self, x):
+        return F.linear(x, self.weight * self.scale, self.bias)
+
+
+@every_kind
+def test_quantised_matrices_are_called(name):
+    """With every matrix replaced it says, in both forms, what a model of the same rounded weights says."""
+    model, ids = make(name), text(length=3 * WINDOW + 5)
+    rounded, before = copy.deepcopy(model), model(ids).logits
+    for part, linear in [*model.named_modules()]:
+        if isinstance(linear, nn.Linear):
+            parent, _, last = part.rpartition(".")
+            quantised = Eighths(linear)
+            setattr(model.get_submodule(parent), last, quantised)
+            rounded.get_submodule(part).weight.copy_(quantised.weight * quantised.scale)
+    assert not any(isinstance(module, nn.Linear) for module in model.modules())
+    wanted = rounded(ids).logits
+    assert differ(model(ids).logits, wanted) < CLOSE < differ(before, wanted)
+    assert differ(streamed(model, ids, [7, 30])[0], wanted) < CLOSE
+
+
+@with_gradients
+@every_kind
+def test_lora_on_all_linear_trains_every_adapter(name):
+    """Each adapter has a gradient in training, and a say before it is merged: the same as afterwards."""
+    from peft import LoraConfig, get_peft_model             # seconds, which the other tests need not wait for
+
+    model, ids = make(name), text(length=3 * WINDOW + 5)
+    before = model(ids).logits.detach()
+    how = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    adapted = get_peft_model(model, how)
+    matrices = [part for part, module in adapted.named_modules() if hasattr(module, "base_layer")]
+    adapters = {part: p for part, p in adapted.named_parameters() if p.requires_grad}
+    assert len(adapters) == 2 * len(matrices) and sum(".memory." in part for part in adapters) >= 2
+    adapted.train()
+    adapted(ids, labels=ids).loss.backward()
+    assert not [part for part, p in adapters.items() if p.grad is None or not p.grad.any()]
+    adapted.eval()
+    with torch.no_grad():
+        apart = [adapted(ids).logits, streamed(adapted, ids, [7, 30], model.new_cache(len(ids)))[0]]
+        merged = adapted.merge_and_unload()(ids).logits
+    assert differ(before, merged) > 0.1
+    assert all(differ(logits, merged) < CLOSE for logits in apart)
+
+
+@every_kind
+def test_compiled_it_writes_the_same_text(name):
+    """model.compile() leaves what a cache carries alone: generate gives the text that it gave."""
+    model, ids = make(name), text(length=WINDOW + 3)
+    how = dict(max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    wanted = model.generate(ids, **how)
+    torch._dynamo.reset()
+    model.compile(backend="eager")
+    cache = model.new_cache(len(ids))
+    assert torch.equal(model.generate(ids, past_key_values=cache, **how), wanted)
+    assert cache.get_seq_length() == wanted.size(1) - 1
+
+
+@every_kind
+def test_in_double_precision_both_forms_are_one(name):
+    model, ids = make(name).double(), text(length=2 * WINDOW + 5)
+    assert differ(model(ids).logits, streamed(model, ids, [7, 30])[0]) < CLOSE
+    assert model.generate(ids, max_new_tokens=3, min_new_tokens=3).size(1) == ids.size(1) + 3
 
 
 @every_case
