@@ -151,6 +151,14 @@ sys.exit(bool(missing))
 PY
 }
 
+# legible LIST: whether it can be a list of packages; of bytes that are no text pip makes a traceback
+legible() {
+    "$PYTHON" -c '
+import sys
+sys.exit("\0" in open(sys.argv[1], encoding="utf-8").read())
+' "$1" 2>/dev/null
+}
+
 # Our mark in a .venv that we made: empty while it is worked on, a copy of requirements.txt once
 # it is complete. It comes before anything else, so that a .venv without it is the user's own
 mark=.made_by_run_all
@@ -334,6 +342,8 @@ train_further() {
 }
 
 find_python >&2
+[ -z "$list" ] || legible "$list" ||
+    die "'$list' is no text: --python takes a list of packages like requirements.txt" 2
 [ -z "$list" ] || fit "$PYTHON" "$list" >/dev/null || install "$list" >&2
 [ -z "$python" ] || { echo "$PYTHON"; exit; }
 

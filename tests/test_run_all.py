@@ -518,6 +518,16 @@ def test_python_is_asked_for(bare, offline, tmp_path):
     assert (environment / "kept").exists() and not (tmp_path / "elsewhere").exists()
 
 
+@pytest.mark.parametrize("data", [b"\x89PNG\r\n\x1a\n\0\0", bytes(99), "caf\u00e9==1\n".encode("latin-1"),
+                                  "probe==1\n".encode("utf-16")], ids=["picture", "NULs", "Latin-1", "UTF-16"])
+def test_list_that_is_no_text_is_one_line(project, tmp_path, data):
+    """pip would end in a traceback."""
+    (tmp_path / "list").write_bytes(data)
+    asked = project.run("--python", "list", cwd=tmp_path)
+    assert asked.returncode == 2 and asked.stdout == ""
+    assert re.fullmatch(r"run_all.sh: '.*/list' is no text: .*\n", asked.stderr), asked.stderr
+
+
 def test_active_environment_that_was_cut_short_is_not_used(bare, tmp_path):
     put_package(make_environment(bare.folder / ".venv"))
     (bare.folder / ".venv/.made_by_run_all").touch()
