@@ -22,6 +22,7 @@ does. Without `opens` each row is a sequence of its own.
 
 import copy
 import functools
+import glob
 import math
 import os
 from typing import NamedTuple
@@ -839,6 +840,15 @@ def mix(stm, weight, values):
     return (stm.exp() + added).clamp(min=1e-38).log() - weight.sum(-1, keepdim=True).log1p()
 
 
+def follow_umask(path):
+    """Give a file the mode that open() would have given it: safetensors writes 0600, for its owner's
+    eyes only.
+    """
+    mask = os.umask(0)
+    os.umask(mask)
+    os.chmod(path, 0o666 & ~mask)
+
+
 # ------------------------------------------------------------ the two models
 
 class GPT(PreTrainedModel, GenerationMixin):
@@ -900,9 +910,16 @@ class GPT(PreTrainedModel, GenerationMixin):
     def get_input_embeddings(self):
         return self.backbone.embed
 
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As ever, but others may read the weights as far as the umask lets them."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        for path in glob.glob(os.path.join(glob.escape(os.fspath(save_directory)), "*.safetensors")):
+            follow_umask(path)
+
     def set_input_embeddings(self, value):
         if not isinstance(value, TokenMatrix):
-            raise ValueError(f"the embedding is the output matrix, too: set a TokenMatrix, not a {type(value).__name__}")
+            raise ValueError(f"the embedding is the output matrix, too: set a TokenMatrix, "
+                             f"not a {type(value).__name__}")
         self.backbone.embed = value
 
     def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
@@ -917,7 +934,8 @@ class GPT(PreTrainedModel, GenerationMixin):
         if pad_to_multiple_of:
             tokens = -(-tokens // pad_to_multiple_of) * pad_to_multiple_of
         if tokens <= EOT:
-            raise ValueError(f"a vocabulary of {tokens} tokens is without <|endoftext|> ({EOT}), which this model needs")
+            raise ValueError(f"a vocabulary of {tokens} tokens is without <|endoftext|> ({EOT}), "
+                             f"which this model needs")
         embed.weight.data = embed.weight.data[:self.config.vocab_size]      # rows of no token: not to be averaged
         embed = super().resize_token_embeddings(Backbone.padded(tokens), None, mean_resizing)
         self.config.vocab_size = self.vocab_size = tokens
@@ -933,8 +951,9 @@ class GPT(PreTrainedModel, GenerationMixin):
         """`logits` in h's dtype, with the columns that belong to no token (see Backbone.padded)."""
         embed = self.backbone.embed
         if hasattr(embed, "lora_embedding_A") or hasattr(embed, "token_adapter"):
-            raise ValueError("the embedding is the output matrix, too, for which there is no such adapter; give it to "
-                             "peft as modules_to_save=['embed'], or leave it out of target_modules")
+            raise ValueError("the embedding is the output matrix, too, for which there is no such "
+                             "adapter; give it to peft as modules_to_save=['embed'], or leave it out "
+                             "of target_modules")
         return embed(h)
 
     def embed_detached(self, tokens):
@@ -1021,7 +1040,8 @@ class GPT(PreTrainedModel, GenerationMixin):
         def asked(value, name):
             return getattr(self.config, name, None) if value is None else value
 
-        if asked(output_attentions, "output_attentions") or inputs_embeds is not None or input_ids is None:
+        attentions = asked(output_attentions, "output_attentions")
+        if attentions or inputs_embeds is not None or input_ids is None:
             raise ValueError("this model takes input_ids and gives no attentions")
         check_placement(self)
         read = getattr(past_key_values, "length", 0)        # what is no RevenaCache is refused below
@@ -1055,7 +1075,8 @@ class GPT(PreTrainedModel, GenerationMixin):
         if window is None and T > longest:
             raise ValueError(f"{T} tokens; a model without a window sees at most {longest}")
         some = real.any(1)
-        lead = real.long().argmax(1).masked_fill(~some, T - 1)          # padding on the left; "" is one <|endoftext|>
+        # padding on the left; of nothing but padding the last is read, as the <|endoftext|> it is
+        lead = real.long().argmax(1).masked_fill(~some, T - 1)
         if (some & (real.sum(1) + lead != T - real.flip(1).long().argmax(1))).any():
             raise ValueError("attention_mask has holes; mask padding only, before or after the text")
         place = torch.arange(T, device=ids.device)
@@ -1198,7 +1219,8 @@ class GPT(PreTrainedModel, GenerationMixin):
             input_ids, next_sequence_length=next_sequence_length, past_key_values=past_key_values,
             is_first_iteration=is_first_iteration, **kwargs)
         positions = given.get("position_ids")
-        if positions is not None and past_key_values is not None and (read := past_key_values.get_seq_length()):
+        read = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if positions is not None and read:
             # of what is new alone, generate counts from 0
             given["position_ids"] = positions - positions[..., :1] + read
         return given
@@ -1215,11 +1237,11 @@ def check_placement(model):
     """
     if getattr(model, "_is_fsdp_managed_module", False):
         check_shards(model)
-    if not hasattr(model, "_hf_hook") and len(set(getattr(model, "hf_device_map", {}).values())) < 2:
-        return
+    if not (hasattr(model, "_hf_hook") or len(set(getattr(model, "hf_device_map", {}).values())) > 1):
+        return                                              # the usual case is to cost nothing
     if len({x.device for x in model.parameters()}) > 1 or model.device.type == "meta":
-        raise ValueError("parts of this model are offloaded or on different devices, and it works on one: load it with "
-                         "device_map={'': 0}, or without a device_map")
+        raise ValueError("parts of this model are offloaded or on different devices, and it works on "
+                         "one: load it with device_map={'': 0}, or without a device_map")
 
 
 def check_shards(model):
@@ -1227,17 +1249,18 @@ def check_shards(model):
     of parameters are used, not called.
     """
     def is_unit(module):
-        return any(kind.__name__ in ("FSDPModule", "FullyShardedDataParallel") for kind in type(module).__mro__)
+        names = {kind.__name__ for kind in type(module).__mro__}
+        return bool(names & {"FSDPModule", "FullyShardedDataParallel"})
 
-    whole = Backbone, Memory, nn.ParameterList
-    if any(is_unit(x) and isinstance(getattr(x, "module", x), whole) for x in model.modules() if x is not model):
-        raise ValueError("FSDP can shard this model as a whole and by its Blocks (ModuleWrapPolicy({Block})), not by "
-                         "its backbone, its memory or lists of parameters")
+    units = [getattr(x, "module", x) for x in model.modules() if x is not model and is_unit(x)]
+    if any(isinstance(x, (Backbone, Memory, nn.ParameterList)) for x in units):
+        raise ValueError("FSDP can shard this model as a whole and by its Blocks (ModuleWrapPolicy({Block})), "
+                         "not by its backbone, its memory or lists of parameters")
     embed = model.backbone.embed
     weight = None if is_unit(embed) else embed.weight
     if weight is not None and (weight.dim() != 2 or weight.untyped_storage().size() == 0):
-        raise ValueError("this model's parameters are sharded: call the module that FSDP returned, or go on within "
-                         "FSDP.summon_full_params(..)")
+        raise ValueError("this model's parameters are sharded: call the module that FSDP returned, or "
+                         "go on within FSDP.summon_full_params(..)")
 
 
 @torch.compiler.disable(reason="it asks for numbers")
@@ -1246,7 +1269,8 @@ def check_inputs(ids, mask, labels, keep, read, vocabulary):
     given how many tokens a cache has `read`, or a mask says more than yes and no.
     """
     if ids.dim() != 2 or ids.is_floating_point():
-        raise ValueError(f"input_ids are token numbers of shape (batch, tokens), not {ids.dtype} {tuple(ids.shape)}")
+        raise ValueError(f"input_ids are token numbers of shape (batch, tokens), "
+                         f"not {ids.dtype} {tuple(ids.shape)}")
     if ids.numel() == 0 and not read:
         raise ValueError("no tokens: a text is at least one, tokenizer.bos_token_id where it is empty")
     ask = ids.size(1) > 1 or not ids.is_cuda                # a GPU is not kept waiting at each token
@@ -1260,13 +1284,12 @@ def check_inputs(ids, mask, labels, keep, read, vocabulary):
         raise ValueError("logits_to_keep is a number of positions, or a 1-D tensor of them")
     if mask is None:
         return torch.ones_like(ids, dtype=torch.bool)
-    if mask.dim() != 2 or len(mask) != len(ids) or mask.size(1) not in (ids.size(1), read + ids.size(1)):
-        raise ValueError(f"attention_mask has the shape of input_ids, {tuple(ids.shape)}"
-                         f"{f', or {read} more columns for what the cache has read' if read else ''}, "
-                         f"not {tuple(mask.shape)}")
+    if mask.dim() != 2 or len(mask) != len(ids) or mask.size(1) - ids.size(1) not in (0, read):
+        raise ValueError(f"attention_mask has the shape of input_ids, {tuple(ids.shape)}, and {read} more "
+                         f"columns, or none, for what a cache has read; not {tuple(mask.shape)}")
     if ask and ((mask != 0) & (mask != 1)).any():
-        raise ValueError("attention_mask is 1 for text and 0 for padding: documents packed into one row are not "
-                         "supported, give each a row")
+        raise ValueError("attention_mask is 1 for text and 0 for padding: documents packed into one row "
+                         "are not supported, give each a row")
     return mask[:, mask.size(1) - ids.size(1):].bool()
 
 
@@ -1296,7 +1319,8 @@ def check_positions(positions, real, cache=None):
     if positions is None or (real.size(1) < 2 and real.is_cuda):
         return
     if positions.dim() > 2 or positions.size(-1) != real.size(1):
-        raise ValueError(f"position_ids have the shape of input_ids, {tuple(real.shape)}, not {tuple(positions.shape)}")
+        raise ValueError(f"position_ids have the shape of input_ids, {tuple(real.shape)}, "
+                         f"not {tuple(positions.shape)}")
     steps = positions.diff(dim=-1)
     broken = ((steps != 1) & real[:, 1:] & real[:, :-1]).any()
     if cache is not None:                                   # a position may count padding, or not
@@ -1325,6 +1349,11 @@ class RevenaHybridTiny(GPT):
 
 
 # ------------------------------------------------------------ what generation carries
+
+def gathered(x):
+    """A tensor that FSDP has sharded, whole: a memory's first state may be a parameter."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
 
 TAIL = 3                        # last tokens that a cache remembers, to tell a text that goes on from a new one
 
@@ -1366,9 +1395,7 @@ class RevenaCache(Cache):
         self.real = zeros(past, dtype=torch.bool)
         self.tail = zeros(TAIL, dtype=torch.long) + EOT
         memory = getattr(model, "memory", NOTHING)
-        state = memory.empty(B, model.device)
-        state = {name: x.full_tensor() if hasattr(x, "full_tensor") else x for name, x in state.items()}    # FSDP's
-        self.state = {name: x.detach().clone() for name, x in state.items()}
+        self.state = {name: gathered(x).detach().clone() for name, x in memory.empty(B, model.device).items()}
         self.drawn, self.length, self.graph = {}, 0, None
 
     def blocks(self, ids, real):
@@ -1469,9 +1496,7 @@ class RevenaCache(Cache):
         """Write the cache to a safetensors file."""
         tensors = {name: x.contiguous() for name, x in self.tensors().items()}
         save_file(tensors, path, metadata={"length": str(self.length)})
-        mask = os.umask(0)                                  # safetensors writes 0600, whatever the umask
-        os.umask(mask)
-        os.chmod(path, 0o666 & ~mask)
+        follow_umask(path)
 
     @classmethod
     def load(cls, path, model):
@@ -1526,7 +1551,8 @@ class RevenaCache(Cache):
 
     def __deepcopy__(self, memo):
         memo[id(self.model)] = self.model                   # a copy of the memory, not of the model
-        memo |= {id(x): x.clone() for x in (*self.tensors().values(), *self.drawn.values()) if not x.is_leaf}
+        made = (*self.tensors().values(), *self.drawn.values())
+        memo |= {id(x): x.clone() for x in made if not x.is_leaf}       # with a gradient, which deepcopy refuses
         recorded = ("graph", "fixed", "found", "log_p", "recorded_with")
         own = {name: x for name, x in self.__dict__.items() if name not in recorded}
         twin = type(self).__new__(type(self))

@@ -448,7 +448,6 @@ def save_model(model, tokenizer, folder):
     type(model.config).register_for_auto_class()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    follow_umask(Path(folder) / "model.safetensors")
 
 
 def load_model(folder, device="cpu", made_by="python add_memory.py", weights=None):

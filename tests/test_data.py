@@ -1099,6 +1099,19 @@ def test_what_is_said_to_be_needed_is_what_is_asked(size):
     farthest = max(asks.distances) + asks.lead + 1              # and <|endoftext|>
     assert getattr(prepare_data, size).asked_tokens == farthest
 
+
+@pytest.mark.parametrize("mask", [0o022, 0o077], ids=oct)
+def test_modes_of_the_data_follow_the_umask(make_root, write_jsonl, mask):
+    """Kind 8: of windows, of their description, and of what lies aside while they are made."""
+    root, before = make_root(), os.umask(mask)
+    try:
+        prepared(root, write_jsonl(plain(12)))
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (root / "data").iterdir() if path.is_file()}
+    assert {"train.bin", "val.bin", "meta.json"} <= modes.keys() and set(modes.values()) == {0o666 & ~mask}, modes
+
+
 # ------------------------------------------------------------------ kind 16: one lock, which only a held lock refuses
 
 

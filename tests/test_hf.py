@@ -387,6 +387,20 @@ def test_a_memory_of_another_model_is_refused(model, ids, tmp_path):
         model.load_cache(tmp_path / "none.safetensors")
 
 
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002], ids=oct)
+def test_modes_of_a_saved_model_and_memory_follow_the_umask(model, tmp_path, mask):
+    """Also where a user saves them: whole, in several files, or the memory alone."""
+    before = os.umask(mask)
+    try:
+        model.save_pretrained(tmp_path / "[one]")
+        model.save_pretrained(tmp_path / "several", max_shard_size="100KB")
+        model.new_cache().save(tmp_path / "cache.safetensors")
+    finally:
+        os.umask(before)
+    written = {path: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()}
+    assert sum(path.suffix == ".safetensors" for path in written) > 3 and set(written.values()) == {0o666 & ~mask}
+
+
 def test_gpt_without_a_window_keeps_its_cache_too(ids, tmp_path):
     """GPT's cache, which grows, saves, loads and goes on as well."""
     torch.manual_seed(0)

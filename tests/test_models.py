@@ -5,12 +5,14 @@ ones: about half the tokens are stored, half the learned look-ups open, and what
 """
 
 import ast
+import importlib.util
 import inspect
 import json
 import math
 import subprocess
 import sys
 from collections import deque
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -898,6 +900,18 @@ def test_a_compiler_that_fails_is_none(monkeypatch):
 # ------------------------------------------------------------------------------------ what travels with a checkpoint
 
 PLUMBING = {"argparse", "netrc", "queue", "signal", "subprocess", "threading", "wandb"}
+
+
+@pytest.mark.parametrize("version, taken", [
+    ("4.57.3", False), ("5.0.0", False), ("5.2.9", False), ("5.3.0", True), ("5.10.1", True), ("6.0.0.dev0", True)])
+def test_a_version_that_does_not_work_is_named_where_the_code_is_loaded(monkeypatch, version, taken):
+    """Nothing of what came with version 5 is asked for before that; "5.10" is more than "5.3"."""
+    monkeypatch.setattr(models.transformers, "__version__", version)
+    if not taken:
+        monkeypatch.delattr(models.transformers, "PreTrainedConfig")
+    again = importlib.util.module_from_spec(importlib.util.spec_from_file_location("again", models.__file__))
+    with nullcontext() if taken else pytest.raises(ImportError, match=f"5.3 or later, not {version}: pip install"):
+        again.__spec__.loader.exec_module(again)
 
 
 @pytest.mark.parametrize("name", ["models.py", "memories.py"])

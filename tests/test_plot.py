@@ -512,6 +512,18 @@ def test_without_controls_or_memory_no_such_picture_and_a_word_on_an_old_one(roo
     assert path.read_bytes() == b"old"
 
 
+@pytest.mark.parametrize("mask", [0o022, 0o077], ids=oct)
+def test_modes_of_pictures_follow_the_umask(root, monkeypatch, mask):
+    monkeypatch.setattr(plot_eval, "DPI", 10)
+    before = os.umask(mask)
+    try:
+        plot(root)
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in root.glob("*.png")}
+    assert len(modes) == 3 and set(modes.values()) == {0o666 & ~mask}, modes
+
+
 @pytest.mark.parametrize("broken",
                          ["MPLBACKEND", "matplotlibrc here", "MATPLOTLIBRC", "MPLCONFIGDIR"])
 def test_no_setting_of_matplotlib_ends_the_stage(root, tmp_path, broken):

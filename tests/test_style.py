@@ -3,8 +3,11 @@
 A failure prints what breaks it: file, line, and the number that is too large.
 """
 
+import argparse
 import ast
+import importlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -141,6 +144,44 @@ def test_readme_names_what_is_there():
     named = {word.strip("`(),.;:") for word in text.split() if word.strip("`(),.;:").endswith(".py")}
     unknown = {name for name in named if Path(name).name not in scripts and not (PROJECT / name).exists()}
     assert not unknown, f"README.md names {unknown}"
+
+
+ADVICE = re.compile(r"([a-z_]+\.py)((?: --[a-z][a-z-]*)*)")
+
+
+def advised():
+    """Commands that messages name, "train.py --baseline --chained": what command(..) is given, and what a text has
+    after "python"."""
+    found = set()
+    for path in SCRIPTS:
+        for node in ast.walk(TREES[path]):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "command":
+                found |= {first.value for first in node.args[:1] if isinstance(first, ast.Constant)}
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found |= {"".join(parts) for parts in re.findall("python " + ADVICE.pattern, node.value)}
+    return sorted(text for text in found if not text.startswith("./"))
+
+
+@pytest.mark.parametrize("text", advised())
+def test_every_command_that_is_advised_is_taken(text, monkeypatch, tmp_path):
+    """The script is there, and knows the flags: with a root of its own it comes to work."""
+    class Taken(Exception):
+        pass
+
+    parse = argparse.ArgumentParser.parse_args
+
+    def taken(parser, words=None, namespace=None):
+        parse(parser, words, namespace)
+        raise Taken
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", taken)
+    script, *flags = text.split()
+    values = {"--text": "a.jsonl", "--seed": "0"}
+    flags = [word for flag in flags for word in (flag, values.get(flag)) if word]
+    needs_arm = script == "train.py" and not any(flag.startswith(("--baseline", "--with")) for flag in flags)
+    main = importlib.import_module(script.removesuffix(".py")).main
+    with pytest.raises(Taken):
+        main([*flags, *(["--baseline"] if needs_arm else []), "--root", str(tmp_path)])
 
 
 # ------------------------------------------------------------------ the measures can fail
