@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
+MEMBERS = 3                     # tests of a kind, at least
 
 KINDS = {
     1: {
@@ -49,6 +50,39 @@ KINDS = {
             "test_run_all.py::test_alone_it_says_what_is_missing",
         ],
     },
+    4: {
+        "what": "Modules are called, so that what acts on a call is right: adapters, quantisers, shards; or one line says no.",
+        "tests": [
+            "test_memories.py::test_lora_on_all_linear_trains_every_adapter",
+            "test_memories.py::test_quantised_matrices_are_called",
+            "test_hf.py::test_adapters_of_the_embedding",
+            "test_hf.py::test_one_device_whatever_the_map_is_called",
+            "test_hf.py::test_a_map_of_several_devices_is_refused",
+            "test_hf.py::test_an_offloaded_model_is_refused",
+            "test_hf.py::test_two_gpus",
+            "test_hf.py::test_fsdp_of_two_processes",
+        ],
+    },
+    5: {
+        "what": "An argument of transformers' contract is honoured, or refused; none is taken and left aside.",
+        "tests": [
+            "test_hf.py::test_what_is_not_honoured_is_refused",
+            "test_hf.py::test_input_that_is_no_batch_of_tokens_is_refused",
+            "test_hf.py::test_unknown_arguments_raise",
+            "test_hf.py::test_a_second_turn_whose_positions_begin_anew_is_refused",
+            "test_hf.py::test_what_is_asked_by_name_or_by_the_config_is_given",
+            "test_hf.py::test_an_empty_text_beside_another",
+        ],
+    },
+    6: {
+        "what": "A guard stands on every path: a prefill in chunks is a prefill, with the same text and the same refusals.",
+        "tests": [
+            "test_hf.py::test_a_prefill_in_chunks_is_a_prefill",
+            "test_hf.py::test_a_prefill_in_chunks_of_a_padded_batch",
+            "test_hf.py::test_a_prefill_in_chunks_refuses_what_one_at_once_does",
+            "test_hf.py::test_what_is_not_honoured_is_refused",
+        ],
+    },
     7: {
         "what": "What the surroundings say to others is not believed: variables, folders around this one, a screen.",
         "tests": [
@@ -61,12 +95,16 @@ KINDS = {
             "test_train.py::test_what_torchrun_did_not_say_is_one_line",
             "test_train.py::test_one_process_needs_nobody",
             "test_train.py::test_the_commit_is_that_of_this_code",
+            "test_plot.py::test_no_setting_of_matplotlib_ends_the_stage",
         ],
     },
     8: {
         "what": "Every file that is written has the mode that the umask lets it have.",
         "tests": [
             "test_train.py::test_modes_follow_the_umask",
+            "test_hf.py::test_modes_of_a_saved_model_and_memory_follow_the_umask",
+            "test_data.py::test_modes_of_the_data_follow_the_umask",
+            "test_plot.py::test_modes_of_pictures_follow_the_umask",
         ],
     },
     9: {
@@ -78,6 +116,7 @@ KINDS = {
             "test_data.py::test_whatever_a_reader_raises_is_one_line",
             "test_data.py::test_whatever_the_hub_raises_names_the_ways_without",
             "test_data.py::test_whatever_the_hub_raises_pip_is_asked",
+            "test_run_all.py::test_list_that_is_no_text_is_one_line",
         ],
     },
     10: {
@@ -114,6 +153,26 @@ KINDS = {
             "test_train.py::test_nobody_need_listen",
         ],
     },
+    13: {
+        "what": "Compiled, by whichever way and for whichever strategy, it gives the text that it gives uncompiled.",
+        "tests": [
+            "test_memories.py::test_compiled_it_writes_the_same_text",
+            "test_hf.py::test_compiled_every_strategy_gives_its_text",
+            "test_hf.py::test_compiled_it_goes_on_from_turn_to_turn",
+        ],
+    },
+    14: {
+        "what": "What is saved comes back with the shapes that it had; what a folder lacks is made, not found in memory.",
+        "tests": [
+            "test_hf.py::test_a_folder_with_added_tokens_round_trips",
+            "test_hf.py::test_room_for_more_tokens_changes_no_other",
+            "test_hf.py::test_a_vocabulary_or_embedding_that_cannot_be_is_refused",
+            "test_hf.py::test_a_memory_goes_on_after_tokens_were_added",
+            "test_hf.py::test_what_a_folder_lacks_starts_as_in_a_new_model",
+            "test_hf.py::test_adapters_of_the_embedding",
+            "test_memories.py::test_in_double_precision_both_forms_are_one",
+        ],
+    },
     15: {
         "what": "What a later stage needs is said by the stage that can see it, and an advice that is given works.",
         "tests": [
@@ -121,6 +180,8 @@ KINDS = {
             "test_data.py::test_a_quick_run_asks_for_less",
             "test_data.py::test_what_is_said_to_be_needed_is_what_is_asked",
             "test_run_all.py::test_least_versions",
+            "test_models.py::test_a_version_that_does_not_work_is_named_where_the_code_is_loaded",
+            "test_style.py::test_every_command_that_is_advised_is_taken",
         ],
     },
     16: {
@@ -153,8 +214,30 @@ def names_in(file):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_has_its_tests(kind):
-    assert set(KINDS[kind]) == {"what", "tests"} and kind in range(1, 17)
+    """By several members: at least three, each of them there, and each named once."""
+    assert set(KINDS[kind]) == {"what", "tests"}
     named = KINDS[kind]["tests"]
     missing = [test for test in named if test.partition("::")[2] not in names_in(test.partition("::")[0])]
-    assert named and len(set(named)) == len(named) and not missing
+    assert len(named) >= MEMBERS and len(set(named)) == len(named) and not missing
     assert all(test.partition("::")[2].startswith("test_") for test in named)
+
+
+def test_the_table_holds_all_kinds():
+    """In order; and no kind by tests alone that another kind has, or one fault would be held twice and one not."""
+    assert list(KINDS) == list(range(1, 17))
+    for kind, entry in KINDS.items():
+        others = {test for other in KINDS if other != kind for test in KINDS[other]["tests"]}
+        assert len(set(entry["tests"]) - others) >= 2, kind
+        assert entry["what"].endswith(".") and len(entry["what"]) <= 120
+
+
+def test_a_name_that_is_not_there_would_be_missed():
+    assert "test_a_name_that_is_not_there_would_be_missed" in names_in("test_kinds.py")
+    assert "test_that_nobody_wrote" not in names_in("test_kinds.py")
+    with pytest.raises(FileNotFoundError):
+        names_in("test_that_nobody_wrote.py")
+
+
+if __name__ == "__main__":
+    for number, entry in KINDS.items():
+        print(f"{number:2d}  {entry['what']}", *entry["tests"], sep="\n      ")
