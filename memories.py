@@ -6,6 +6,8 @@ Bank    1,024 learned vectors, read by cross-attention in every layer; nothing o
 Mag     the weights of a small network in two layers, rewritten by the gradient of its own surprise
 Gru     a vector that fades, at the embedding, in the middle and at the final state
 
+RevenaHosted, at the end of the file, puts any memory on a model that is trained already.
+
 Each computes one function in two forms, as models.py has it: `rows` whole sequences at once, in
 closed form where the equations allow it, `mix` a few tokens at a time with constant memory. What
 happens at the end of a row (128 tokens) is kept apart from what happens at a token: see
@@ -24,13 +26,16 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import AutoConfig, AutoModel, DynamicCache
 
 try:
-    from .models import Affine, Memory, RevenaHybridTiny, into_slots, lagged, norm, text_of, where
+    from .models import (Affine, Memory, RevenaCache, RevenaConfig, RevenaHybridTiny, into_slots, lagged, norm,
+                         text_of, where)
 except ImportError:
     if __package__:
         raise
-    from models import Affine, Memory, RevenaHybridTiny, into_slots, lagged, norm, text_of, where
+    from models import (Affine, Memory, RevenaCache, RevenaConfig, RevenaHybridTiny, into_slots, lagged, norm,
+                        text_of, where)
 
 
 # ------------------------------------------------------------ what decays, without a loop
@@ -1456,3 +1461,299 @@ class RevenaHybrid(RevenaHybridTiny):
 
 def _score(item):
     return item["score"]
+
+
+# ------------------------------------------------------------ on a model that is trained already
+
+class HostedConfig(RevenaConfig):
+    """A RevenaConfig whose backbone is another model, the host; `stm_window` is only a row's length.
+
+    Args:
+        host: {name: value} of the host's own config, model_type included.
+        attention_window: positions that its attention sees, the current one included; None: all that it can.
+        lora: rank of the low-rank matrices beside each of its linear ones (Hu et al. 2021); None: none.
+    """
+
+    model_type = "revena_hosted"
+
+    def __init__(self, host=None, attention_window=None, lora=None, **kwargs):
+        self.host, self.attention_window, self.lora = host, attention_window, lora
+        super().__init__(**kwargs)
+
+    @classmethod
+    def of(cls, config, eot, **more):
+        """That of a memory on a model of this config; eot: the token that opens its documents."""
+        host = config.to_diff_dict()
+        host = {name: x for name, x in host.items() if name not in ("_name_or_path", "architectures", "torch_dtype")}
+        host |= {"model_type": config.model_type, "dtype": "float32"}
+        ends = dict(bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=eot)
+        return cls(host, vocab_size=config.vocab_size, n_layer=config.num_hidden_layers, n_embd=config.hidden_size,
+                   n_head=config.num_attention_heads, **ends, **more)
+
+
+class Host(nn.Module):
+    """A causal language model of transformers in the place of Backbone: its layers as they are, and
+    its output matrix.
+
+    A memory acts in it by hooks: before a layer its input is noted, behind the layer's attention
+    `mix` says what becomes of what that adds, before the final norm what becomes of the stream.
+
+    Attributes:
+        head: the output matrix; None where that is the embedding.
+        span: positions that it has a vector for; None: rotary or the like, for any number. Beyond
+            them its attention begins anew, so that its positions do, too.
+        heads, size: of the keys that it keeps of a token.
+    """
+
+    ATTENTION = ("self_attn", "attn", "attention", "self_attention")
+
+    def __init__(self, config):
+        super().__init__()
+        about = AutoConfig.for_model(**config.host)
+        self.trunk = AutoModel.from_config(about)
+        self.head = None
+        if not about.tie_word_embeddings:
+            self.head = nn.Linear(about.hidden_size, about.vocab_size, bias=False)
+        if config.lora:
+            self.add_lora(config.lora)
+        first = self.trunk.get_input_embeddings()
+        learned = [part for part in self.trunk.children() if isinstance(part, nn.Embedding) and part is not first]
+        self.span = about.max_position_embeddings if learned else None
+        self.heads = getattr(about, "num_key_value_heads", None) or about.num_attention_heads
+        self.size = getattr(about, "head_dim", None) or about.hidden_size // about.num_attention_heads
+        self.mix, self.inputs = None, {}
+
+    def add_lora(self, rank):
+        """Put a pair of low-rank matrices beside each linear one; the second starts at zero."""
+        try:
+            from peft import LoraConfig, inject_adapter_in_model
+        except ImportError:
+            raise ImportError("LoRA needs PEFT: pip install peft") from None
+        about = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear",
+                           fan_in_fan_out=self.trunk.config.model_type == "gpt2")
+        self.trunk = inject_adapter_in_model(about, self.trunk)
+
+    def take(self, model):
+        """Take the weights of a causal language model of the same config."""
+        theirs = model.base_model.state_dict()
+        own = {name: theirs.get(name.replace(".base_layer", ""), x) for name, x in self.trunk.state_dict().items()}
+        self.trunk.load_state_dict(own)
+        if self.head is not None:
+            self.head.load_state_dict({"weight": model.get_output_embeddings().weight})
+
+    def train(self, mode=True):
+        """In training too, without dropout: what an arm is compared with has none."""
+        super().train(mode)
+        self.trunk.eval()
+        return self
+
+    @property
+    def embed(self):
+        """The module whose weight (V, D) is the output matrix."""
+        return self.trunk.get_input_embeddings() if self.head is None else self.head
+
+    # ---- where a memory acts
+
+    def hook(self, places):
+        """Let `mix` act at these places; ValueError where they are not found in this kind of model."""
+        layers = next((part for part in self.trunk.children() if isinstance(part, nn.ModuleList)), ())
+        for place in places:
+            if place == len(layers):
+                norms = [part for part in self.trunk.children() if "norm" in type(part).__name__.lower()]
+                self.found(norms[-1:], "final norm").register_forward_pre_hook(Hook(self, "stream", place))
+            elif place < 0:
+                self.found(layers, "layers")[0].register_forward_pre_hook(Hook(self, "stream", place))
+            else:
+                layer = self.found(layers, "layers")[place]
+                parts = [getattr(layer, name) for name in self.ATTENTION if hasattr(layer, name)]
+                layer.register_forward_pre_hook(Hook(self, "note", place), with_kwargs=True)
+                self.found(parts[:1], "attention").register_forward_hook(Hook(self, "attended", place))
+
+    def found(self, parts, what):
+        if not len(parts):
+            raise ValueError(f"the {what} of a {self.trunk.config.model_type} cannot be found, and this memory acts "
+                             f"there: only the LTM can be put on it")
+        return parts[0] if len(parts) == 1 and what != "layers" else parts
+
+    def note(self, place, _, given, named):
+        """Before a layer: its input."""
+        self.inputs[place] = given[0] if given else named["hidden_states"]
+
+    def attended(self, place, _, given, output):
+        """Behind attention: what it adds to the stream."""
+        if self.mix is None:
+            return None
+        x, y = self.inputs.pop(place), output[0] if isinstance(output, tuple) else output
+        changed = self.mix(place, norm(x.float()).to(y.dtype), y).to(y.dtype)
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+    def stream(self, place, _, given):
+        """Before the first layer or the final norm: the stream."""
+        if self.mix is None:
+            return None
+        x = given[0]
+        return (self.mix(place, norm(x.float()).to(x.dtype), x.float()).to(x.dtype), *given[1:])
+
+    # ---- forward
+
+    def forward(self, tokens, place=None, seen=None, past=None, mix=None, collect=None):
+        """Final states (B, n, D) of tokens (B, n), after the host's own last norm.
+
+        Args:
+            place: (B, n) of each token in its text; seen: (B, n, past + n) bool; None: one text a row, all before it.
+            past: a Cache of the host's that it goes on from. mix, collect: as in Backbone.forward.
+        """
+        mask = None
+        if seen is not None:
+            mask = torch.zeros(seen.shape, dtype=self.embed.weight.dtype, device=tokens.device)
+            mask = mask.masked_fill(~seen, torch.finfo(mask.dtype).min)[:, None]
+            place = place.clamp(min=0) if self.span is None else place.clamp(min=0) % self.span
+        self.mix = mix
+        try:
+            out = self.trunk(input_ids=tokens, attention_mask=mask, position_ids=place, past_key_values=past,
+                             use_cache=past is not None, output_hidden_states=collect is not None)
+        finally:
+            self.mix, self.inputs = None, {}
+        if collect is not None:
+            collect += out.hidden_states[:-1]
+        return out.last_hidden_state
+
+
+class Hook:
+    """A method of a Host, called for one place; a copy of the Host calls its own."""
+
+    def __init__(self, host, name, place):
+        self.host, self.name, self.place = host, name, place
+
+    def __call__(self, *given):
+        return getattr(self.host, self.name)(self.place, *given)
+
+
+class HostedCache(RevenaCache):
+    """A RevenaCache that holds the host's own keys and values: of at most a window, where it has one.
+
+    Attributes: keys, values: a list of (B, heads, past, size) a layer; place: (B,) tokens read, without padding.
+    """
+
+    def clear(self, batch_size=None):
+        super().clear(batch_size)
+        model, B = self.model, len(self.tail)
+        empty = torch.zeros(B, model.backbone.heads, 0, model.backbone.size, dtype=model.dtype, device=model.device)
+        self.keys, self.values = ([empty] * model.config.n_layer for _ in range(2))
+        self.real, self.place = self.real[:, :0], torch.zeros(B, dtype=torch.long, device=model.device)
+
+    def replay(self, tokens, real):
+        return self.model.stream(tokens, self, real)
+
+    def tensors(self):
+        return super().tensors() | {"place": self.place}
+
+    @staticmethod
+    def shapes(tensors):
+        def shape(name, x):
+            return (x.size(1), x.size(3)) if name.startswith(("keys", "values")) else x.shape[1:]
+
+        return {name: (shape(name, x), x.dtype) for name, x in tensors.items() if name != "real"}
+
+
+class RevenaHosted(RevenaHybrid):
+    """A memory on a model that is trained already (GPT-2, Llama, Qwen3, GPT-NeoX, and others of
+    transformers that are built alike).
+
+    It sees the host's final states and logits and, inside, the residual stream before a layer and
+    what attention adds to it. With the memory off all is the host's. Cost and memory of attention
+    over a whole lane are quadratic in its length.
+    """
+
+    config_class = HostedConfig
+    backbone_class = Host
+    compilable = False                      # a host's code is its own: dynamo may not follow it
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.backbone.hook(self.memory.places)
+        self.memory.embedding = self.get_output_embeddings
+
+    def get_input_embeddings(self):
+        return self.backbone.trunk.get_input_embeddings()
+
+    def get_output_embeddings(self):
+        return self.backbone.embed
+
+    def new_cache(self, batch_size=1):
+        return HostedCache(self, batch_size)
+
+    def load_cache(self, path):
+        return HostedCache.load(path, self)
+
+    def embed_detached(self, tokens):
+        return F.embedding(tokens, self.backbone.embed.weight).detach()
+
+    @property
+    def reach(self):
+        """The most positions that one of its tokens sees; None: all."""
+        return min(filter(None, (self.config.attention_window, self.backbone.span)), default=None)
+
+    def sees(self, query, key):
+        """Whether the token at place query (.., n) sees that at place key (.., m) of its text: bool
+        (.., n, m).
+        """
+        query, key = query[..., :, None], key[..., None, :]
+        seen = query >= key
+        if self.config.attention_window:
+            seen = seen & (query - key < self.config.attention_window)
+        if span := self.backbone.span:
+            seen = seen & (query // span == key // span)
+        return seen
+
+    def states(self, tokens, opens=None, embedded=None, collect=None):
+        """As GPT.states; `embedded` is not heeded."""
+        memory, notes, shape = self.active, {}, tokens.shape
+
+        def mix(place, x, y):
+            x, y = x.view(*shape, -1), y.reshape(*shape, -1)
+            changed = memory.rows(place, x, y, opens, notes)
+            share = (changed - y).float().norm(dim=-1) / y.float().norm(dim=-1).clamp(min=1e-6)
+            notes.setdefault("moved", []).append(share.detach())
+            return changed.view(*line.shape, -1)
+
+        line, place, seen = tokens, None, None
+        if opens is not None:
+            line = tokens.reshape(len(opens), -1)
+        if opens is not None or shape[1] > (self.reach or shape[1]):
+            count = torch.arange(line.size(1), device=tokens.device).expand_as(line)
+            start = torch.zeros_like(count)
+            if opens is not None:
+                first = count[:, ::shape[1]].masked_fill(~opens, 0)     # where the sequence of each row began
+                start = first.cummax(1).values.repeat_interleave(shape[1], 1)
+            place = count - start
+            seen = self.sees(place, place) & (start[:, :, None] == start[:, None])
+        h = self.backbone(line, place, seen, None, mix if memory.places else None, collect)
+        return h.reshape(*shape, -1), notes
+
+    def advance(self, tokens, cache, real, collect=None):
+        """As GPT.advance, on the host's own cache."""
+        memory, notes, n = self.active, {"arriving": tokens}, tokens.size(1)
+
+        def mix(place, x, y):
+            y, cache.state = memory.mix(place, x, y, cache.state, real, notes)
+            return y
+
+        known = torch.cat((cache.real, real), dim=1)
+        place = cache.place[:, None] + real.long().cumsum(1) - 1
+        later = known.long().flip(1).cumsum(1).flip(1) - known.long()   # tokens after each key
+        seen = self.sees(place, place[:, -1:] - later) & known[:, None]
+        own = torch.eye(n, dtype=torch.bool, device=tokens.device)
+        seen = seen | F.pad(own, (known.size(1) - n, 0))
+        past = DynamicCache()
+        for layer, pair in enumerate(zip(cache.keys, cache.values)):
+            past.update(*pair, layer)
+        h = self.backbone(tokens, place, seen, past, mix if memory.places else None, collect)
+        keep = known.size(1) if self.reach is None else self.reach - 1
+        keep = min(keep, known.size(1))
+        cache.keys = [layer.keys[:, :, layer.keys.size(2) - keep:] for layer in past.layers]
+        cache.values = [layer.values[:, :, layer.values.size(2) - keep:] for layer in past.layers]
+        cache.real, cache.place = known[:, known.size(1) - keep:], place[:, -1] + 1
+        cache.tail = torch.cat((cache.tail, tokens), dim=1)[:, n:]
+        cache.length += n
+        return h
