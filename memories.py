@@ -1667,7 +1667,6 @@ class RevenaHosted(RevenaHybrid):
 
     config_class = HostedConfig
     backbone_class = Host
-    compilable = False                      # a host's code is its own: dynamo may not follow it
 
     def __init__(self, config):
         super().__init__(config)

@@ -832,7 +832,6 @@ class GPT(PreTrainedModel, GenerationMixin):
 
     config_class = RevenaConfig
     backbone_class = Backbone
-    compilable = True                           # by torch.compile
     base_model_prefix = "revena"
     _is_stateful = True                         # no assisted decoding: a memory can't be unread
     _supports_sdpa = True                       # for those who ask for it by name: it is what `attend` calls
