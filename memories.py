@@ -1514,8 +1514,6 @@ class Host(nn.Module):
         self.head = None
         if not about.tie_word_embeddings:
             self.head = nn.Linear(about.hidden_size, about.vocab_size, bias=False)
-        if config.lora:
-            self.add_lora(config.lora)
         first = self.trunk.get_input_embeddings()
         learned = [part for part in self.trunk.children() if isinstance(part, nn.Embedding) and part is not first]
         self.span = about.max_position_embeddings if learned else None
@@ -1670,6 +1668,8 @@ class RevenaHosted(RevenaHybrid):
 
     def __init__(self, config):
         super().__init__(config)
+        if config.lora:                     # after post_init, which would draw these matrices, too
+            self.backbone.add_lora(config.lora)
         self.backbone.hook(self.memory.places)
         self.memory.embedding = self.get_output_embeddings
 
