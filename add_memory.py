@@ -3,15 +3,15 @@
 reads   data/tokenizer/            the GPT-2 tokenizer
 writes  trained/init/              the weights that baseline and with_ltm start from, as a Hugging Face folder
         trained/init_with_NAME/    those of a further memory: the same backbone, byte for byte
-        With --to MODEL the backbone is that model, a folder or a name on the hub: a checkpoint of train.py, or any
-        causal language model of transformers (tried: GPT-2, Llama, Qwen3, GPT-NeoX). It stays as it is, in training
-        too, unless train.py --train-backbone says otherwise.
+        With --to MODEL the backbone is that model, a folder or a name on the hub: a checkpoint of
+        train.py, or any causal language model of transformers (tried: GPT-2, Llama, Qwen3, GPT-NeoX).
+        It stays as it is, in training too, unless train.py --train-backbone says otherwise.
 
     python add_memory.py                the LTM, seed 0
     python add_memory.py --with-gru     another memory
     python add_memory.py --seed 1       another initialisation, into trained/seed1/
-    python add_memory.py --to trained/baseline --root frozen        the LTM on what train.py made
-    python add_memory.py --to gpt2 --root mine --window 128         .. on GPT-2, its attention cut to 128 tokens
+    python add_memory.py --to trained/baseline --root frozen    the LTM on what train.py made
+    python add_memory.py --to gpt2 --root mine --window 128     .. on GPT-2, which then sees 128 tokens
     python add_memory.py --quick        a small model of the same class, into quick/trained/
 
 No GPT-2-style checkpoint of 70M is published, so GPT-70M starts from a seeded initialisation.
@@ -32,9 +32,9 @@ from pathlib import Path
 import torch
 
 from models import GPT, SIZES, RevenaConfig
-from stages import (ARMS, SPECIFIED, StageError, arm_flag, arm_folder, command, default_root, init_name, is_hosted,
-                    load_model, load_tokenizer, model_class, one_line, parser_of, run_stage, save_model, seed_number,
-                    write_manifest)
+from stages import (ARMS, SPECIFIED, StageError, arm_flag, arm_folder, command, default_root, init_name,
+                    is_hosted, load_model, load_tokenizer, model_class, one_line, parser_of, run_stage,
+                    save_model, seed_number, write_manifest)
 
 
 @dataclass(frozen=True)
@@ -98,13 +98,13 @@ def on_checkpoint(folder, settings, seed, arm):
     """make_models, but for a backbone that train.py has trained: a folder of this project's own."""
     about = ARMS[arm]
     if about.lora or about.backbone:
-        raise StageError(f"{about.label} changes the backbone's matrices, and those of {folder} are this project's own; "
-                         f"put it on a model of transformers, or take another arm: python add_memory.py --to {folder}")
+        raise StageError(f"{about.label} is not for {folder}, a model of this project's own; take another arm: "
+                         f"python add_memory.py --to {folder}")
     theirs = load_model(folder, made_by="python train.py")
     wanted = of_the_memory(settings, arm) | dict(memory_enabled=True)
     if theirs.config.stm_window != settings.window:
-        raise StageError(f"{folder} has a window of {theirs.config.stm_window} tokens, not {settings.window}: set window "
-                         f"at the top of add_memory.py to that, and prepare the data alike")
+        raise StageError(f"{folder} has a window of {theirs.config.stm_window} tokens, not {settings.window}; "
+                         f"set window to that at the top of add_memory.py and prepare_data.py")
     config = copy.deepcopy(theirs.config)
     config.update(wanted)
     torch.manual_seed(MEMORY_SEED + seed)
@@ -118,18 +118,22 @@ def on_checkpoint(folder, settings, seed, arm):
     return gpt.eval(), hybrid.eval()
 
 
-def on_host(name, theirs, settings, seed, arm, window, eot):
+def on_host(theirs, settings, args, eot):
     """The hybrid that has a model of transformers as its backbone; ValueError and others where it
     cannot.
 
-    theirs: the model, AutoModelForCausalLM's. window: of its attention, or None. eot: opens its documents.
+    theirs: the model, AutoModelForCausalLM's. args: seed, arm and window, or None, of its attention.
+    eot: opens its documents.
     """
     kind = model_class(None, hosted=True)
     if getattr(theirs.get_output_embeddings(), "bias", None) is not None:
         raise ValueError("its output has a bias, and a memory knows of none")
-    config = kind.config_class.of(theirs.config, eot, attention_window=window, lora=ARMS[arm].lora,
-                                  **of_the_memory(settings, arm))
-    torch.manual_seed(MEMORY_SEED + seed)
+    own = getattr(theirs.config, "sliding_window", None)
+    if own and (args.window or own + 1) > own:
+        raise ValueError(f"some of its layers see {own} tokens: ask for --window {own} or less")
+    config = kind.config_class.of(theirs.config, eot, attention_window=args.window,
+                                  lora=ARMS[args.arm].lora, **of_the_memory(settings, args.arm))
+    torch.manual_seed(MEMORY_SEED + args.seed)
     hybrid = kind(config)
     hybrid.backbone.take(theirs)
     return hybrid.eval()
@@ -162,12 +166,12 @@ def host_models(args, settings, tokenizer, root):
             return on_checkpoint(name, settings, args.seed, args.arm)
         theirs = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
         check_tokenizer(name, theirs.config, tokenizer, root, args.quick)
-        hybrid = on_host(name, theirs, settings, args.seed, args.arm, args.window, tokenizer.pad_token_id)
+        hybrid = on_host(theirs, settings, args, tokenizer.pad_token_id)
     except StageError:
         raise
-    except Exception as error:                      # of the hub, of transformers, of a kind of model not known here
-        raise StageError(f"no memory can be put on {name} ({one_line(error)}); families tried: {FAMILIES}; give the "
-                         f"folder or the hub's name of such a one: python add_memory.py --to MODEL") from None
+    except Exception as error:                      # of the hub, or of a model that is built otherwise
+        raise StageError(f"no memory can be put on {name} ({one_line(error)}); families tried: {FAMILIES}; "
+                         f"name such a one: python add_memory.py --to MODEL") from None
     return Alone(theirs), hybrid
 
 
@@ -178,7 +182,8 @@ def is_own(folder):
     path = Path(folder) / "config.json"
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     if '"revena_hosted"' in text:
-        raise StageError(f"{folder} is a memory on another model; give the model itself: python add_memory.py --to MODEL")
+        raise StageError(f"{folder} is a memory on another model; give the model itself: "
+                         f"python add_memory.py --to MODEL")
     return '"model_type": "revena"' in text
 
 
@@ -216,7 +221,7 @@ def prove(gpt, hybrid):
     gpt: the backbone without a window or memory, called as the hybrid is.
     """
     config, window = hybrid.config, hybrid.config.stm_window
-    seen = min(window, getattr(hybrid, "reach", None) or window)        # a host's attention may see less than a row
+    seen = min(window, getattr(hybrid, "reach", None) or window)        # a host may see less than a row
     both = drawn(config, (2, 3 * window + 44), seed=1)
     text, long = both[:, :window], both[:1, window:]
     hybrid.config.memory_enabled = False
@@ -277,8 +282,8 @@ def parameters_by_group(model):
 
     if is_hosted(model):
         lora = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
-        found = {"the model itself": count(model.backbone) - lora, "LoRA": lora, "memory": count(model.memory)}
-        return {name: number for name, number in found.items() if number}
+        found = {"the model itself": count(model.backbone) - lora, "LoRA": lora}
+        return {name: number for name, number in found.items() if number} | {"memory": count(model.memory)}
     groups = {"token embedding (tied)": model.backbone.embed, "layers": model.backbone.blocks, "memory": model.memory}
     return {name: count(module) for name, module in groups.items()}
 
@@ -289,8 +294,8 @@ def report(hybrid, size, seed, arm):
     total = sum(groups.values())
     for name, count in groups.items():
         print(f"{count:>12,}  {name}")
-    print(f"{total:>12,}  in all: {size if is_hosted(hybrid) else 'RevenaHybridTiny-' + size}, {ARMS[arm].label}, seed {seed}")
-    if size == "70M" and not TOTAL[0] <= total <= TOTAL[1]:
+    print(f"{total:>12,}  in all: {size}, {ARMS[arm].label}, seed {seed}")
+    if size.endswith("-70M") and not TOTAL[0] <= total <= TOTAL[1]:
         raise StageError(f"{total:,} parameters are not 70M; set SIZES in models.py back to between "
                          f"{TOTAL[0]:,.0f} and {TOTAL[1]:,.0f}")
     off, on = milliseconds(hybrid)
@@ -320,8 +325,10 @@ def parse(argv=None):
     for arm, about in ARMS.items():
         if arm not in SPECIFIED:
             arms.add_argument(arm_flag(arm), dest="arm", action="store_const", const=arm, help=about.label)
-    parser.add_argument("--to", metavar="MODEL", help="a model that is trained already: a folder, or a name on the hub")
-    parser.add_argument("--window", type=window_size, metavar="N", help="of --to: cut its attention to N tokens")
+    parser.add_argument("--to", metavar="MODEL",
+                        help="a model that is trained already: a folder, or a name on the hub")
+    parser.add_argument("--window", type=window_size, metavar="N",
+                        help="of --to: cut its attention to N tokens")
     parser.add_argument("--seed", type=seed_number, default=0, metavar="S", help="of the initial weights (default 0)")
     args = parser.parse_args(argv)
     args.arm = args.arm or "with_ltm"
@@ -345,20 +352,21 @@ def main(argv=None):
     if ARMS[args.arm].lora and not args.to:
         raise StageError(f"{ARMS[args.arm].label} changes a model that is trained already; name it: "
                          + command(f"add_memory.py {arm_flag(args.arm)} --to MODEL", root, args.quick))
-    facts = {}
+    facts = dict(size=settings.size)
     if args.to:
         gpt, hybrid = host_models(args, settings, tokenizer, root)
-        facts = dict(to=args.to, window=args.window)
+        facts = dict(to=args.to, attention_window=args.window)
     else:
         gpt, hybrid = make_models(settings, args.seed, args.arm)
     prove(gpt, hybrid)
     if hybrid.config.memory == "ltm":
         prove_ltm(hybrid)
-    print("proved: memory off = the model bit for bit; sequences share nothing; token by token = at once; nothing of the "
-          "future is seen" + "; the LTM starts empty and is first in, first out" * (hybrid.config.memory == "ltm"))
-    total = report(hybrid, settings.size if not args.to else args.to, args.seed, args.arm)
+    print("proved: memory off = the model bit for bit; sequences share nothing; token by token = at once; "
+          "nothing of the future is seen"
+          + "; the LTM starts empty and is first in, first out" * (hybrid.config.memory == "ltm"))
+    total = report(hybrid, args.to or f"RevenaHybridTiny-{settings.size}", args.seed, args.arm)
     folder = arm_folder(root, args.seed, init_name(args.arm))
-    write_folder(hybrid, tokenizer, folder, seed=args.seed, size=settings.size, parameters=total, **facts)
+    write_folder(hybrid, tokenizer, folder, seed=args.seed, parameters=total, **facts)
     following = "train.py --baseline" if args.arm in SPECIFIED else f"train.py {arm_flag(args.arm)}"
     print(f"wrote {folder}/ in {time.time() - start:.0f} s; next: "
           + command(following, root, args.quick, args.seed or None))

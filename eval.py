@@ -546,7 +546,7 @@ def room_for(texts, tokenizer, settings):
     """The distances and distractors that the documents are long enough for: (distances,
     {distractors: {form: distance}}); what is left out is said.
     """
-    longest = max(map(len, texts)) - 1
+    longest, words = max(map(len, texts)) - 1, len(single_words(tokenizer)) // 2
 
     def enough(cells, what):
         most = max(text_needed(tokenizer, *cell, settings) for cell in cells)
@@ -563,7 +563,9 @@ def room_for(texts, tokenizer, settings):
         distances = {form: distracted_distance(tokenizer, form, extra, settings)
                      for form in settings.forms}
         cells = [(form, distance, extra) for form, distance in distances.items()]
-        if enough(cells, f"with {extra} distractors"):
+        if settings.facts + extra > words:
+            tqdm.write(f"note: recall with {extra} distractors is left out: too few words are one token")
+        elif enough(cells, f"with {extra} distractors"):
             kept_distractors[extra] = distances
     return kept, kept_distractors
 
@@ -581,6 +583,11 @@ def make_exam(root, rows, meta, tokenizer, settings, quick):
     """The Exam; raises StageError where the documents are too short to ask over any
     long-range distance."""
     texts = [text for text in documents(rows, settings.eot) if len(text) > 1]
+    words, most = len(single_words(tokenizer)), 2 * settings.facts * max((1, *settings.hops))
+    if words < most:
+        again = command("prepare_data.py --tokenizer MODEL", root, quick)
+        raise StageError(f"the tokenizer has {words} words of one token, the questions need {most}; take "
+                         f"a model with another: {again}")
     distances, distractors = room_for(texts, tokenizer, settings)
     if not set(distances) & set(settings.long_range):
         nearest = min(settings.long_range)
@@ -1301,7 +1308,7 @@ def summarise_bpc(evidence):
     exam, settings = evidence.exam, evidence.exam.settings
     whole, alone = {}, {}
     counted = counted_targets(exam.rows)
-    opening = np.cumsum(exam.rows[:, 0] == exam.settings.eot) - 1                    # document of each row
+    opening = np.cumsum(exam.rows[:, 0] == exam.settings.eot) - 1  # document of each row
     for arm in evidence.seeds:
         whole[arm] = np.stack([[bits(part).sum() for part in one.documents("log_p", exam.texts)]
                                for one in evidence.of(arm)])

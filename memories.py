@@ -20,6 +20,7 @@ memory's places.
 """
 
 import copy
+import functools
 import math
 from typing import NamedTuple
 
@@ -1483,9 +1484,8 @@ class HostedConfig(RevenaConfig):
     @classmethod
     def of(cls, config, eot, **more):
         """That of a memory on a model of this config; eot: the token that opens its documents."""
-        host = config.to_diff_dict()
-        host = {name: x for name, x in host.items() if name not in ("_name_or_path", "architectures", "torch_dtype")}
-        host |= {"model_type": config.model_type, "dtype": "float32"}
+        host = config.to_diff_dict() | {"model_type": config.model_type, "dtype": "float32"}
+        host.pop("_name_or_path", None)
         ends = dict(bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=eot)
         return cls(host, vocab_size=config.vocab_size, n_layer=config.num_hidden_layers, n_embd=config.hidden_size,
                    n_head=config.num_attention_heads, **ends, **more)
@@ -1495,14 +1495,9 @@ class Host(nn.Module):
     """A causal language model of transformers in the place of Backbone: its layers as they are, and
     its output matrix.
 
-    A memory acts in it by hooks: before a layer its input is noted, behind the layer's attention
-    `mix` says what becomes of what that adds, before the final norm what becomes of the stream.
-
-    Attributes:
-        head: the output matrix; None where that is the embedding.
-        span: positions that it has a vector for; None: rotary or the like, for any number. Beyond
-            them its attention begins anew, so that its positions do, too.
-        heads, size: of the keys that it keeps of a token.
+    A memory acts in it by hooks: behind a layer's attention `mix` says what becomes of what that adds,
+    before the first layer or the final norm what becomes of the stream. `span`: positions that it has
+    vectors for, beyond which its attention begins anew; None: they are rotary or the like.
     """
 
     ATTENTION = ("self_attn", "attn", "attention", "self_attention")
@@ -1511,14 +1506,14 @@ class Host(nn.Module):
         super().__init__()
         about = AutoConfig.for_model(**config.host)
         self.trunk = AutoModel.from_config(about)
-        self.head = None
-        if not about.tie_word_embeddings:
-            self.head = nn.Linear(about.hidden_size, about.vocab_size, bias=False)
+        size = about.hidden_size, about.vocab_size
+        self.head = None if about.tie_word_embeddings else nn.Linear(*size, bias=False)
         first = self.trunk.get_input_embeddings()
         learned = [part for part in self.trunk.children() if isinstance(part, nn.Embedding) and part is not first]
         self.span = about.max_position_embeddings if learned else None
-        self.heads = getattr(about, "num_key_value_heads", None) or about.num_attention_heads
-        self.size = getattr(about, "head_dim", None) or about.hidden_size // about.num_attention_heads
+        heads = about.num_attention_heads                               # of the keys that it keeps of a token
+        self.heads = getattr(about, "num_key_value_heads", None) or heads
+        self.size = getattr(about, "head_dim", None) or about.hidden_size // heads
         self.mix, self.inputs = None, {}
 
     def add_lora(self, rank):
@@ -1528,11 +1523,11 @@ class Host(nn.Module):
         except ImportError:
             raise ImportError("LoRA needs PEFT: pip install peft") from None
         about = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear",
-                           fan_in_fan_out=self.trunk.config.model_type == "gpt2")
+                           fan_in_fan_out=self.trunk.config.model_type == "gpt2")       # whose matrices lie
         self.trunk = inject_adapter_in_model(about, self.trunk)
 
     def take(self, model):
-        """Take the weights of a causal language model of the same config."""
+        """Take the weights of a causal language model of this config."""
         theirs = model.base_model.state_dict()
         own = {name: theirs.get(name.replace(".base_layer", ""), x) for name, x in self.trunk.state_dict().items()}
         self.trunk.load_state_dict(own)
@@ -1550,40 +1545,34 @@ class Host(nn.Module):
         """The module whose weight (V, D) is the output matrix."""
         return self.trunk.get_input_embeddings() if self.head is None else self.head
 
-    # ---- where a memory acts
-
     def hook(self, places):
         """Let `mix` act at these places; ValueError where they are not found in this kind of model."""
-        layers = next((part for part in self.trunk.children() if isinstance(part, nn.ModuleList)), ())
+        parts = list(self.trunk.children())
+        layers = next((part for part in parts if isinstance(part, nn.ModuleList)), ())
+        norms = [part for part in parts if "norm" in type(part).__name__.lower()]
+        attentions = [next((getattr(layer, name) for name in self.ATTENTION if hasattr(layer, name)), None)
+                      for layer in layers]
+        if places and not (layers and norms and all(attentions)):
+            raise ValueError(f"where attention and the last norm of a {self.trunk.config.model_type} are is not "
+                             f"known, and this memory acts there; only the LTM can be put on it")
         for place in places:
-            if place == len(layers):
-                norms = [part for part in self.trunk.children() if "norm" in type(part).__name__.lower()]
-                self.found(norms[-1:], "final norm").register_forward_pre_hook(Hook(self, "stream", place))
-            elif place < 0:
-                self.found(layers, "layers")[0].register_forward_pre_hook(Hook(self, "stream", place))
+            if 0 <= place < len(layers):
+                layers[place].register_forward_pre_hook(functools.partial(self.note, place), with_kwargs=True)
+                attentions[place].register_forward_hook(functools.partial(self.attended, place))
             else:
-                layer = self.found(layers, "layers")[place]
-                parts = [getattr(layer, name) for name in self.ATTENTION if hasattr(layer, name)]
-                layer.register_forward_pre_hook(Hook(self, "note", place), with_kwargs=True)
-                self.found(parts[:1], "attention").register_forward_hook(Hook(self, "attended", place))
-
-    def found(self, parts, what):
-        if not len(parts):
-            raise ValueError(f"the {what} of a {self.trunk.config.model_type} cannot be found, and this memory acts "
-                             f"there: only the LTM can be put on it")
-        return parts[0] if len(parts) == 1 and what != "layers" else parts
+                part = layers[0] if place < 0 else norms[-1]
+                part.register_forward_pre_hook(functools.partial(self.stream, place))
 
     def note(self, place, _, given, named):
-        """Before a layer: its input."""
         self.inputs[place] = given[0] if given else named["hidden_states"]
 
     def attended(self, place, _, given, output):
         """Behind attention: what it adds to the stream."""
         if self.mix is None:
             return None
-        x, y = self.inputs.pop(place), output[0] if isinstance(output, tuple) else output
-        changed = self.mix(place, norm(x.float()).to(y.dtype), y).to(y.dtype)
-        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+        y, *more = output if isinstance(output, tuple) else (output,)
+        changed = self.mix(place, norm(self.inputs.pop(place).float()).to(y.dtype), y).to(y.dtype)
+        return (changed, *more) if isinstance(output, tuple) else changed
 
     def stream(self, place, _, given):
         """Before the first layer or the final norm: the stream."""
@@ -1592,14 +1581,11 @@ class Host(nn.Module):
         x = given[0]
         return (self.mix(place, norm(x.float()).to(x.dtype), x.float()).to(x.dtype), *given[1:])
 
-    # ---- forward
-
     def forward(self, tokens, place=None, seen=None, past=None, mix=None, collect=None):
         """Final states (B, n, D) of tokens (B, n), after the host's own last norm.
 
-        Args:
-            place: (B, n) of each token in its text; seen: (B, n, past + n) bool; None: one text a row, all before it.
-            past: a Cache of the host's that it goes on from. mix, collect: as in Backbone.forward.
+        place (B, n) of each token in its text and seen (B, n, past + n) bool; None: one text a row,
+        all before it. past: a Cache of the host's. mix, collect: as in Backbone.forward.
         """
         mask = None
         if seen is not None:
@@ -1617,20 +1603,9 @@ class Host(nn.Module):
         return out.last_hidden_state
 
 
-class Hook:
-    """A method of a Host, called for one place; a copy of the Host calls its own."""
-
-    def __init__(self, host, name, place):
-        self.host, self.name, self.place = host, name, place
-
-    def __call__(self, *given):
-        return getattr(self.host, self.name)(self.place, *given)
-
-
 class HostedCache(RevenaCache):
-    """A RevenaCache that holds the host's own keys and values: of at most a window, where it has one.
-
-    Attributes: keys, values: a list of (B, heads, past, size) a layer; place: (B,) tokens read, without padding.
+    """A RevenaCache of the host's own keys and values, (B, heads, past, size) a layer, past less than
+    a window where it has one. place: (B,) tokens read, without padding.
     """
 
     def clear(self, batch_size=None):
@@ -1648,19 +1623,13 @@ class HostedCache(RevenaCache):
 
     @staticmethod
     def shapes(tensors):
-        def shape(name, x):
-            return (x.size(1), x.size(3)) if name.startswith(("keys", "values")) else x.shape[1:]
-
-        return {name: (shape(name, x), x.dtype) for name, x in tensors.items() if name != "real"}
+        """As RevenaCache.shapes, but for how much of a text is held."""
+        return {name: (x.shape[1:2] + x.shape[3:], x.dtype) for name, x in tensors.items() if name != "real"}
 
 
 class RevenaHosted(RevenaHybrid):
-    """A memory on a model that is trained already (GPT-2, Llama, Qwen3, GPT-NeoX, and others of
-    transformers that are built alike).
-
-    It sees the host's final states and logits and, inside, the residual stream before a layer and
-    what attention adds to it. With the memory off all is the host's. Cost and memory of attention
-    over a whole lane are quadratic in its length.
+    """A memory on a model that is trained already: GPT-2, Llama, Qwen3, GPT-NeoX, and what is built
+    alike. With the memory off all is the host's. Attention is quadratic in the length of a lane.
     """
 
     config_class = HostedConfig
@@ -1682,9 +1651,6 @@ class RevenaHosted(RevenaHybrid):
     def new_cache(self, batch_size=1):
         return HostedCache(self, batch_size)
 
-    def load_cache(self, path):
-        return HostedCache.load(path, self)
-
     def embed_detached(self, tokens):
         return F.embedding(tokens, self.backbone.embed.weight).detach()
 
@@ -1694,9 +1660,7 @@ class RevenaHosted(RevenaHybrid):
         return min(filter(None, (self.config.attention_window, self.backbone.span)), default=None)
 
     def sees(self, query, key):
-        """Whether the token at place query (.., n) sees that at place key (.., m) of its text: bool
-        (.., n, m).
-        """
+        """Whether the tokens at places query (.., n) see those at key (.., m): bool (.., n, m)."""
         query, key = query[..., :, None], key[..., None, :]
         seen = query >= key
         if self.config.attention_window:
@@ -1716,15 +1680,14 @@ class RevenaHosted(RevenaHybrid):
             notes.setdefault("moved", []).append(share.detach())
             return changed.view(*line.shape, -1)
 
-        line, place, seen = tokens, None, None
-        if opens is not None:
-            line = tokens.reshape(len(opens), -1)
-        if opens is not None or shape[1] > (self.reach or shape[1]):
+        place, seen = None, None
+        line = tokens if opens is None else tokens.reshape(len(opens), -1)
+        # in training the mask is ours: to make theirs they may ask a GPU for its values
+        if opens is not None or self.training or shape[1] > (self.reach or shape[1]):
             count = torch.arange(line.size(1), device=tokens.device).expand_as(line)
             start = torch.zeros_like(count)
-            if opens is not None:
-                first = count[:, ::shape[1]].masked_fill(~opens, 0)     # where the sequence of each row began
-                start = first.cummax(1).values.repeat_interleave(shape[1], 1)
+            if opens is not None:                                       # where the sequence of each row began
+                start = count[:, ::shape[1]].masked_fill(~opens, 0).cummax(1).values.repeat_interleave(shape[1], 1)
             place = count - start
             seen = self.sees(place, place) & (start[:, :, None] == start[:, None])
         h = self.backbone(line, place, seen, None, mix if memory.places else None, collect)
@@ -1742,17 +1705,14 @@ class RevenaHosted(RevenaHybrid):
         place = cache.place[:, None] + real.long().cumsum(1) - 1
         later = known.long().flip(1).cumsum(1).flip(1) - known.long()   # tokens after each key
         seen = self.sees(place, place[:, -1:] - later) & known[:, None]
-        own = torch.eye(n, dtype=torch.bool, device=tokens.device)
-        seen = seen | F.pad(own, (known.size(1) - n, 0))
-        past = DynamicCache()
-        for layer, pair in enumerate(zip(cache.keys, cache.values)):
-            past.update(*pair, layer)
+        itself = torch.eye(n, dtype=torch.bool, device=tokens.device)   # padding, too, sees something
+        seen = seen | F.pad(itself, (known.size(1) - n, 0))
+        past = DynamicCache(zip(cache.keys, cache.values))
         h = self.backbone(tokens, place, seen, past, mix if memory.places else None, collect)
-        keep = known.size(1) if self.reach is None else self.reach - 1
-        keep = min(keep, known.size(1))
-        cache.keys = [layer.keys[:, :, layer.keys.size(2) - keep:] for layer in past.layers]
-        cache.values = [layer.values[:, :, layer.values.size(2) - keep:] for layer in past.layers]
-        cache.real, cache.place = known[:, known.size(1) - keep:], place[:, -1] + 1
+        gone = 0 if self.reach is None else max(0, known.size(1) - (self.reach - 1))
+        cache.keys = [layer.keys[:, :, gone:] for layer in past.layers]
+        cache.values = [layer.values[:, :, gone:] for layer in past.layers]
+        cache.real, cache.place = known[:, gone:], place[:, -1] + 1
         cache.tail = torch.cat((cache.tail, tokens), dim=1)[:, n:]
         cache.length += n
         return h

@@ -1089,7 +1089,7 @@ class GPT(PreTrainedModel, GenerationMixin):
         """The RevenaCache that `cache.save(path)` wrote; ValueError if it is that of a model of
         another shape.
         """
-        return RevenaCache.load(path, self)
+        return type(self.new_cache()).load(path, self)
 
     def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, past_key_values=None,
                                       is_first_iteration=False, **kwargs):

@@ -744,8 +744,8 @@ def write_splits(rows, writers, tokenizer, settings):
                 continue
             if ids.max() >= len(tokenizer):
                 raise StageError(
-                    f"the tokenizer gave token {ids.max()}, its vocabulary ends at {len(tokenizer) - 1}; get GPT-2's with "
-                    "python download_models.py, then run prepare_data.py again")
+                    f"the tokenizer gave token {ids.max()}, its vocabulary ends at {len(tokenizer) - 1}; get GPT-2's "
+                    "with python download_models.py, then run prepare_data.py again")
             writers[next(names)].write(ids, characters)
             bar.update()
             if len(kept.seen) == settings.documents:

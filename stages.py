@@ -387,8 +387,8 @@ def settled(tokenizer, name, again):
     opening = next((token for token in (tokenizer.bos_token, tokenizer.pad_token, tokenizer.eos_token) if token), None)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or opening is None:
-        raise StageError(f"the tokenizer of {name} is {'not a fast one' if backend is None else 'without BOS and EOS'}, "
-                         f"and such a one is needed; name another model: {again}")
+        lack = "is not a fast one" if backend is None else "has no token that begins or ends a text"
+        raise StageError(f"the tokenizer of {name} {lack}, and cannot be used here; name another model: {again}")
     tokenizer.pad_token, tokenizer.padding_side = opening, "left"
     return tokenizer
 

@@ -215,8 +215,6 @@ def norms_of(tensors):
     """2-norms of some tensors, float32 (len(tensors),); in one pass over all of a dtype: mixed,
     each takes its own.
     """
-    if not tensors:
-        return torch.zeros(0)
     found = {}
     for dtype in dict.fromkeys(x.dtype for x in tensors):
         places = [i for i, x in enumerate(tensors) if x.dtype == dtype]
@@ -395,7 +393,8 @@ class Training:
                 dist.all_reduce(tensor)
 
         sizes = [len(group.parameters) for group in self.groups]
-        norms = [part.norm() for part in norms_of(gradients).to(self.device).split(sizes)]
+        every = norms_of(gradients) if gradients else self.rates[:0]    # a model that stays as it is has none
+        norms = [part.norm() for part in every.split(sizes)]
         loss, nats, stored, bits, hits, *watched = sums                 # of all processes
         memory_norm = norms[1] if len(norms) > 1 else norms[0] * 0
         row = torch.stack((nats / targets_in_batch, stored / targets_in_batch, bits / stored.clamp(min=1),
@@ -659,7 +658,7 @@ class Run:
         known = self.manifest().get("weights", {})
         now = sha256(model) if model.exists() else None
         new = {theirs["files"]["model.safetensors"]: theirs["step"]}
-        if now in new and now in known:
+        if now in new and known.get(now) == new[now]:    # equal weights of another step: nothing of them learns
             return
         old = {now: known[now]} if now in known else {}
         try:
@@ -1080,8 +1079,8 @@ class Job:
         --train-backbone asks for it.
         """
         if self.model.config.pad_token_id != self.meta["eot"]:
-            raise StageError(f"the documents in {self.root}/data are opened by token {self.meta['eot']}, {self.host}'s by "
-                             f"{self.model.config.pad_token_id}; prepare them with its tokenizer: "
+            raise StageError(f"the documents in {self.root}/data are not opened by token "
+                             f"{self.model.config.pad_token_id}, as {self.host}'s are; prepare them with its own: "
                              + command(f"prepare_data.py --tokenizer {self.host}", self.root, self.meta["quick"]))
         for name, weight in self.model.backbone.named_parameters():
             weight.requires_grad_(self.train_backbone or "lora_" in name)
@@ -1104,7 +1103,7 @@ class Job:
         """{name: value} of all that the outcome follows from."""
         s, about = self.settings, self.about
         of_host = dict(to=self.host, lora=about.lora, train_backbone=self.train_backbone) if self.host else {}
-        return of_host | dict(arm=self.arm, memory=about.memory, memory_settings=about.settings, backbone=about.backbone,
+        return dict(of_host, arm=self.arm, memory=about.memory, memory_settings=about.settings, backbone=about.backbone,
                     config=about.chained if self.chained else {}, replay=about.replay, seed=self.seed, steps=self.steps,
                     chained=self.chained, planted=self.planted, batch=s.batch,
                     lane=s.lane, lr=s.lr, min_lr=s.min_lr, warmup=s.warmup, betas=[s.beta1, s.beta2], eps=s.eps,

@@ -188,7 +188,7 @@ def test_a_family_that_is_built_otherwise_is_refused_or_takes_the_ltm():
     mamba = AutoModelForCausalLM.from_config(transformers.MambaConfig(vocab_size=99, hidden_size=32,
                                                                       num_hidden_layers=2))
     with pytest.raises(Exception):
-        add_memory.on_host("mamba", mamba, add_memory.QUICK, 0, "with_store", None, 0)
+        add_memory.on_host(mamba, add_memory.QUICK, add_memory.parse(["--with-store", "--to", "mamba"]), 0)
 
 
 # ------------------------------------------------------------------------------------ tokenizers
@@ -367,7 +367,7 @@ def test_all_four_are_compared(trained, monkeypatch):
     root, _ = trained
     small = evaluation.QUICK
     monkeypatch.setattr(evaluation, "QUICK", small.__class__(**{**small.__dict__, "trials": 2, "needles": (), "hops": (),
-                                                                "dialogues": 2, "bootstrap": 50, "facts": 4}))
+                                                                "dialogues": 2, "bootstrap": 50}))
     evaluation.main(["--root", str(root), "--quick"])
     results = json.loads((root / "results.json").read_text())
     arms = results["detail"]["arms"]
