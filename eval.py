@@ -1307,7 +1307,7 @@ def summarise_bpc(evidence):
     """(bpc, bpc_windows) of results.json: whole documents, and rows alone."""
     exam, settings = evidence.exam, evidence.exam.settings
     whole, alone = {}, {}
-    counted = counted_targets(exam.rows)
+    counted = counted_targets(exam.rows, settings.eot)
     opening = np.cumsum(exam.rows[:, 0] == exam.settings.eot) - 1  # document of each row
     for arm in evidence.seeds:
         whole[arm] = np.stack([[bits(part).sum() for part in one.documents("log_p", exam.texts)]
@@ -1614,6 +1614,7 @@ def about_data(exam, meta):
     """The validation text."""
     return {"source": meta["source"],
             "quick": bool(meta["quick"]),
+            "vocabulary": meta["vocab_size"],
             "val_documents": len(exam.texts),
             "val_tokens": sum(len(text) - 1 for text in exam.texts),
             "val_characters": int(sum(exam.per_token[text].sum() for text in exam.texts)),

@@ -1118,8 +1118,8 @@ def bpc_row(name, part, arm):
     return [name, f"{base:.4f}", f"{own:.4f}", said]
 
 
-def recall_rows(recall, arm):
-    """The two rows of long-range recall: of 8 values, and of all tokens."""
+def recall_rows(recall, arm, tokens):
+    """The two rows of long-range recall: of 8 values, and of all tokens of the vocabulary."""
     base, own = (recall["long_range"]["arms"][which] for which in (REFERENCE, arm))
     gap = own["difference"]
     said = f"{gap['mean']:+.3f} ({from_to(gap['ci95'], '+.3f')})"
@@ -1127,7 +1127,7 @@ def recall_rows(recall, arm):
     return [
         [f"**long-range recall**, {reach_said(recall)}", f"{base['mean']:.3f}",
          f"{own['mean']:.3f}", said],
-        [f"the same, likeliest of all {EOT + 1:,} tokens (top-1)", f"{base['top1']:.3f}",
+        [f"the same, likeliest of all {tokens:,} tokens (top-1)", f"{base['top1']:.3f}",
          f"{own['top1']:.3f}", of_all]]
 
 
@@ -1158,7 +1158,7 @@ def table_of_results(results):
     rows = [
         bpc_row("**bits per character**, whole documents", detail["bpc"], arm),
         bpc_row("bits per character, 128-token windows", detail["bpc_windows"], arm),
-        *recall_rows(detail["recall"], arm),
+        *recall_rows(detail["recall"], arm, detail["data"].get("vocabulary", EOT + 1)),
         ["share of predictions that retrieved something", "", hits, ""],
         training_row(results, arm),
         evaluation_row(results, arm)]
