@@ -323,7 +323,7 @@ def parse(argv=None):
     parser = parser_of(__doc__)
     arms = parser.add_mutually_exclusive_group()
     for arm, about in ARMS.items():
-        if arm not in SPECIFIED:
+        if arm != "baseline":               # it starts where with_ltm does
             arms.add_argument(arm_flag(arm), dest="arm", action="store_const", const=arm, help=about.label)
     parser.add_argument("--to", metavar="MODEL",
                         help="a model that is trained already: a folder, or a name on the hub")
