@@ -46,10 +46,11 @@ from tqdm import tqdm
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from models import EOT, GPT, Address, Final, LongTermMemory, Memory, Reading, mix
-from stages import (ARMS, PROJECT, SPECIFIED, StageError, arm_flag, arm_folder, characters_per_token,
-                    command, commit, compiled, default_root, device_name, documents, has_compiler,
-                    load_model, load_split, load_tokenizer, lower_precision, parser_of, pick_device,
-                    read_json, read_manifest, run_stage, seal, sha256, write_atomic, write_json)
+from stages import (ARMS, PROJECT, SPECIFIED, StageError, arm_flag, arm_folder, byte_level,
+                    characters_per_token, command, commit, compiled, default_root, device_name, documents,
+                    encoded, has_compiler, is_hosted, load_model, load_split, load_tokenizer,
+                    lower_precision, parser_of, pick_device, read_json, read_manifest, run_stage, seal,
+                    sha256, spaced_words, write_atomic, write_json)
 
 CHAIN = " From", " one comes to"                        # how the end of a chain of facts is asked for
 FORMATS = {                     # how a fact is written; the question stops before the value
@@ -91,6 +92,7 @@ class Settings:
     bootstrap: int = 10_000     # resamples of seeds and documents
     control_trials: int = 96    # questions per distance and format for each control
     fitted: int = 200           # documents of train.bin that the caches' parameters are fitted to
+    eot: int = EOT              # what opens a document and is never a target: as data/meta.json has it
 
     def of_an_arm(self):
         """The settings on which it depends what is measured of an arm: {name: value}."""
@@ -114,7 +116,7 @@ SIGNIFICANT = 0.05
 # ------------------------------------------------------------ text in packs of rows
 
 class Pack(NamedTuple):
-    """Several sequences laid out as lanes of rows; what is left over is rows of EOT."""
+    """Several sequences laid out as lanes of rows; what is left over is rows of EOT (settings.eot)."""
 
     tokens: torch.Tensor        # (N, C) int64, N = L R
     targets: torch.Tensor       # (N, C) int64, EOT where there is none
@@ -149,10 +151,10 @@ def lanes_of(sequences, width, rows):
     return lanes
 
 
-def lay_out(sequences, lanes, rows, width):
+def lay_out(sequences, lanes, rows, width, eot=EOT):
     """(tokens, targets, opens, places) of a Pack of these lanes of `rows` rows; an empty
     lane holds nothing."""
-    tokens = np.full(len(lanes) * rows * width, EOT, np.int64)
+    tokens = np.full(len(lanes) * rows * width, eot, np.int64)
     targets = tokens.copy()
     opens = np.ones((len(lanes), rows), bool)
     places = []
@@ -181,7 +183,7 @@ def packs(sequences, width, device, settings, shape=None):
     waiting = []
 
     def emit(lanes, rows, usual):
-        *arrays, places = lay_out(sequences, lanes, rows, width)
+        *arrays, places = lay_out(sequences, lanes, rows, width, settings.eot)
         return Pack(*(torch.from_numpy(x).to(device) for x in arrays), places, usual)
 
     for lane in lanes_of(sequences, width, rows):
@@ -221,7 +223,7 @@ def fast(name, model, pack, *given):
     """model.name(*given); on a GPU compiled, where the pack has the usual shape and the
     memory is one of the arms'."""
     memory = getattr(model, "memory", None)
-    if pack.usual and type(memory) in Memory.kinds.values() and has_compiler(model.device):
+    if not is_hosted(model) and pack.usual and type(memory) in Memory.kinds.values() and has_compiler(model.device):
         return compiled_method(name)(model, *given)
     return getattr(model, name)(*given)
 
@@ -289,12 +291,12 @@ def score_text(model, sequences, width, settings, note=None):
     return kept
 
 
-def counted_targets(rows):
+def counted_targets(rows, eot=EOT):
     """Which targets of rows (N, C) count where each is taken alone, so that each token
     counts once: (N, C - 1)."""
     width = rows.shape[1]
-    fresh = (rows[:, :1] == EOT) | (np.arange(1, width) >= width // 2)
-    return fresh & (rows[:, 1:] != EOT)
+    fresh = (rows[:, :1] == eot) | (np.arange(1, width) >= width // 2)
+    return fresh & (rows[:, 1:] != eot)
 
 
 def score_windows(model, rows, settings):
@@ -309,11 +311,7 @@ def score_windows(model, rows, settings):
 def single_words(tokenizer):
     """Tokens that are one lower-case English-looking word of four letters or more with its
     space before it."""
-    def is_word(text):
-        word = text[1:]
-        return text[0] == "Ġ" and len(word) > 3 and word.isascii() and word.isalpha() and word.islower()
-
-    words = [(word, index) for word, index in tokenizer.get_vocab().items() if is_word(word)]
+    words = [(word, index) for word, index in spaced_words(tokenizer) if len(word) > 3 and word.islower()]
     return np.array([index for _, index in sorted(words)])
 
 
@@ -353,7 +351,7 @@ def form_of(tokenizer, name):
     before, _, stop = FORMATS[name]
     key_at = before.index("{key}")
     parts = before[:key_at].rstrip(), before[key_at + len("{key}"):], stop
-    return Form(*(tokenizer.encode(part) if part else [] for part in parts))
+    return Form(*(encoded(tokenizer, part) if part else [] for part in parts))
 
 
 def keys_and_values(tokenizer, settings):
@@ -425,7 +423,7 @@ def questions(texts, tokenizer, name, distance, count, settings, extra=0):
         text = long_enough[draw.integers(len(long_enough))][1:]
         offset = draw.integers(0, len(text) - lead - room + 1)
         real = text[offset:offset + lead + room]
-        head = np.concatenate(([EOT], scatter(real[:lead], early, draw)))
+        head = np.concatenate(([settings.eot], scatter(real[:lead], early, draw)))
         place = len(head) + form.asked
         tail = scatter(real[lead:], late, draw)
         tokens = np.concatenate((head, facts[0], tail, facts[0][:form.asked]))
@@ -464,7 +462,7 @@ def make_dialogues(texts, tokenizer, settings):
         first, second, third = np.split(real, (free, free + turn))
         shuffled = [planted[i] for i in draw.permutation(facts)]
         question = planted[0][:form.asked]
-        turns.append([[EOT, *scatter(first, shuffled, draw)], second, [*third, *question]])
+        turns.append([[settings.eot, *scatter(first, shuffled, draw)], second, [*third, *question]])
         choices.append(own_values)
     return Dialogues(np.array(turns, np.int64), np.array(choices))
 
@@ -490,13 +488,13 @@ def make_streamed(line, tokenizer, length, hops, width, settings):
         facts = [form.fact(*pair) for chain in chains for pair in itertools.pairwise(chain)]
         question = facts[0][:form.asked]
         if hops:
-            question = [*tokenizer.encode(CHAIN[0]), chains[0][0], *tokenizer.encode(CHAIN[1])]
+            question = [*encoded(tokenizer, CHAIN[0]), chains[0][0], *encoded(tokenizer, CHAIN[1])]
         shuffled = [facts[i] for i in draw.permutation(len(facts))]
         room = length - 1 - len(facts) * form.size - len(question)
         offset = draw.integers(0, len(line) - room + 1)
         real = line[offset:offset + room]
         early = scatter(real[:settings.lead], shuffled, draw)
-        turns.append(np.concatenate(([EOT], early, real[settings.lead:], question)).reshape(-1, width))
+        turns.append(np.concatenate(([settings.eot], early, real[settings.lead:], question)).reshape(-1, width))
         choices.append(ends)
     return Dialogues(np.array(turns, np.int64), np.array(choices))
 
@@ -548,7 +546,7 @@ def room_for(texts, tokenizer, settings):
     """The distances and distractors that the documents are long enough for: (distances,
     {distractors: {form: distance}}); what is left out is said.
     """
-    longest = max(map(len, texts)) - 1
+    longest, words = max(map(len, texts)) - 1, len(single_words(tokenizer)) // 2
 
     def enough(cells, what):
         most = max(text_needed(tokenizer, *cell, settings) for cell in cells)
@@ -565,7 +563,9 @@ def room_for(texts, tokenizer, settings):
         distances = {form: distracted_distance(tokenizer, form, extra, settings)
                      for form in settings.forms}
         cells = [(form, distance, extra) for form, distance in distances.items()]
-        if enough(cells, f"with {extra} distractors"):
+        if settings.facts + extra > words:
+            tqdm.write(f"note: recall with {extra} distractors is left out: too few words are one token")
+        elif enough(cells, f"with {extra} distractors"):
             kept_distractors[extra] = distances
     return kept, kept_distractors
 
@@ -582,7 +582,12 @@ def digest_of_questions(cells):
 def make_exam(root, rows, meta, tokenizer, settings, quick):
     """The Exam; raises StageError where the documents are too short to ask over any
     long-range distance."""
-    texts = [text for text in documents(rows) if len(text) > 1]
+    texts = [text for text in documents(rows, settings.eot) if len(text) > 1]
+    words, most = len(single_words(tokenizer)), 2 * settings.facts * max((1, *settings.hops))
+    if words < most:
+        again = command("prepare_data.py --tokenizer MODEL", root, quick)
+        raise StageError(f"the tokenizer has {words} words of one token, the questions need {most}; take "
+                         f"a model with another: {again}")
     distances, distractors = room_for(texts, tokenizer, settings)
     if not set(distances) & set(settings.long_range):
         nearest = min(settings.long_range)
@@ -635,14 +640,14 @@ def picked(log_p, choices, right):
     return choices.gather(1, likeliest)[:, 0] == right
 
 
-def wipe(pack, asked):
+def wipe(pack, asked, eot=EOT):
     """The pack without the targets that come before the questions: what is no target is not
     stored."""
     kept = torch.zeros_like(pack.targets, dtype=torch.bool).flatten()
     for i, first, length in pack.places:
         kept[first + asked[i].begin - 1:first + length - 1] = True
     kept = kept.view_as(pack.targets)
-    return pack._replace(targets=torch.where(kept, pack.targets, EOT))
+    return pack._replace(targets=torch.where(kept, pack.targets, eot))
 
 
 def last_word(model, final, row, column, log_p_stm, truth, fact):
@@ -676,7 +681,7 @@ def answer(variants, asked, width, settings, wiped=False, shape=None, note=None)
     log_p = log_z = None
     for pack in packs([question.tokens for question in asked], width, device, settings, shape):
         if wiped:
-            pack = wipe(pack, asked)
+            pack = wipe(pack, asked, settings.eot)
         numbers, first, length = map(np.array, zip(*pack.places))
         h, _ = states(model, pack)
         row, column = (torch.from_numpy(x).to(device) for x in divmod(first + length - 1, width))
@@ -802,10 +807,10 @@ def code_hash(name):
     return sha256(PROJECT / name)
 
 
-def code_of(memory):
+def code_of(memory, hosted=False):
     """Hashes of the files that decide what is measured of an arm with that memory (of ARMS)."""
     names = ["eval.py", "models.py", "stages.py"]
-    if memory not in {ARMS[arm].memory for arm in SPECIFIED}:
+    if hosted or memory not in {ARMS[arm].memory for arm in SPECIFIED}:
         names.append("memories.py")
     return {name: code_hash(name) for name in names}
 
@@ -814,7 +819,7 @@ def expected_of(found, exam):
     """What the facts of a file have to be for it to speak of this arm, this code, these
     data and these settings."""
     return {"arm": found.arm, "seed": found.seed, "weights": found.weights, "config": found.config,
-            "training": found.settings, "code": code_of(ARMS[found.arm].memory),
+            "training": found.settings, "code": code_of(ARMS[found.arm].memory, bool(found.settings.get("to"))),
             "evaluation": exam.settings.of_an_arm(), "data": exam.identity}
 
 
@@ -852,13 +857,23 @@ def settings_of(model):
     return memory.set
 
 
-def facts_of(model, device):
+def trained_parameters(model, training):
+    """How many parameters a training with such settings changed."""
+    frozen = training.get("to") and not training.get("train_backbone")
+    learnt = [p.numel() for name, p in model.named_parameters()
+              if (name.startswith("memory.") and model.config.memory_enabled)
+              or (name.startswith("backbone.") and ("lora_" in name or not frozen))]
+    return sum(learnt)
+
+
+def facts_of(model, device, training):
     """What the tables say of an arm beside what is measured."""
     config, memory = model.config, model.active
     backbone = sum(p.numel() for p in model.backbone.parameters())
     of_memory = sum(p.numel() for p in memory.parameters())
     state = memory.empty(1, model.device)
     about = {"parameters": backbone + of_memory, "memory_parameters": of_memory,
+             "trained_parameters": trained_parameters(model, training),
              "state_bytes": sum(x.numel() * x.element_size() for x in state.values()),
              "hit_means": memory.hit_means if config.memory_enabled else "",
              "memory_settings": settings_of(model)}
@@ -875,7 +890,7 @@ def measure(model, exam, note=None):
     time: (tensors, facts of the picture)."""
     settings, width = exam.settings, exam.rows.shape[1]
     tally = score_text(model, exam.texts, width, settings, note)
-    windows = score_windows(model, exam.rows, settings)[counted_targets(exam.rows)]
+    windows = score_windows(model, exam.rows, settings)[counted_targets(exam.rows, settings.eot)]
     answers, = answer([model], exam.questions, width, settings, note=note)
     tensors = {name: np.concatenate(getattr(tally, name)) for name in ("log_p", "hit", "stored")}
     tensors |= {"windows": windows, "outcomes": answers.outcomes, "value_nats": answers.value_nats}
@@ -922,7 +937,7 @@ def measured_arm(found, exam, place):
         again = train_command(found.seed, found.arm, place)
         raise StageError(f"a metric of {found.folder} is NaN or infinite: the weights are not sane; "
                          f"train again: {again} --fresh")
-    facts = expected_of(found, exam) | facts_of(model, place.device) | seen
+    facts = expected_of(found, exam) | facts_of(model, place.device, found.settings) | seen
     facts["folder"], facts["step"] = str(found.source.relative_to(place.root)), found.step
     tensors = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
     write_measured(path, Measured(facts, tensors))
@@ -1044,7 +1059,7 @@ def trained_arms(root):
 
 # what trainings that are compared may differ in
 OWN = ("arm", "seed", "memory", "memory_settings", "backbone", "config", "replay", "init",
-       "init_config")
+       "init_config", "lora")
 REGIME = ("steps", "chained", "planted")        # what train.py has flags for
 
 
@@ -1292,8 +1307,8 @@ def summarise_bpc(evidence):
     """(bpc, bpc_windows) of results.json: whole documents, and rows alone."""
     exam, settings = evidence.exam, evidence.exam.settings
     whole, alone = {}, {}
-    counted = counted_targets(exam.rows)
-    opening = np.cumsum(exam.rows[:, 0] == EOT) - 1                    # document of each row
+    counted = counted_targets(exam.rows, settings.eot)
+    opening = np.cumsum(exam.rows[:, 0] == exam.settings.eot) - 1  # document of each row
     for arm in evidence.seeds:
         whole[arm] = np.stack([[bits(part).sum() for part in one.documents("log_p", exam.texts)]
                                for one in evidence.of(arm)])
@@ -1571,6 +1586,7 @@ def about_arm(evidence, arm):
     return {"label": ARMS[arm].label,
             "parameters": facts["parameters"],
             "memory_parameters": facts["memory_parameters"],
+            "trained_parameters": facts.get("trained_parameters", facts["parameters"]),
             "state_bytes": facts["state_bytes"],
             "hit_means": facts["hit_means"],
             "settings": facts["memory_settings"],
@@ -1598,6 +1614,7 @@ def about_data(exam, meta):
     """The validation text."""
     return {"source": meta["source"],
             "quick": bool(meta["quick"]),
+            "vocabulary": meta["vocab_size"],
             "val_documents": len(exam.texts),
             "val_tokens": sum(len(text) - 1 for text in exam.texts),
             "val_characters": int(sum(exam.per_token[text].sum() for text in exam.texts)),
@@ -1656,13 +1673,15 @@ def pieces(tokenizer, tokens):
     byte_of = {letter: byte for byte, letter in bytes_to_unicode().items()}
     decode = codecs.getincrementaldecoder("utf-8")("replace").decode
     words = tokenizer.convert_ids_to_tokens(tokens)
+    if not byte_level(tokenizer):
+        return [word.replace("\u2581", " ") for word in words]
     return [decode(bytes(map(byte_of.get, word))) for word in words]
 
 
 @functools.cache
 def words_of(tokenizer):
     """Which tokens hold a letter or a digit: bool (vocabulary,)."""
-    texts = tokenizer.batch_decode(np.arange(EOT + 1)[:, None])
+    texts = tokenizer.batch_decode(np.arange(len(tokenizer))[:, None])
     return np.array([any(map(str.isalnum, text)) for text in texts])
 
 
@@ -1752,6 +1771,8 @@ def altered(model, memory_class=None, model_class=None, **settings):
     mine, weights = twin.state_dict().keys(), model.state_dict()
     shared = {name: weights[name] for name in mine if name != "backbone.rotary"}
     twin.load_state_dict(shared, strict=False, assign=True)
+    if is_hosted(model):                                               # it has buffers that no state dict names
+        twin.backbone = copy.deepcopy(model.backbone)
     return twin.to(model.device).eval()
 
 
@@ -1800,7 +1821,7 @@ class RandomTokens(LongTermMemory):
         surprisal, _ = super().route(log_p, targets)
         generator = torch.Generator().manual_seed(FULL.seed)
         draw = torch.rand(targets.shape, generator=generator).to(targets.device)
-        return surprisal, (targets != EOT) & (draw < self.rate)
+        return surprisal, (targets != self.eot) & (draw < self.rate)
 
 
 class ShuffledValues(LongTermMemory):
@@ -1831,7 +1852,7 @@ class NeuralCache(LongTermMemory):
 
     def read(self, final):
         h, targets = final.h, final.targets
-        stored = targets != EOT
+        stored = targets != self.eot
         # only the key is asked for
         address = Address(*[targets] * len(Address._fields))._replace(key=h)
         items, values, visible = self.candidates(address, targets, stored, final.opens)
@@ -1857,7 +1878,7 @@ def fit_cache(model, texts, slots, width, settings):
     variants = [neural_cache(model, slots, theta) for theta in grid]
     p, mixed = [], []
     for pack in packs(texts, width, model.device, settings):
-        scores, real = score(pack, *variants), pack.targets != EOT
+        scores, real = score(pack, *variants), pack.targets != settings.eot
         p.append(scores[0].log_p_stm[real].cpu().double().exp())
         mixed.append(torch.stack([one.log_p[real] for one in scores]).cpu().double().exp())
     p, fits = torch.cat(p), []
@@ -1897,7 +1918,7 @@ def matches(model, texts, width, settings):
         h, _ = states(model, pack)
         log_p, log_z = fast("log_p", model, pack, h, pack.targets)
         final = Final(h, pack.tokens, pack.targets, log_p, log_z, model.embed_detached, pack.opens)
-        columns, real = [log_p.exp()], pack.targets != EOT
+        columns, real = [log_p.exp()], pack.targets != settings.eot
         for twin in alone:
             read, values, *_ = twin.memory.read(final)
             right = values[:, None] == pack.targets[..., None]
@@ -1994,7 +2015,7 @@ class Controls:
         """bpc_ratio, hit_rate and stored of models of one backbone."""
         totals, texts, settings = np.zeros((len(variants), 4)), self.exam.texts, self.exam.settings
         for pack in packs(texts, width, self.hybrid.device, settings, self.shape(width)):
-            real = pack.targets != EOT
+            real = pack.targets != settings.eot
             for total, one in zip(totals, score(pack, *variants)):
                 nats = -one.log_p[real].cpu().double().sum().item()
                 counts = [int(x[real].sum()) for x in (one.hit, one.stored)]
@@ -2076,7 +2097,7 @@ def measured_controls(evidence, meta, place):
     print(f"measuring the controls of {path.parent.relative_to(place.root)}", flush=True)
     baseline, hybrid = (load_controlled(one, seed, arm, place) for arm, one in arms.items())
     rows, _ = load_split(place.root, "train", place.quick)
-    training = [text for text in documents(rows) if len(text) > 1][:exam.settings.fitted]
+    training = [text for text in documents(rows, exam.settings.eot) if len(text) > 1][:exam.settings.fitted]
     of_baseline = bits(arms[REFERENCE].tensors["log_p"]).sum()
     rate = float(arms["with_ltm"].tensors["stored"].mean())
     controls = Controls(hybrid, baseline, of_baseline, rate, training, exam)
@@ -2167,6 +2188,7 @@ def main(argv=None):
     if args.controls and "with_ltm" not in arms:
         raise StageError(f"--controls asks about with_ltm, which is not here; train it with: "
                          f"{train_command(0, 'with_ltm', place)}")
+    settings = dataclasses.replace(settings, eot=meta["eot"])
     exam = make_exam(place.root, rows, meta, tokenizer, settings, args.quick)
     tokens = sum(len(text) - 1 for text in exam.texts)
     print(f"{len(exam.texts):,} documents, {tokens:,} tokens; {', '.join(arms)}; "

@@ -6,6 +6,8 @@ Bank    1,024 learned vectors, read by cross-attention in every layer; nothing o
 Mag     the weights of a small network in two layers, rewritten by the gradient of its own surprise
 Gru     a vector that fades, at the embedding, in the middle and at the final state
 
+RevenaHosted, at the end of the file, puts any memory on a model that is trained already.
+
 Each computes one function in two forms, as models.py has it: `rows` whole sequences at once, in
 closed form where the equations allow it, `mix` a few tokens at a time with constant memory. What
 happens at the end of a row (128 tokens) is kept apart from what happens at a token: see
@@ -18,19 +20,23 @@ memory's places.
 """
 
 import copy
+import functools
 import math
 from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import AutoConfig, AutoModel, DynamicCache
 
 try:
-    from .models import Affine, Memory, RevenaHybridTiny, dtype_for, into_slots, lagged, norm, text_of, where
+    from .models import (Affine, Memory, RevenaCache, RevenaConfig, RevenaHybridTiny, dtype_for, into_slots, lagged,
+                         norm, text_of, where)
 except ImportError:
     if __package__:
         raise
-    from models import Affine, Memory, RevenaHybridTiny, dtype_for, into_slots, lagged, norm, text_of, where
+    from models import (Affine, Memory, RevenaCache, RevenaConfig, RevenaHybridTiny, dtype_for, into_slots, lagged,
+                        norm, text_of, where)
 
 
 # ------------------------------------------------------------ what decays, without a loop
@@ -1456,3 +1462,263 @@ class RevenaHybrid(RevenaHybridTiny):
 
 def _score(item):
     return item["score"]
+
+
+# ------------------------------------------------------------ on a model that is trained already
+
+class HostedConfig(RevenaConfig):
+    """A RevenaConfig whose backbone is another model, the host; `stm_window` is only a row's length.
+
+    Args:
+        host: {name: value} of the host's own config, model_type included.
+        attention_window: positions that its attention sees, the current one included; None: all that it can.
+        lora: rank of the low-rank matrices beside each of its linear ones (Hu et al. 2021); None: none.
+    """
+
+    model_type = "revena_hosted"
+
+    def __init__(self, host=None, attention_window=None, lora=None, **kwargs):
+        self.host, self.attention_window, self.lora = host, attention_window, lora
+        super().__init__(**kwargs)
+
+    @classmethod
+    def of(cls, config, eot, **more):
+        """That of a memory on a model of this config; eot: the token that opens its documents."""
+        host = config.to_diff_dict() | {"model_type": config.model_type, "dtype": "float32"}
+        host.pop("_name_or_path", None)
+        ends = dict(bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=eot)
+        return cls(host, vocab_size=config.vocab_size, n_layer=config.num_hidden_layers, n_embd=config.hidden_size,
+                   n_head=config.num_attention_heads, **ends, **more)
+
+
+class Host(nn.Module):
+    """A causal language model of transformers in the place of Backbone: its layers as they are, and
+    its output matrix.
+
+    A memory acts in it by hooks: behind a layer's attention `mix` says what becomes of what that adds,
+    before the first layer or the final norm what becomes of the stream. `span`: positions that it has
+    vectors for, beyond which its attention begins anew; None: they are rotary or the like.
+    """
+
+    ATTENTION = ("self_attn", "attn", "attention", "self_attention")
+
+    def __init__(self, config):
+        super().__init__()
+        about = AutoConfig.for_model(**config.host)
+        self.trunk = AutoModel.from_config(about)
+        size = about.hidden_size, about.vocab_size
+        self.head = None if about.tie_word_embeddings else nn.Linear(*size, bias=False)
+        first = self.trunk.get_input_embeddings()
+        learned = [part for part in self.trunk.children() if isinstance(part, nn.Embedding) and part is not first]
+        self.span = about.max_position_embeddings if learned else None
+        heads = about.num_attention_heads                               # of the keys that it keeps of a token
+        self.heads = getattr(about, "num_key_value_heads", None) or heads
+        self.size = getattr(about, "head_dim", None) or about.hidden_size // heads
+        self.mix, self.inputs = None, {}
+
+    def add_lora(self, rank):
+        """Put a pair of low-rank matrices beside each linear one; the second starts at zero."""
+        try:
+            from peft import LoraConfig, inject_adapter_in_model
+        except ImportError:
+            raise ImportError("LoRA needs PEFT: pip install peft") from None
+        about = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear",
+                           fan_in_fan_out=self.trunk.config.model_type == "gpt2")       # whose matrices lie
+        self.trunk = inject_adapter_in_model(about, self.trunk)
+
+    def take(self, model):
+        """Take the weights of a causal language model of this config."""
+        theirs = model.base_model.state_dict()
+        own = {name: theirs.get(name.replace(".base_layer", ""), x) for name, x in self.trunk.state_dict().items()}
+        self.trunk.load_state_dict(own)
+        if self.head is not None:
+            self.head.load_state_dict({"weight": model.get_output_embeddings().weight})
+
+    def train(self, mode=True):
+        """In training too, without dropout: what an arm is compared with has none."""
+        super().train(mode)
+        self.trunk.eval()
+        return self
+
+    @property
+    def embed(self):
+        """The module whose weight (V, D) is the output matrix."""
+        return self.trunk.get_input_embeddings() if self.head is None else self.head
+
+    def hook(self, places):
+        """Let `mix` act at these places; ValueError where they are not found in this kind of model."""
+        parts = list(self.trunk.children())
+        layers = next((part for part in parts if isinstance(part, nn.ModuleList)), ())
+        norms = [part for part in parts if "norm" in type(part).__name__.lower()]
+        attentions = [next((getattr(layer, name) for name in self.ATTENTION if hasattr(layer, name)), None)
+                      for layer in layers]
+        if places and not (layers and norms and all(attentions)):
+            raise ValueError(f"where attention and the last norm of a {self.trunk.config.model_type} are is not "
+                             f"known, and this memory acts there; only the LTM can be put on it")
+        for place in places:
+            if 0 <= place < len(layers):
+                layers[place].register_forward_pre_hook(functools.partial(self.note, place), with_kwargs=True)
+                attentions[place].register_forward_hook(functools.partial(self.attended, place))
+            else:
+                part = layers[0] if place < 0 else norms[-1]
+                part.register_forward_pre_hook(functools.partial(self.stream, place))
+
+    def note(self, place, _, given, named):
+        self.inputs[place] = given[0] if given else named["hidden_states"]
+
+    def attended(self, place, _, given, output):
+        """Behind attention: what it adds to the stream."""
+        if self.mix is None:
+            return None
+        y, *more = output if isinstance(output, tuple) else (output,)
+        changed = self.mix(place, norm(self.inputs.pop(place).float()).to(y.dtype), y).to(y.dtype)
+        return (changed, *more) if isinstance(output, tuple) else changed
+
+    def stream(self, place, _, given):
+        """Before the first layer or the final norm: the stream."""
+        if self.mix is None:
+            return None
+        x = given[0]
+        return (self.mix(place, norm(x.float()).to(x.dtype), x.float()).to(x.dtype), *given[1:])
+
+    def forward(self, tokens, place=None, seen=None, past=None, mix=None, collect=None):
+        """Final states (B, n, D) of tokens (B, n), after the host's own last norm.
+
+        place (B, n) of each token in its text and seen (B, n, past + n) bool; None: one text a row,
+        all before it. past: a Cache of the host's. mix, collect: as in Backbone.forward.
+        """
+        mask = None
+        if seen is not None:
+            mask = torch.zeros(seen.shape, dtype=self.embed.weight.dtype, device=tokens.device)
+            mask = mask.masked_fill(~seen, torch.finfo(mask.dtype).min)[:, None]
+            place = place.clamp(min=0) if self.span is None else place.clamp(min=0) % self.span
+        self.mix = mix
+        try:
+            out = self.trunk(input_ids=tokens, attention_mask=mask, position_ids=place, past_key_values=past,
+                             use_cache=past is not None, output_hidden_states=collect is not None)
+        finally:
+            self.mix, self.inputs = None, {}
+        if collect is not None:
+            collect += out.hidden_states[:-1]
+        return out.last_hidden_state
+
+
+class HostedCache(RevenaCache):
+    """A RevenaCache of the host's own keys and values, (B, heads, past, size) a layer, past less than
+    a window where it has one. place: (B,) tokens read, without padding.
+    """
+
+    def clear(self, batch_size=None):
+        super().clear(batch_size)
+        model, B = self.model, len(self.tail)
+        empty = torch.zeros(B, model.backbone.heads, 0, model.backbone.size, dtype=model.dtype, device=model.device)
+        self.keys, self.values = ([empty] * model.config.n_layer for _ in range(2))
+        self.real, self.place = self.real[:, :0], torch.zeros(B, dtype=torch.long, device=model.device)
+
+    def replay(self, tokens, real):
+        return self.model.stream(tokens, self, real)
+
+    def tensors(self):
+        return super().tensors() | {"place": self.place}
+
+    @staticmethod
+    def shapes(tensors):
+        """As RevenaCache.shapes, but for how much of a text is held."""
+        return {name: (x.shape[1:2] + x.shape[3:], x.dtype) for name, x in tensors.items() if name != "real"}
+
+
+class RevenaHosted(RevenaHybrid):
+    """A memory on a model that is trained already: GPT-2, Llama, Qwen3, GPT-NeoX, and what is built
+    alike. With the memory off all is the host's. Attention is quadratic in the length of a lane.
+    """
+
+    config_class = HostedConfig
+    backbone_class = Host
+
+    def __init__(self, config):
+        super().__init__(config)
+        if config.lora:                     # after post_init, which would draw these matrices, too
+            self.backbone.add_lora(config.lora)
+        self.backbone.hook(self.memory.places)
+        self.memory.embedding = self.get_output_embeddings
+
+    def get_input_embeddings(self):
+        return self.backbone.trunk.get_input_embeddings()
+
+    def get_output_embeddings(self):
+        return self.backbone.embed
+
+    def resize_token_embeddings(self, new_num_tokens=None, *more, **settings):
+        """Refused: the host's vocabulary is what the memory stores."""
+        if new_num_tokens in (None, self.config.vocab_size):
+            return self.get_input_embeddings()
+        raise ValueError("this model's vocabulary is its host's: resize that, then add_memory.py --to its folder")
+
+    def new_cache(self, batch_size=1):
+        return HostedCache(self, batch_size)
+
+    def embed_detached(self, tokens):
+        return F.embedding(tokens, self.backbone.embed.weight).detach()
+
+    @property
+    def reach(self):
+        """The most positions that one of its tokens sees; None: all."""
+        return min(filter(None, (self.config.attention_window, self.backbone.span)), default=None)
+
+    def sees(self, query, key):
+        """Whether the tokens at places query (.., n) see those at key (.., m): bool (.., n, m)."""
+        query, key = query[..., :, None], key[..., None, :]
+        seen = query >= key
+        if self.config.attention_window:
+            seen = seen & (query - key < self.config.attention_window)
+        if span := self.backbone.span:
+            seen = seen & (query // span == key // span)
+        return seen
+
+    def states(self, tokens, opens=None, embedded=None, collect=None):
+        """As GPT.states; `embedded` is not heeded."""
+        memory, notes, shape = self.active, {}, tokens.shape
+
+        def mix(place, x, y):
+            x, y = x.view(*shape, -1), y.reshape(*shape, -1)
+            changed = memory.rows(place, x, y, opens, notes)
+            share = (changed - y).float().norm(dim=-1) / y.float().norm(dim=-1).clamp(min=1e-6)
+            notes.setdefault("moved", []).append(share.detach())
+            return changed.view(*line.shape, -1)
+
+        place, seen = None, None
+        line = tokens if opens is None else tokens.reshape(len(opens), -1)
+        # in training the mask is ours: to make theirs they may ask a GPU for its values
+        if opens is not None or self.training or shape[1] > (self.reach or shape[1]):
+            count = torch.arange(line.size(1), device=tokens.device).expand_as(line)
+            start = torch.zeros_like(count)
+            if opens is not None:                                       # where the sequence of each row began
+                start = count[:, ::shape[1]].masked_fill(~opens, 0).cummax(1).values.repeat_interleave(shape[1], 1)
+            place = count - start
+            seen = self.sees(place, place) & (start[:, :, None] == start[:, None])
+        h = self.backbone(line, place, seen, None, mix if memory.places else None, collect)
+        return h.reshape(*shape, -1), notes
+
+    def advance(self, tokens, cache, real, collect=None):
+        """As GPT.advance, on the host's own cache."""
+        memory, notes, n = self.active, {"arriving": tokens}, tokens.size(1)
+
+        def mix(place, x, y):
+            y, cache.state = memory.mix(place, x, y, cache.state, real, notes)
+            return y
+
+        known = torch.cat((cache.real, real), dim=1)
+        place = cache.place[:, None] + real.long().cumsum(1) - 1
+        later = known.long().flip(1).cumsum(1).flip(1) - known.long()   # tokens after each key
+        seen = self.sees(place, place[:, -1:] - later) & known[:, None]
+        itself = torch.eye(n, dtype=torch.bool, device=tokens.device)   # padding, too, sees something
+        seen = seen | F.pad(itself, (known.size(1) - n, 0))
+        past = DynamicCache(zip(cache.keys, cache.values))
+        h = self.backbone(tokens, place, seen, past, mix if memory.places else None, collect)
+        gone = 0 if self.reach is None else max(0, known.size(1) - (self.reach - 1))
+        cache.keys = [layer.keys[:, :, gone:] for layer in past.layers]
+        cache.values = [layer.values[:, :, gone:] for layer in past.layers]
+        cache.real, cache.place = known[:, gone:], place[:, -1] + 1
+        cache.tail = torch.cat((cache.tail, tokens), dim=1)[:, n:]
+        cache.length += n
+        return h

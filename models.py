@@ -60,6 +60,7 @@ class RevenaConfig(PreTrainedConfig):
         memory: which memory the model has, a name of Memory.kinds.
         memory_enabled: False switches it off; the weights stay.
         memory_settings: {name: value} of a further memory, where they are not its own defaults.
+        pad_token_id: the token that opens every document, pads, and is never a target.
         ltm_slots: items the LTM holds, first in first out.
         ltm_surprisal_bits: a token is stored when -log2 p_stm(token) exceeds this.
         ltm_cosine: an item is retrieved when the cosine of its key with the query exceeds this.
@@ -524,6 +525,8 @@ class LongTermMemory(Memory, kind="ltm"):
         D, A, E, K = config.n_embd, config.ltm_dim, config.ltm_ngrams, config.ltm_learned
         H = E + K
         self.sizes = (K * A, H, H, 1)                                   # address, trust, strength, open
+        self.eot = config.pad_token_id
+        self.foreign = getattr(config, "host", None) is not None        # then states come in any size
         self.width = -(-sum(self.sizes) // 16) * 16                     # aligned for tensor cores
         # each part has room for all four, also where an address takes only the first and the
         # third (of x, h at t+1)
@@ -540,8 +543,8 @@ class LongTermMemory(Memory, kind="ltm"):
             embed: tokens -> (.., D). shift(x, lag, fill): x moved `lag` positions along its sequence.
         """
         config, used = self.config, sum(self.sizes)
-        grams = [shift(tokens, lag, EOT) for lag in range(config.ltm_ngrams)]
-        own, after = self.from_state(h).split(self.width, dim=-1)
+        grams = [shift(tokens, lag, self.eot) for lag in range(config.ltm_ngrams)]
+        own, after = self.from_state(norm(h) if self.foreign else h).split(self.width, dim=-1)
         ahead, *parts = self.of_tokens(tokens, embed)
         near = own + sum(shift(part, lag, 0.0) for lag, part in enumerate(parts))
         coming = shift(ahead + after, -1, 0.0)
@@ -559,7 +562,7 @@ class LongTermMemory(Memory, kind="ltm"):
         """What tokens (N, T) add to the addresses of the position before them, their own, and those
         after them: 1 + E tensors (N, T, width). EOT adds nothing.
         """
-        known = norm(embed(tokens)) * (tokens != EOT)[..., None]
+        known = norm(embed(tokens)) * (tokens != self.eot)[..., None]
         return self.from_tokens(known.to(dtype_for(self.from_tokens))).split(self.width, dim=-1)
 
     # ---- write
@@ -568,7 +571,7 @@ class LongTermMemory(Memory, kind="ltm"):
         """Surprisal in bits of each target, 0 where there is none, and whether it is stored (both
         like `targets`).
         """
-        none = targets == EOT
+        none = targets == self.eot
         bits = (-log_p.detach() / math.log(2)).masked_fill(none, 0.0)
         return bits, ~none & (bits > self.config.ltm_surprisal_bits)
 
@@ -710,12 +713,13 @@ class LongTermMemory(Memory, kind="ltm"):
         def zeros(*shape, dtype=dtype_for(self.from_state)):
             return torch.zeros(batch, *shape, dtype=dtype, device=device)
 
-        ring = dict(grams=zeros(M, E, dtype=torch.long) + EOT, known=zeros(M, dtype=torch.bool),
+        ring = dict(grams=zeros(M, E, dtype=torch.long) + self.eot, known=zeros(M, dtype=torch.bool),
                     key=zeros(M, K, config.ltm_dim), strength=zeros(M, E + K, dtype=torch.float32),
                     value=zeros(M, dtype=torch.long), bits=zeros(M, dtype=torch.float32),
                     position=zeros(M, dtype=torch.long))
-        last = dict(h=zeros(config.n_embd), log_z=zeros(dtype=torch.float32), tail=zeros(E, dtype=torch.long) + EOT,
-                    stored=zeros(dtype=torch.bool), started=zeros(dtype=torch.bool), place=zeros(dtype=torch.long))
+        last = dict(h=zeros(config.n_embd), log_z=zeros(dtype=torch.float32),
+                    tail=zeros(E, dtype=torch.long) + self.eot, stored=zeros(dtype=torch.bool),
+                    started=zeros(dtype=torch.bool), place=zeros(dtype=torch.long))
         return ring | last | dict(count=zeros(dtype=torch.long))
 
     def predict(self, logits, h, tokens, real, state, embed):
@@ -728,7 +732,7 @@ class LongTermMemory(Memory, kind="ltm"):
         earlier_z = torch.cat((state["log_z"][:, None], log_z), dim=1)
         log_p = (earlier[:, :n].float() * embed(tokens).float()).sum(-1) - earlier_z[:, :n]
         predicted = torch.cat((state["started"][:, None], real[:, :-1]), dim=1) & real
-        bits, stored = self.route(log_p, tokens.masked_fill(~predicted, EOT))
+        bits, stored = self.route(log_p, tokens.masked_fill(~predicted, self.eot))
         line = torch.cat((state["tail"], tokens), 1)                                    # positions -E .. n-1
         known = torch.cat((F.pad(state["stored"][:, None], (E - 1, 0)), stored), 1)
         states = F.pad(earlier, (0, 0, E - 1, 0))
@@ -857,6 +861,7 @@ class GPT(PreTrainedModel, GenerationMixin):
     """
 
     config_class = RevenaConfig
+    backbone_class = Backbone
     base_model_prefix = "revena"
     _is_stateful = True                         # no assisted decoding: a memory can't be unread
     _no_split_modules = ["Block"]               # what FSDP wraps one by one
@@ -865,7 +870,7 @@ class GPT(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config):
         super().__init__(config)
-        self.backbone = Backbone(config)
+        self.backbone = self.backbone_class(config)
         self.post_init()
 
     def _init_weights(self, module):
@@ -933,8 +938,9 @@ class GPT(PreTrainedModel, GenerationMixin):
             return embed
         if pad_to_multiple_of:
             tokens = -(-tokens // pad_to_multiple_of) * pad_to_multiple_of
-        if tokens <= EOT:
-            raise ValueError(f"a vocabulary of {tokens} tokens is without <|endoftext|> ({EOT}), "
+        eot = self.config.pad_token_id
+        if tokens <= eot:
+            raise ValueError(f"a vocabulary of {tokens} tokens is without <|endoftext|> ({eot}), "
                              f"which this model needs")
         embed.weight.data = embed.weight.data[:self.config.vocab_size]      # rows of no token: not to be averaged
         embed = super().resize_token_embeddings(Backbone.padded(tokens), None, mean_resizing)
@@ -1052,7 +1058,7 @@ class GPT(PreTrainedModel, GenerationMixin):
             check_positions(cache_position, real)
             logits = self._whole(input_ids, real, logits_to_keep, hidden)
         else:
-            cache = RevenaCache(self, len(input_ids)) if past_key_values is None else past_key_values
+            cache = self.new_cache(len(input_ids)) if past_key_values is None else past_key_values
             check_cache(cache, len(input_ids), real)
             check_positions(position_ids, real, cache)
             check_positions(cache_position, real, cache)
@@ -1080,15 +1086,16 @@ class GPT(PreTrainedModel, GenerationMixin):
         if (some & (real.sum(1) + lead != T - real.flip(1).long().argmax(1))).any():
             raise ValueError("attention_mask has holes; mask padding only, before or after the text")
         place = torch.arange(T, device=ids.device)
-        tokens = ids.masked_fill(~real, EOT).gather(1, (place + lead[:, None]) % T)
+        eot = self.config.pad_token_id
+        tokens = ids.masked_fill(~real, eot).gather(1, (place + lead[:, None]) % T)
         # a memory that works in rows wants whole ones; without, one short row will do
         C = T if window is None or (T <= window and not self.active.places) else window
         rows = -(-T // C)
         opens = None
         if rows > 1:
             opens = (torch.arange(rows, device=ids.device) == 0).expand(B, rows)
-        tokens = F.pad(tokens, (0, rows * C - T), value=EOT)
-        targets = F.pad(tokens[:, 1:], (0, 1), value=EOT).reshape(B * rows, C)
+        tokens = F.pad(tokens, (0, rows * C - T), value=eot)
+        targets = F.pad(tokens[:, 1:], (0, 1), value=eot).reshape(B * rows, C)
         tokens = tokens.view(B * rows, C)
         h, _ = self.states(tokens, opens, collect=hidden)
         back = (place - lead[:, None]) % T
@@ -1106,7 +1113,7 @@ class GPT(PreTrainedModel, GenerationMixin):
     def _streamed(self, ids, real, cache, keep, hidden):
         """forward with a cache: blocks of at most a window, each continuing what `cache` holds."""
         parts, states = [], []
-        for block, mask in cache.blocks(ids.masked_fill(~real, EOT), real):
+        for block, mask in cache.blocks(ids.masked_fill(~real, self.config.pad_token_id), real):
             collected = None if hidden is None else []
             # one token of a model with a window has the same shapes whatever came before: a GPU
             # replays it
@@ -1187,7 +1194,7 @@ class GPT(PreTrainedModel, GenerationMixin):
         """The RevenaCache that `cache.save(path)` wrote; ValueError if it is that of a model of
         another shape.
         """
-        return RevenaCache.load(path, self)
+        return type(self.new_cache()).load(path, self)
 
     def _prepare_generation_config(self, *args, **kwargs):
         """A prefill in chunks is none: forward reads in blocks of a window as it is, and a text cut
@@ -1297,7 +1304,8 @@ def check_cache(cache, batch, real):
     """Raise ValueError unless a cache can take these tokens of `batch` sequences, real (B, T) False
     on padding.
     """
-    if type(cache).__name__ != "RevenaCache":               # by name: a folder's copy of this file has its own class
+    # by name: a folder's copy of this file has its own class
+    if "RevenaCache" not in {kind.__name__ for kind in type(cache).__mro__}:
         raise ValueError(f"past_key_values must be a RevenaCache, not a {type(cache).__name__}: see model.new_cache()")
     if len(cache.real) != batch:
         raise ValueError(f"this cache holds {len(cache.real)} sequences, not {batch}: make it with "
@@ -1393,7 +1401,7 @@ class RevenaCache(Cache):
         self.keys = [zeros(*size) for _ in range(config.n_layer)]
         self.values = [zeros(*size) for _ in range(config.n_layer)]
         self.real = zeros(past, dtype=torch.bool)
-        self.tail = zeros(TAIL, dtype=torch.long) + EOT
+        self.tail = zeros(TAIL, dtype=torch.long) + config.pad_token_id
         memory = getattr(model, "memory", NOTHING)
         self.state = {name: gathered(x).detach().clone() for name, x in memory.empty(B, model.device).items()}
         self.drawn, self.length, self.graph = {}, 0, None
@@ -1498,6 +1506,11 @@ class RevenaCache(Cache):
         save_file(tensors, path, metadata={"length": str(self.length)})
         follow_umask(path)
 
+    @staticmethod
+    def shapes(tensors):
+        """Of each of {name: tensor}, what two caches of one model agree in."""
+        return {name: (x.shape[1:], x.dtype) for name, x in tensors.items()}
+
     @classmethod
     def load(cls, path, model):
         """Read a cache that `save` wrote, for a model of the same shape; ValueError if it is of
@@ -1510,10 +1523,7 @@ class RevenaCache(Cache):
             raise ValueError(f"{path} is not a memory that cache.save(..) wrote")
         cache = cls(model, len(named["real"]))
 
-        def shapes(tensors):
-            return {name: (x.shape[1:], x.dtype) for name, x in tensors.items()}
-
-        if model.config.stm_window and shapes(named) != shapes(cache.tensors()):
+        if model.config.stm_window and cls.shapes(named) != cls.shapes(cache.tensors()):
             raise ValueError(f"{path} is not a memory of this model")
         cache.put(named)
         cache.length = int(length)

@@ -110,14 +110,16 @@ LOOKS = (
 )
 # controls have no colour: they are no designs of their own
 CONTROL_LOOKS = (
-    Look("#7a7a7a", "//", "*", (0, (3, 2))),
-    Look("#c7c7c7", "..", "<", (0, (1, 2)), QUIET),
-    Look("#474747", "xx", ">", (0, (6, 1))),
-    Look("#adadad", "\\\\", "h", (0, (3, 1, 1, 1)), QUIET),
+    Look("#707070", "//", "*", (0, (3, 2))),
+    Look("#cccccc", "..", "<", (0, (1, 2)), QUIET),
+    Look("#424242", "xx", ">", (0, (6, 1))),
+    Look("#b5b5b5", "\\\\", "h", (0, (3, 1, 1, 1)), QUIET),
     Look("#141414", "--", "d", (0, (5, 3))),
-    Look("#949494", "||", "H", (0, (6, 1, 2, 1)), QUIET),
-    Look("#616161", "++", "8", (0, (2, 2))),
-    Look("#2e2e2e", "++++", (4, 1, 0), (0, (1, 1, 3, 1))),
+    Look("#9e9e9e", "||", "H", (0, (6, 1, 2, 1)), QUIET),
+    Look("#595959", "++", "8", (0, (2, 2))),
+    Look("#2b2b2b", "++++", (4, 1, 0), (0, (1, 1, 3, 1))),
+    Look("#e3e3e3", "**", (5, 1, 0), (0, (9, 2)), QUIET),
+    Look("#878787", "///", (6, 1, 0), (0, (9, 1, 3, 1))),
 )
 BLUE = LOOKS[1].color
 
@@ -1116,8 +1118,8 @@ def bpc_row(name, part, arm):
     return [name, f"{base:.4f}", f"{own:.4f}", said]
 
 
-def recall_rows(recall, arm):
-    """The two rows of long-range recall: of 8 values, and of all tokens."""
+def recall_rows(recall, arm, tokens):
+    """The two rows of long-range recall: of 8 values, and of all tokens of the vocabulary."""
     base, own = (recall["long_range"]["arms"][which] for which in (REFERENCE, arm))
     gap = own["difference"]
     said = f"{gap['mean']:+.3f} ({from_to(gap['ci95'], '+.3f')})"
@@ -1125,7 +1127,7 @@ def recall_rows(recall, arm):
     return [
         [f"**long-range recall**, {reach_said(recall)}", f"{base['mean']:.3f}",
          f"{own['mean']:.3f}", said],
-        [f"the same, likeliest of all {EOT + 1:,} tokens (top-1)", f"{base['top1']:.3f}",
+        [f"the same, likeliest of all {tokens:,} tokens (top-1)", f"{base['top1']:.3f}",
          f"{own['top1']:.3f}", of_all]]
 
 
@@ -1156,7 +1158,7 @@ def table_of_results(results):
     rows = [
         bpc_row("**bits per character**, whole documents", detail["bpc"], arm),
         bpc_row("bits per character, 128-token windows", detail["bpc_windows"], arm),
-        *recall_rows(detail["recall"], arm),
+        *recall_rows(detail["recall"], arm, detail["data"].get("vocabulary", EOT + 1)),
         ["share of predictions that retrieved something", "", hits, ""],
         training_row(results, arm),
         evaluation_row(results, arm)]

@@ -29,6 +29,12 @@ what went in, what was skipped and why, and holds the hash of each .bin.
   python prepare_data.py
   python prepare_data.py --text corpus.jsonl.xz
   python prepare_data.py --quick
+  python prepare_data.py --tokenizer MODEL    with the tokenizer of another
+                                      model (add_memory.py --to MODEL), a
+                                      folder or a name on the hub, which goes
+                                      into data/tokenizer; its BOS stands for
+                                      <|endoftext|>; uint32 where it has more
+                                      than 65,536 tokens
   python prepare_data.py --planted    data/planted.bin beside the others: text
                                       that asks for facts planted in it
 """
@@ -60,8 +66,9 @@ from tqdm.auto import tqdm
 
 from stages import (
     EOT, TOKENIZER_SHA256, StageError, characters_per_token, command,
-    default_root, documents, load_split, load_tokenizer, lock, one_line,
-    parser_of, run_stage, seal, sha256, write_atomic, write_json,
+    default_root, documents, encoded, load_split, load_tokenizer, lock,
+    one_line, parser_of, read_json, run_stage, seal, settled, sha256,
+    spaced_words, write_atomic, write_json, write_manifest,
 )
 
 
@@ -583,16 +590,16 @@ def batches(rows, most):
         yield batch
 
 
-def encode(batch, backend, most):
+def encode(batch, backend, most, eot):
     """What `tokenized` gives for each document, as a list for a batch of them."""
     # the cut at so many bytes may be inside a character
     texts = [data.decode(errors="ignore") for data, _ in batch if data]
     encodings = iter(backend.encode_batch_fast(texts, add_special_tokens=False))
-    encoded = []
+    found = []
     for data, reason in batch:
-        ids = np.array([EOT, *next(encodings).ids[:most]], np.int32) if data else None
-        encoded.append((ids, reason))
-    return encoded
+        ids = np.array([eot, *next(encodings).ids[:most]], np.int32) if data else None
+        found.append((ids, reason))
+    return found
 
 
 def tokenized(rows, tokenizer, settings):
@@ -615,21 +622,26 @@ def tokenized(rows, tokenizer, settings):
     pending = deque()
     with ThreadPoolExecutor(cores) as pool:
         for batch in batches(rows, TOKEN_BYTES * most):
-            pending.append(pool.submit(encode, batch, backend, most))
+            pending.append(pool.submit(encode, batch, backend, most, tokenizer.pad_token_id))
             if len(pending) > 2 * cores:
                 yield from pending.popleft().result()
         while pending:
             yield from pending.popleft().result()
 
 
-def windows_of(ids, window, stride):
-    """Cut one document, (n,) ids, into rows: (windows, window) uint16.
+def type_of_rows(tokenizer):
+    """The type of a .bin: uint16, where it holds every token."""
+    return np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
 
-    The first id is <|endoftext|>. Each row after the first brings at least
+
+def windows_of(ids, window, stride, dtype=np.uint16):
+    """Cut one document, (n,) ids, into rows: (windows, window) of dtype.
+
+    The first id is <|endoftext|>, or what stands for it. Each row after the first brings at least
     one new token; the last one is padded.
     """
     count = 1 + max(0, -(-(len(ids) - window) // stride))   # rounded up
-    padded = np.full((count - 1) * stride + window, EOT, np.uint16)
+    padded = np.full((count - 1) * stride + window, ids[0], dtype)
     padded[:len(ids)] = ids
     return np.lib.stride_tricks.sliding_window_view(padded, window)[::stride]
 
@@ -656,8 +668,9 @@ class SplitWriter:
     It is gone with the stack unless it is renamed.
     """
 
-    def __init__(self, path, settings, stack):
+    def __init__(self, path, settings, stack, dtype):
         self.path = path
+        self.dtype = dtype
         self.aside = path.with_name(f".{path.name}.tmp")
         self.settings = settings
         self.file = stack.enter_context(open(self.aside, "wb"))
@@ -667,7 +680,7 @@ class SplitWriter:
 
     def write(self, ids, characters):
         """Append one document, (n,) ids; `characters` has each token's count."""
-        rows = windows_of(ids, self.settings.window, self.settings.stride)
+        rows = windows_of(ids, self.settings.window, self.settings.stride, self.dtype)
         data = rows.tobytes()
         self.file.write(data)
         self.hash.update(data)
@@ -724,15 +737,15 @@ def write_splits(rows, writers, tokenizer, settings):
     names = split_names(settings)
     kept = Kept()
     bar = tqdm(total=settings.documents, unit=" documents", disable=None, mininterval=0.5)
-    with bar, contextlib.closing(tokenized(rows, tokenizer, settings)) as encoded:
-        for ids, reason in encoded:
+    with bar, contextlib.closing(tokenized(rows, tokenizer, settings)) as found:
+        for ids, reason in found:
             ids = kept.take(ids, reason, settings.max_doc_tokens)
             if ids is None:
                 continue
-            if ids.max() > EOT:
+            if ids.max() >= len(tokenizer):
                 raise StageError(
-                    f"the tokenizer gave token {ids.max()}, GPT-2's vocabulary ends at {EOT}; get GPT-2's with "
-                    "python download_models.py, then run prepare_data.py again")
+                    f"the tokenizer gave token {ids.max()}, its vocabulary ends at {len(tokenizer) - 1}; get GPT-2's "
+                    "with python download_models.py, then run prepare_data.py again")
             writers[next(names)].write(ids, characters)
             bar.update()
             if len(kept.seen) == settings.documents:
@@ -744,8 +757,8 @@ def write_splits(rows, writers, tokenizer, settings):
     return kept
 
 
-def meta_of(source, fingerprint, quick, settings, kept, splits):
-    """What meta.json says."""
+def meta_of(source, fingerprint, quick, settings, kept, splits, tokenizer, hashes):
+    """What meta.json says; `hashes` of the tokenizer's files."""
     count = len(kept.seen)
     read = count + sum(kept.skipped.values())
     libraries = ("datasets", "numpy", "tokenizers", "transformers")
@@ -755,8 +768,8 @@ def meta_of(source, fingerprint, quick, settings, kept, splits):
         "fingerprint": fingerprint,
         "quick": quick,
         "versions": {name: version(name) for name in libraries},
-        "tokenizer_sha256": TOKENIZER_SHA256,
-        "vocab_size": EOT + 1,
+        "tokenizer_sha256": hashes,
+        "vocab_size": len(tokenizer),
         "window": settings.window,
         "stride": settings.stride,
         "max_doc_tokens": settings.max_doc_tokens,
@@ -766,7 +779,34 @@ def meta_of(source, fingerprint, quick, settings, kept, splits):
         "truncated": kept.truncated,
         "splits": splits,
     }
+    if hashes != TOKENIZER_SHA256:
+        meta |= {"eot": tokenizer.pad_token_id, "dtype": type_of_rows(tokenizer).name}
     return {**meta, "sha256": seal(meta)}
+
+
+def fetch_tokenizer(model, root, quick):
+    """Put the tokenizer of a model, a folder or a name on the hub, into ROOT/data/tokenizer.
+
+    Raises StageError where it cannot be had or used, or another one is there.
+    """
+    from transformers import AutoTokenizer
+
+    again = command("prepare_data.py --tokenizer MODEL", root, quick)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except Exception as error:                          # a dozen unrelated classes
+        raise StageError(f"{model} has no tokenizer that transformers could load ({one_line(error)}); give a folder "
+                         f"or a name on the hub: {again}") from None
+    folder = root / "data" / "tokenizer"
+    there = folder.exists() and any(folder.iterdir())
+    if there and not (folder / "manifest.json").exists():
+        raise StageError(f"{folder} holds the tokenizer of this project's own models; keep another one's data apart: "
+                         + command(f"prepare_data.py --tokenizer {model}", "DIR", quick))
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.iterdir():
+        path.unlink()
+    settled(tokenizer, model, again).save_pretrained(folder)
+    write_manifest(folder, model=str(model))
 
 
 def prepare(root, text, quick, name=None):
@@ -782,13 +822,16 @@ def prepare(root, text, quick, name=None):
         lock(lock_file, f"another prepare_data.py is writing into {folder}; let it end first")
         writers = {}
         for split in ("train", "val"):
-            writers[split] = SplitWriter(folder / f"{split}.bin", settings, stack)
+            writers[split] = SplitWriter(folder / f"{split}.bin", settings, stack, type_of_rows(tokenizer))
         rows, source, fingerprint = open_source(text, quick, settings)
         source = printable(name or source)
         print(f"source: {source}", flush=True)
         kept = write_splits(rows, writers, tokenizer, settings)
         splits = {split: writer.finish() for split, writer in writers.items()}
-        meta = meta_of(source, fingerprint, quick, settings, kept, splits)
+        own, hashes = folder / "tokenizer" / "manifest.json", TOKENIZER_SHA256
+        if own.exists():
+            hashes = read_json(own, "prepare_data.py --tokenizer MODEL")["files"]
+        meta = meta_of(source, fingerprint, quick, settings, kept, splits, tokenizer, hashes)
         # without meta.json no stage takes a .bin: it goes first and comes last,
         # and never stands beside other ones
         (folder / "meta.json").unlink(missing_ok=True)
@@ -812,11 +855,7 @@ def planted_words(tokenizer):
 
     eval.py asks about words in lower case, so none of these.
     """
-    chosen = []
-    for word, index in tokenizer.get_vocab().items():
-        letters = word[1:]
-        if word[0] == "Ġ" and len(letters) > 3 and letters.isascii() and letters.isalpha() and letters.istitle():
-            chosen.append(index)
+    chosen = [index for word, index in spaced_words(tokenizer) if len(word) > 3 and word.istitle()]
     return np.array(sorted(chosen))
 
 
@@ -829,7 +868,7 @@ def written(tokenizer, form, first, second):
         elif part == "{1}":
             ids.append(second)
         else:
-            ids += tokenizer.encode(part.rstrip(" "))       # the space before a word is in its token
+            ids += encoded(tokenizer, part.rstrip(" "))     # the space before a word is in its token
     return ids
 
 
@@ -863,7 +902,7 @@ def planted_document(texts, words, tokenizer, hops, length, draw):
         real = np.concatenate((real, real))
     early = scattered(real[:room // 2], facts, draw)
     late = scattered(real[room // 2:room], asked, draw)
-    return np.concatenate(([EOT], early, late))
+    return np.concatenate(([tokenizer.pad_token_id], early, late))
 
 
 def plant(root, quick, settings):
@@ -873,7 +912,7 @@ def plant(root, quick, settings):
     one hop first, chains of up to MOST_HOPS last (the curriculum of MAG's relative).
     """
     rows, meta = load_split(root, "train", quick)
-    texts = [text for text in documents(rows) if len(text) > 1]
+    texts = [text for text in documents(rows, meta["eot"]) if len(text) > 1]
     tokenizer = load_tokenizer(root, quick)
     words = planted_words(tokenizer)
     draw = np.random.default_rng((settings.split_seed, 1))
@@ -882,7 +921,7 @@ def plant(root, quick, settings):
         most = 1 + MOST_HOPS * number // settings.planted_documents
         hops = int(draw.integers(1, most + 1))
         made.append(planted_document(texts, words, tokenizer, hops, settings.planted_tokens, draw))
-    bins = np.concatenate([windows_of(ids, settings.window, settings.stride) for ids in made])
+    bins = np.concatenate([windows_of(ids, settings.window, settings.stride, rows.dtype) for ids in made])
     path = root / "data" / "planted.bin"
     write_atomic(path, bins.tobytes())
     facts = {"documents": len(made), "sha256": sha256(path), "train_sha256": meta["splits"]["train"]["sha256"]}
@@ -894,8 +933,8 @@ def plant(root, quick, settings):
 
 def warn_of_short_documents(root, quick, settings):
     """Say where eval.py will find too few texts for its farthest questions."""
-    rows, _ = load_split(root, "val", quick)
-    lengths = [len(tokens) for tokens in documents(rows)]
+    rows, meta = load_split(root, "val", quick)
+    lengths = [len(tokens) for tokens in documents(rows, meta["eot"])]
     enough = sum(length >= settings.asked_tokens for length in lengths)
     if enough < settings.asked_documents:
         print(f"warning: {enough:,} of {len(lengths):,} validation documents have the {settings.asked_tokens:,} tokens "
@@ -923,6 +962,8 @@ def main(argv=None):
                         help="local documents instead of OpenWebText")
     source.add_argument("--planted", action="store_true",
                         help="from train.bin, documents with facts that are asked for: for train.py --planted")
+    parser.add_argument("--tokenizer", metavar="MODEL",
+                        help="a folder or a name on the hub: prepare for add_memory.py --to MODEL, with its tokenizer")
     parser.add_argument("--name", metavar="TEXT",
                         help="what to call these documents in results (default: their files)")
     flags = parser.parse_args(argv)
@@ -935,10 +976,14 @@ def main(argv=None):
         print(f"wrote {root}/data/planted.bin: {made['documents']:,} documents of {settings.planted_tokens:,} tokens; "
               f"next: " + command("train.py --baseline --chained --planted", root, flags.quick))
         return
+    following = "add_memory.py"
+    if flags.tokenizer:
+        fetch_tokenizer(flags.tokenizer, root, flags.quick)
+        following += f" --to {flags.tokenizer}"
     meta = prepare(root, flags.text, flags.quick, flags.name)
     report(meta, settings)
     warn_of_short_documents(root, flags.quick, settings)
-    print(f"{time.monotonic() - start:.1f} s; next: " + command("add_memory.py", root, flags.quick))
+    print(f"{time.monotonic() - start:.1f} s; next: " + command(following, root, flags.quick))
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ class Arm(NamedTuple):
     settings: dict = {}         # of the memory, where they are not its own (config.memory_settings)
     backbone: dict = {}         # of the config, where the backbone itself is changed: a control
     chained: dict = {}          # of the config, where some of its steps are chained
+    lora: int | None = None     # rank of LoRA matrices beside the backbone's: of a model that was trained already
     replay: float = 0.0         # share of each step's rows that is drawn again from rows seen before: a control
     control: bool = False       # no design of its own: left out of the comparison unless it is asked for
 
@@ -68,6 +69,11 @@ ARMS = {
     "with_store_reset": Arm("store", "store, reset at every row", dict(carry=False), control=True),
     "with_store_few": Arm("store", "store of 256, merging", dict(slots=256, merge_above=0.9), control=True),
     "with_store_replay": Arm("store", "store, a fifth replayed", replay=0.2, control=True),
+
+    # of a model that was trained already: what its own weights learn, beside what a memory does
+    "with_lora": Arm(None, "LoRA", lora=8, control=True),
+    "with_ltm_lora": Arm("ltm", "LTM and LoRA", chained=dict(ltm_exact_trust=0.0, ltm_crowding=0.0), lora=8,
+                         control=True),
 }
 SPECIFIED = ("baseline", "with_ltm")            # the experiment of ./run_all.sh; --memories trains all
 
@@ -89,14 +95,22 @@ def arm_folder(root, seed, name):
     return Path(root) / "trained" / (f"seed{seed}" if seed else "") / name
 
 
-def model_class(memory):
+def model_class(memory, hosted=False):
     """The class of a model with that memory: the one place where names become code.
 
     It lives in the file that a checkpoint has to carry: models.py alone for the specification's
-    arms, memories.py with it for the further ones.
+    arms, memories.py with it for the further ones and for all that stand on another model
+    (`hosted`).
     """
+    if hosted:
+        return importlib.import_module("memories").RevenaHosted
     home, name = ("models", "RevenaHybridTiny") if memory in (None, "ltm") else ("memories", "RevenaHybrid")
     return getattr(importlib.import_module(home), name)
+
+
+def is_hosted(model):
+    """Whether a model's backbone is another model that add_memory.py --to put the memory on."""
+    return getattr(model.config, "host", None) is not None
 
 
 # ------------------------------------------------------------ failures
@@ -341,12 +355,16 @@ def commit():
 # ------------------------------------------------------------ tokenizer and data
 
 def load_tokenizer(root, quick=False):
-    """GPT-2's tokenizer from `root`/data/tokenizer; raises StageError where a file is missing or
-    another one.
+    """The tokenizer in `root`/data/tokenizer, GPT-2's or that of another model; raises StageError
+    where a file is missing or another one.
     """
-    from transformers import GPT2TokenizerFast
+    from transformers import AutoTokenizer, GPT2TokenizerFast
 
     folder, again = Path(root) / "data" / "tokenizer", command("download_models.py", root, quick)
+    if (folder / "manifest.json").exists():
+        again = command("prepare_data.py --tokenizer MODEL", root, quick)
+        read_manifest(folder, again)
+        return settled(AutoTokenizer.from_pretrained(folder), folder, again)
     for name, expected in TOKENIZER_SHA256.items():
         if not (folder / name).is_file():
             raise StageError(f"{folder / name} is missing; get it with: {again}")
@@ -359,21 +377,66 @@ def load_tokenizer(root, quick=False):
     return tokenizer
 
 
+def settled(tokenizer, name, again):
+    """A model's own tokenizer, ready for this project: it pads, on the left, with what opens a
+    document; raises StageError where it cannot be used here.
+
+    What opens a document is what the model's texts begin with (BOS) or, where there is none, what
+    stands between them (Qwen pads with that) or ends them (GPT-2).
+    """
+    opening = next((token for token in (tokenizer.bos_token, tokenizer.pad_token, tokenizer.eos_token) if token), None)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or opening is None:
+        lack = "is not a fast one" if backend is None else "has no token that begins or ends a text"
+        raise StageError(f"the tokenizer of {name} {lack}, and cannot be used here; name another model: {again}")
+    tokenizer.pad_token, tokenizer.padding_side = opening, "left"
+    return tokenizer
+
+
+def byte_level(tokenizer):
+    """Whether its tokens are bytes, written as letters (GPT-2's way), and not text with "\u2581" for
+    a space (sentencepiece's).
+    """
+    return "\u0120" in "".join(tokenizer.convert_ids_to_tokens(tokenizer.encode("a b", add_special_tokens=False)))
+
+
+def encoded(tokenizer, text):
+    """Token ids of a text as it goes on from another one, without anything before or after."""
+    if byte_level(tokenizer):
+        return tokenizer.encode(text, add_special_tokens=False)
+    # sentencepiece may put a space before whatever comes first: here that is a line end
+    lead = tokenizer.encode("\n", add_special_tokens=False)
+    both = tokenizer.encode("\n" + text, add_special_tokens=False)
+    return both[len(lead):] if both[:len(lead)] == lead else tokenizer.encode(text, add_special_tokens=False)
+
+
+def spaced_words(tokenizer):
+    """[(word, its token)] of the tokens that are a space and ASCII letters, in the vocabulary's order."""
+    space = "\u0120" if byte_level(tokenizer) else "\u2581"
+    return [(token[1:], index) for token, index in tokenizer.get_vocab().items()
+            if token[:1] == space and token[1:].isascii() and token[1:].isalpha()]
+
+
 def characters_per_token(tokenizer):
     """Characters each token adds to a text: its bytes that are not UTF-8 continuation bytes.
     (vocab,) int64 array.
 
     Summed over a document's tokens this is len(text), also where one character is spread over two
-    tokens.
+    tokens. A sentencepiece tokenizer writes bytes as <0xE2>, and may put a space before a text
+    that has none: then what opens the document counts -1.
     """
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    letter_of_byte = bytes_to_unicode()
-    continuation = {letter_of_byte[byte] for byte in range(0x80, 0xC0)}
+    letter_of_byte, opening = bytes_to_unicode(), tokenizer.pad_token_id
+    letters = {letter_of_byte[byte] for byte in range(0x80, 0xC0)}
+    written = {f"<0x{byte:02X}>": int(not 0x80 <= byte < 0xC0) for byte in range(256)}
+    of_bytes = byte_level(tokenizer)
     counts = np.zeros(len(tokenizer), np.int64)
     for token, index in tokenizer.get_vocab().items():
-        counts[index] = sum(letter not in continuation for letter in token)
-    counts[EOT] = 0
+        counts[index] = (sum(letter not in letters for letter in token) if of_bytes
+                         else written.get(token, len(token)))
+    counts[list({opening, *tokenizer.all_special_ids})] = 0
+    counts[opening] = 1 - counts[tokenizer.encode("a", add_special_tokens=False)].sum()
     return counts
 
 
@@ -393,44 +456,47 @@ def read_meta(root, again):
         usable = False
     if not usable:
         raise StageError(f"{path} is of another version of prepare_data.py; make it again with: {again}")
-    if meta.get("tokenizer_sha256") != TOKENIZER_SHA256:
+    own = Path(root) / "data" / "tokenizer" / "manifest.json"
+    wanted = read_json(own, again)["files"] if own.exists() else TOKENIZER_SHA256
+    if meta.get("tokenizer_sha256") != wanted:
         raise StageError(f"{path} names another tokenizer; make it again with: {again}")
-    return meta
+    return {"eot": EOT, "vocab_size": EOT + 1, "dtype": "uint16", **meta}
 
 
 def load_split(root, split, quick=False):
-    """The windows of one split, verified against meta.json: ((rows, 128) uint16 memmap, meta dict).
+    """The windows of one split, verified against meta.json: ((rows, 128) uint16 memmap, meta dict);
+    uint32 where the tokenizer has more than 65,536 tokens.
 
     Raises StageError where a file is missing, cut short, changed, or holds a token beyond the vocabulary.
     """
     again = command("prepare_data.py", root, quick)
     meta = read_meta(root, again)
     path = Path(root) / "data" / f"{split}.bin"
-    expected, window = meta["splits"][split], meta["window"]
+    expected, window, dtype = meta["splits"][split], meta["window"], np.dtype(meta["dtype"])
     if not path.is_file():
         raise StageError(f"{path} is missing; make it with: {again}")
-    if path.stat().st_size != expected["bytes"] or expected["bytes"] % (2 * window):
+    if path.stat().st_size != expected["bytes"] or expected["bytes"] % (dtype.itemsize * window):
         raise StageError(f"{path} has {path.stat().st_size} bytes, meta.json says {expected['bytes']}; "
                          f"make it again with: {again}")
     if sha256(path) != expected["sha256"]:
         raise StageError(f"{path} is not the file meta.json describes (its hash differs); make it again with: {again}")
-    rows = np.memmap(path, np.uint16, mode="r").reshape(-1, window)
-    if rows.max() > EOT:
-        raise StageError(f"{path} holds token {rows.max()}, the vocabulary ends at {EOT}; make it again with: {again}")
+    rows, last = np.memmap(path, dtype, mode="r").reshape(-1, window), meta["vocab_size"] - 1
+    if rows.max() > last:
+        raise StageError(f"{path} holds token {rows.max()}, the vocabulary ends at {last}; make it again with: {again}")
     return rows, meta
 
 
-def documents(rows):
+def documents(rows, eot=EOT):
     """The documents that the rows of a .bin were cut from: list of int64 arrays, each opened by
-    EOT.
+    `eot`.
     """
-    starts = np.flatnonzero(rows[:, 0] == EOT)
+    starts = np.flatnonzero(rows[:, 0] == eot)
     stride = rows.shape[1] // 2
     found = []
     for first, last in zip(starts, [*starts[1:], len(rows)]):
         fresh = rows[first + 1:last, stride:]
         tokens = np.concatenate([rows[first], *fresh]).astype(np.int64)
-        end = np.flatnonzero(tokens != EOT).max(initial=0) + 1
+        end = np.flatnonzero(tokens != eot).max(initial=0) + 1
         found.append(tokens[:end])
     return found
 
@@ -470,10 +536,12 @@ def load_model(folder, device="cpu", made_by="python add_memory.py", weights=Non
     except Exception as error:                      # safetensors raises its own type, and OSError for some damage
         raise StageError(f"{path} is not a whole safetensors file ({error}); make it again with: {made_by}") from None
     try:
-        config = RevenaConfig.from_dict(settings)
-        model = model_class(config.memory)(config)
+        hosted = "host" in settings
+        kind = model_class(settings.get("memory", "ltm"), hosted)
+        config = (kind.config_class if hosted else RevenaConfig).from_dict(settings)
+        model = kind(config)
         model.load_state_dict(tensors)
-    except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError) as error:
+    except (ImportError, RuntimeError, TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError) as error:
         raise StageError(f"{folder}: config.json and model.safetensors do not fit ({one_line(error)}); "
                          f"make it again with: {made_by}") from None
     return model.to(device).eval()
@@ -509,7 +577,8 @@ def lower_precision(model):
     if on_cuda and torch.cuda.is_bf16_supported(including_emulation=False):
         for name, weight in weights.items():
             part = name.partition(".")[0]
-            if weight.dim() > 1 and (part == "backbone" or model.config.memory_enabled):
+            vector = weight.dim() < 2 and (part != "backbone" or not is_hosted(model))     # a host has one type
+            if not vector and (part == "backbone" or model.config.memory_enabled):
                 weight.data = weight.data.bfloat16()
     return model
 

@@ -9,6 +9,7 @@ writes  trained/baseline/, trained/with_ltm/, ..   the newest weights as a Huggi
     python train.py --with-ltm              STM and LTM
     python train.py --with-ltm --resume     go on where it was stopped: the same bits as without the stop
     python train.py --with-gru --chained    rows of a document one after the other, state carried from row to row
+    python train.py --with-ltm --train-backbone     of a model that add_memory.py --to put it on: all learns
     python train.py --baseline --quick      the small model under quick/, on any CPU
     torchrun --nproc_per_node=2 train.py --baseline     the same batch, shared by two processes
 
@@ -42,9 +43,9 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from stages import (ARMS, EOT, StageError, Wandb, arm_flag, arm_folder, command, compiled, default_root, device_name,
-                    follow_umask, fsync, has_compiler, init_name, load_model, load_split, load_tokenizer, lock,
-                    lower_precision, one_line, parser_of, pick_device, read_json, read_manifest, run_stage, save_model,
-                    seed_number, sha256, write_atomic, write_json, write_manifest)
+                    follow_umask, fsync, has_compiler, init_name, is_hosted, load_model, load_split, load_tokenizer,
+                    lock, lower_precision, one_line, parser_of, pick_device, read_json, read_manifest, run_stage,
+                    save_model, seed_number, sha256, write_atomic, write_json, write_manifest)
 
 
 @dataclass(frozen=True)
@@ -125,9 +126,9 @@ def chained_order(starts, count, need, lane, seed):
     return rows, opens
 
 
-def plan_rows(rows, steps, settings, seed, share=0.0):
+def plan_rows(rows, steps, settings, seed, share=0.0, eot=EOT):
     """The Plan of a training on `rows` (N, 128): isolated rows first, the last `share` of the steps
-    chained.
+    chained. `eot` opens a document.
     """
     batch = settings.batch
     chained_from = steps - round(share * steps)
@@ -135,7 +136,7 @@ def plan_rows(rows, steps, settings, seed, share=0.0):
     if batch % lane:
         raise StageError(f"a batch of {batch} rows is not made of lanes of {lane}; set batch at the top of "
                          f"train.py to a multiple of lane, or lane to {batch}")
-    starts = np.flatnonzero(rows[:, 0] == EOT)
+    starts = np.flatnonzero(rows[:, 0] == eot)
     order = isolated_order(len(rows), chained_from * batch, seed)
     opens = np.ones(steps * batch, bool)
     if chained_from < steps:
@@ -185,17 +186,17 @@ def with_planted(plan, first, lane, share, seed):
     return Plan(rows, opens, plan.chained_from)
 
 
-def targets_of(tokens, opens=None):
-    """The next token of each of tokens (N, C), EOT where there is none; in a lane a row's last one
+def targets_of(tokens, opens=None, eot=EOT):
+    """The next token of each of tokens (N, C), `eot` where there is none; in a lane a row's last one
     is that with which the next row of its run begins.
     """
-    targets = F.pad(tokens[:, 1:], (0, 1), value=EOT)
+    targets = F.pad(tokens[:, 1:], (0, 1), value=eot)
     if opens is None:
         return targets
     first = tokens[:, 0].view_as(opens)                                 # (L, R)
     goes_on = F.pad(~opens[:, 1:], (0, 1))
-    following = F.pad(first[:, 1:], (0, 1), value=EOT)
-    last = torch.where(goes_on, following, EOT).view(-1, 1)
+    following = F.pad(first[:, 1:], (0, 1), value=eot)
+    last = torch.where(goes_on, following, eot).view(-1, 1)
     return torch.cat((targets[:, :-1], last), dim=1)
 
 
@@ -274,7 +275,8 @@ class Training:
     """The state of a run on one device, and its step.
 
     Args:
-        model: a RevenaHybridTiny on `device`, float32; `lower_precision` is applied here.
+        model: a RevenaHybridTiny on `device`, float32; `lower_precision` is applied here. What of it needs no gradient
+            stays as it is.
         rows: (N, 128) uint16 array. plan: which of them each step sees.
     """
 
@@ -284,6 +286,10 @@ class Training:
         originals = {name: p.detach().clone() for name, p in model.named_parameters()}  # float32
         self.model = lower_precision(model).train()
         self.watched = tuple(model.active.watched)
+        self.eot = model.config.pad_token_id
+        self.still = {name: originals[name] for name, p in model.named_parameters() if not p.requires_grad}
+        # the embedding's gradient is put together by hand, where it is the output matrix too and learns
+        self.looks_up = not is_hosted(model) and model.backbone.embed.weight.requires_grad
         self.groups = [self.group("backbone.", originals)]
         if model.config.memory_enabled:
             self.groups.append(self.group("memory.", originals, model.memory))
@@ -302,10 +308,10 @@ class Training:
         self.graphs = {}                                                # {chained: CUDA graph}
 
     def group(self, prefix, originals, memory=None):
-        """The Group of all parameters whose name begins with `prefix`, its masters as they were in
-        float32.
+        """The Group of all parameters that learn and whose name begins with `prefix`, its masters as
+        they were in float32.
         """
-        named = {name: p for name, p in self.model.named_parameters() if name.startswith(prefix)}
+        named = {name: p for name, p in self.model.named_parameters() if name.startswith(prefix) and p.requires_grad}
         group = Group(named, self.settings, memory)
         for name, master in zip(group.names, group.masters):
             master.copy_(originals[name])
@@ -324,7 +330,7 @@ class Training:
     def _objective(self, tokens, embedded, targets, opens, targets_in_batch):
         """-objective summed over this process's rows / targets in the whole batch; that and the statistics' sums."""
         scores = self.model.score(tokens, targets, opens, embedded)
-        real = targets != EOT
+        real = targets != self.eot
 
         def total(x):
             return torch.where(real, x, 0.0).sum()
@@ -346,7 +352,7 @@ class Training:
         """(tokens, targets, opens) of the next step's rows; opens is None where they are isolated."""
         tokens = self.rows[self.order.index_select(0, self.at)[0]].long()
         opens = self.opens.index_select(0, self.at)[0] if self.chained else None
-        return tokens, targets_of(tokens, opens), opens
+        return tokens, targets_of(tokens, opens, self.eot), opens
 
     def gradients(self, tokens, targets, opens, targets_in_batch):
         """(gradients of all parameters, sums) of this process's share of the batch: some of its
@@ -357,10 +363,14 @@ class Training:
             opens = opens.tensor_split(self.world)[self.rank]
         tokens, targets = (x.tensor_split(self.world)[self.rank] for x in (tokens, targets))
         tokens, targets = (x.reshape(-1, x.size(-1)) for x in (tokens, targets))
+        parameters = [p for group in self.groups for p in group.parameters]
+        if not self.looks_up:
+            loss, sums = self.objective(tokens, None, targets, opens, targets_in_batch)
+            # of a host, not every parameter need have a hand in it
+            return torch.autograd.grad(loss, parameters, materialize_grads=True) if parameters else (), sums
         embed = self.model.backbone.embed.weight
         embedded = F.embedding(tokens, embed.detach()).requires_grad_()
         loss, sums = self.objective(tokens, embedded, targets, opens, targets_in_batch)
-        parameters = [p for group in self.groups for p in group.parameters]
         *gradients, looked_up = torch.autograd.grad(loss, [*parameters, embedded])
 
         # the embedding is also the output matrix, whose gradient is whole; the look-up adds to
@@ -376,14 +386,15 @@ class Training:
     def step(self):
         """One optimizer step, without a word to the host."""
         tokens, targets, opens = self.batch()
-        targets_in_batch = (targets != EOT).sum().clamp(min=1)
+        targets_in_batch = (targets != self.eot).sum().clamp(min=1)
         gradients, sums = self.gradients(tokens, targets, opens, targets_in_batch)
         if self.world > 1:
             for tensor in (*gradients, sums):
                 dist.all_reduce(tensor)
 
         sizes = [len(group.parameters) for group in self.groups]
-        norms = [part.norm() for part in norms_of(gradients).split(sizes)]
+        every = norms_of(gradients) if gradients else self.rates[:0]    # a model that stays as it is has none
+        norms = [part.norm() for part in every.split(sizes)]
         loss, nats, stored, bits, hits, *watched = sums                 # of all processes
         memory_norm = norms[1] if len(norms) > 1 else norms[0] * 0
         row = torch.stack((nats / targets_in_batch, stored / targets_in_batch, bits / stored.clamp(min=1),
@@ -440,7 +451,7 @@ class Training:
             return "plain PyTorch step, shared by several processes"
         torch.set_float32_matmul_precision("high")      # TF32: what a memory keeps in float32 is multiplied no slower
         how = "captured as one CUDA graph, not compiled (that takes Triton, a C compiler and Python's headers)"
-        if has_compiler(self.device):
+        if has_compiler(self.device) and not is_hosted(self.model):     # a host's code is its own
             how = "compiled and captured as one CUDA graph"
             self.objective = compiled(self._objective, dynamic=False)
             self.update = compiled(adamw)
@@ -476,7 +487,7 @@ class Training:
         masters = {name: p for group in self.groups for name, p in zip(group.names, group.masters)}
         tensors = {}
         for name, x in self.model.state_dict().items():
-            x = masters.get(name, x).detach()
+            x = masters.get(name, self.still.get(name, x)).detach()
             tensors[name] = x.float().cpu() if x.is_floating_point() else x.cpu()
         return tensors
 
@@ -647,7 +658,7 @@ class Run:
         known = self.manifest().get("weights", {})
         now = sha256(model) if model.exists() else None
         new = {theirs["files"]["model.safetensors"]: theirs["step"]}
-        if now in new and now in known:
+        if now in new and known.get(now) == new[now]:    # equal weights of another step: nothing of them learns
             return
         old = {now: known[now]} if now in known else {}
         try:
@@ -800,7 +811,7 @@ license: mit
 ---
 # RevenaHybridTiny: {arm}
 
-A GPT of {parameters:,} parameters with a sliding attention window of 128 tokens (STM), and: {label}.
+{what} of {parameters:,} parameters, {learnt:,} of them trained here, and: {label}.
 The weights of step {step:,} of {steps:,}.
 
 | | |
@@ -1048,12 +1059,31 @@ class Job:
         self.planted_data = None
         if self.planted:
             self.plant(command("prepare_data.py --planted", self.root, args.quick))
-        start = read_manifest(init, made_by)["files"]
+        manifest = read_manifest(init, made_by)
+        start, self.host = manifest["files"], manifest.get("to")
         self.model = load_model(init, made_by=made_by)
         self.model.config.memory_enabled = self.about.memory is not None
+        self.train_backbone = args.train_backbone
+        if self.host:
+            self.hold_still()
+        elif self.train_backbone:
+            raise StageError(f"{init} was trained by nobody yet, so that its backbone learns in any case; leave "
+                             f"--train-backbone out, or start from a model: "
+                             + command(f"{script} --to MODEL", self.root, args.quick))
         if self.chained:
             self.model.config.update(self.about.chained)
         self.facts = self.all_facts(start)
+
+    def hold_still(self):
+        """Let what was trained already stay as it is: but for LoRA's matrices, or where
+        --train-backbone asks for it.
+        """
+        if self.model.config.pad_token_id != self.meta["eot"]:
+            raise StageError(f"the documents in {self.root}/data are not opened by token "
+                             f"{self.model.config.pad_token_id}, as {self.host}'s are; prepare them with its own: "
+                             + command(f"prepare_data.py --tokenizer {self.host}", self.root, self.meta["quick"]))
+        for name, weight in self.model.backbone.named_parameters():
+            weight.requires_grad_(self.train_backbone or "lora_" in name)
 
     def plant(self, made_by):
         """Put the rows of data/planted.bin behind the others; raises StageError where they are of
@@ -1064,15 +1094,16 @@ class Job:
         ours = self.meta["splits"]["train"]["sha256"]
         if about.get("train_sha256") != ours or not path.is_file() or sha256(path) != about.get("sha256"):
             raise StageError(f"{path} is missing, damaged or of other data than train.bin; make it with: {made_by}")
-        planted = np.fromfile(path, np.uint16).reshape(-1, self.rows.shape[1])
+        planted = np.fromfile(path, self.rows.dtype).reshape(-1, self.rows.shape[1])
         self.rows = np.concatenate((self.rows, planted))
-        self.first_planted = real + np.flatnonzero(planted[:, 0] == EOT)
+        self.first_planted = real + np.flatnonzero(planted[:, 0] == self.meta["eot"])
         self.real_rows, self.planted_data = real, about["sha256"]
 
     def all_facts(self, start):
         """{name: value} of all that the outcome follows from."""
         s, about = self.settings, self.about
-        return dict(arm=self.arm, memory=about.memory, memory_settings=about.settings, backbone=about.backbone,
+        of_host = dict(to=self.host, lora=about.lora, train_backbone=self.train_backbone) if self.host else {}
+        return dict(of_host, arm=self.arm, memory=about.memory, memory_settings=about.settings, backbone=about.backbone,
                     config=about.chained if self.chained else {}, replay=about.replay, seed=self.seed, steps=self.steps,
                     chained=self.chained, planted=self.planted, batch=s.batch,
                     lane=s.lane, lr=s.lr, min_lr=s.min_lr, warmup=s.warmup, betas=[s.beta1, s.beta2], eps=s.eps,
@@ -1085,7 +1116,7 @@ class Job:
         its batches.
         """
         real = self.rows[:self.real_rows] if self.planted else self.rows
-        plan = plan_rows(real, self.steps, self.settings, self.seed, self.chained)
+        plan = plan_rows(real, self.steps, self.settings, self.seed, self.chained, self.meta["eot"])
         if self.planted:
             plan = with_planted(plan, self.first_planted, self.settings.lane, self.planted, self.seed)
         lanes = plan.opens.size(1)
@@ -1098,9 +1129,12 @@ class Job:
     def card(self, training, folder, loss):
         """README.md of the checkpoint."""
         parameters = sum(p.numel() for p in self.model.parameters())
+        learnt = sum(p.numel() for group in training.groups for p in group.parameters)
+        what = f"A memory on {self.host}" if self.host else "A GPT with a sliding attention window of 128 tokens (STM)"
         data = self.meta["splits"]["train"]
         return CARD.format(arm=self.arm, label=self.about.label, step=training.done, steps=self.steps, loss=loss,
-                           parameters=parameters, source=self.meta["source"], seed=self.seed, lr=self.settings.lr,
+                           what=what, parameters=parameters, learnt=learnt, source=self.meta["source"],
+                           seed=self.seed, lr=self.settings.lr,
                            batch=self.settings.batch, chained=self.chained, documents=data["documents"],
                            tokens=data["tokens"], torch=torch.__version__, folder=folder,
                            device=device_name(training.device.type))
@@ -1120,6 +1154,8 @@ def parse(argv=None):
     parser.add_argument("--planted", type=float, nargs="?", const=0.25, default=0.0, metavar="SHARE",
                         help="of the chained lanes, a share that asks for facts planted in it (0.25; see "
                              "prepare_data.py)")
+    parser.add_argument("--train-backbone", action="store_true",
+                        help="of a model that add_memory.py --to started from: its own weights learn, too")
     parser.add_argument("--steps", type=int, metavar="N", help=f"optimizer steps (default {FULL.steps:,})")
     parser.add_argument("--seed", type=seed_number, default=0, metavar="S", help="of weights and data (default 0)")
     args = parser.parse_args(argv)

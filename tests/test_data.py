@@ -452,8 +452,8 @@ def test_a_token_beyond_the_vocabulary_stops_it(make_root, write_jsonl, stage, m
             return [type("Encoding", (), {"ids": [1, 70_000, 2]})] * len(texts)
     root = make_root()
     real = load_tokenizer(root)
-    fake = type("Tokenizer", (), {"backend_tokenizer": Backend(), "get_vocab": real.get_vocab,
-                                  "__len__": lambda self: len(real)})()
+    fake = type("Tokenizer", (), {"backend_tokenizer": Backend(), "__len__": lambda self: len(real),
+                                  "__getattr__": lambda self, name: getattr(real, name)})()
     monkeypatch.setattr(prepare_data, "load_tokenizer", lambda *_: fake)
     code, _, err = stage(prepare_data.main, "--root", root, "--text", write_jsonl(plain(12)))
     assert code == 1 and "token 70000" in err and "50256" in err and not artefacts(root)

@@ -676,8 +676,9 @@ def test_a_batch_that_lanes_do_not_fill(root, here, monkeypatch):
     monkeypatch.setattr(train, "FULL", dataclasses.replace(SETTINGS, batch=3, steps=2))
     assert refused(here(root, "--baseline", "--chained"), "a batch of 3 rows", "lanes of 2")
     assert here(root, "--baseline")[0] == 0
-    job = types.SimpleNamespace(rows=load_split(root, "train")[0], steps=4, settings=SETTINGS, seed=0, chained=0.5,
-                                planted=0.0, about=stages.ARMS["baseline"])
+    rows, meta = load_split(root, "train")
+    job = types.SimpleNamespace(rows=rows, meta=meta, steps=4, settings=SETTINGS, seed=0, chained=0.5, planted=0.0,
+                                about=stages.ARMS["baseline"])
     with pytest.raises(StageError, match="1 chained lane cannot be shared by 2 processes"):
         train.Job.plan(job, world=2)
 
