@@ -1657,6 +1657,10 @@ class RevenaHosted(RevenaHybrid):
     def new_cache(self, batch_size=1):
         return HostedCache(self, batch_size)
 
+    def all_logits(self, h):
+        head, embed = self.backbone.head, self.backbone.embed
+        return F.linear(h, embed.weight) if head is None else head(h)
+
     def embed_detached(self, tokens):
         return F.embedding(tokens, self.backbone.embed.weight).detach()
 
