@@ -1,14 +1,21 @@
 """Answer the question: bits per character and long-range recall of every arm, on the same text and
 questions.
 
-reads   data/val.bin, data/meta.json
+reads   data/val.bin, data/meta.json; with --on NAME data/NAME.bin, data/NAME.json
         trained/baseline/, trained/with_ltm/, .. (and trained/seedN/ where there are more)
 writes  trained/<arm>/evaluation.safetensors   what was measured of an arm, and of which weights, code and data
         results.json                           the tables, assembled from these files alone
 
-    python eval.py                  what the README reports
-    python eval.py --controls       the same, and what the gain depends on (first seed)
+    python eval.py --report         what the README reports: three quarters of the validation documents
+    python eval.py                  the fourth quarter: on it anything may be chosen, nothing is reported
+    python eval.py --on NAME        documents of your own (prepare_data.py --into NAME): results_on_NAME.json
+    python eval.py --controls       also what the gain depends on (first seed)
     python eval.py --quick          the small models under quick/
+
+Every fourth document of val.bin is the choosing part. Settings are searched on it alone; its words
+and formats of facts are never those of the reported part. Each part has files of its own
+(evaluation_choosing.safetensors; evaluation_on_NAME.safetensors), so that neither replaces the
+other; results.json says which part it is of, and the hash of all settings.
 
 An arm is measured once: again only where its weights, the code, the data or the settings below
 have changed since. So arms may be trained and measured on different days and machines: bring an
@@ -17,7 +24,8 @@ arm's manifest.json and evaluation.safetensors here, and its weights may stay wh
 bpc                 bits of all validation tokens / their characters; whole documents, memory empty
                     at each start
 long_range_recall   8 facts planted in real text, one asked for 160 to 384 tokens later, beyond the
-                    128-token window: how often the right value is the likeliest of the 8 (chance 1/8)
+                    128-token window: how often the right value is the likeliest of the 8 (chance 1/8);
+                    verbatim: the question repeats the fact's words (detail.indirect: where it does not)
 memory_hit_rate     share of predictions that the memory had a hand in: its `hit_means` says how
 tokens_per_sec      scoring those documents; the same model with its memory off is timed in turn
 """
@@ -48,15 +56,25 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from models import EOT, GPT, Address, Final, LongTermMemory, Memory, Reading, mix
 from stages import (ARMS, PROJECT, SPECIFIED, StageError, arm_flag, arm_folder, characters_per_token,
                     command, commit, compiled, default_root, device_name, documents, has_compiler,
-                    load_model, load_split, load_tokenizer, lower_precision, parser_of, pick_device,
-                    read_json, read_manifest, run_stage, seal, sha256, write_atomic, write_json)
+                    load_model, load_own, load_split, load_tokenizer, lower_precision, own_name,
+                    parser_of, pick_device, read_json, read_manifest, read_meta, run_stage, seal, sha256,
+                    write_atomic, write_json)
 
-CHAIN = " From", " one comes to"                        # how the end of a chain of facts is asked for
 FORMATS = {                     # how a fact is written; the question stops before the value
     "pair": (" {key}", " {value}", "."),
     "colon": (" {key}:", " {value}", "."),
     "sentence": (" The code of {key} is", " {value}", "."),
+    # of the reported part: nothing was chosen on these
+    "bare": (" {key}", " {value}", ";"),
+    "dash": (" {key} -", " {value}", ";"),
+    "log": (" In my log {key} is", " {value}", ";"),
 }
+WHOLE, CHOOSING, REPORTED = "all", "choosing", "reported"
+CHAINS = {                      # how the end of a chain of facts is asked for
+    CHOOSING: (" From", " one comes to"),
+    REPORTED: (" Starting at", " we end up at"),
+}
+FOURTH = 4                      # every fourth document is of the choosing part
 
 
 @dataclass(frozen=True)
@@ -67,7 +85,9 @@ class Settings:
     lane: int = 16              # rows of a lane of them: the longest document
     facts: int = 8              # planted in a sequence; their values are the choices
     trials: int = 336           # questions per distance and format
-    forms: tuple = tuple(FORMATS)
+    forms: tuple = ("pair", "colon", "sentence")
+    forms_reported: tuple = ("bare", "dash", "log")     # in their place in the reported part
+    part: str = WHOLE           # of the documents and words; main says which
     # tokens from the value of a fact to the place to repeat it, and those beyond the window
     distances: tuple = (32, 64, 96, 160, 192, 256, 320, 384, 512, 1024)
     long_range: tuple = (160, 192, 256, 320, 384)
@@ -81,6 +101,8 @@ class Settings:
     hops: tuple = (1, 2, 3, 4)  # facts of a chain whose end is asked for, ..
     hop_tokens: int = 512       # .. in a text of so many tokens
     streamed: int = 64          # questions of each of these
+    indirect: tuple = (64, 160, 256, 384, 512)          # distances of questions that no string match answers
+    indirect_trials: int = 96   # of each, per format planted and format asked in
     together: int = 32          # texts at a time: each token has log p of the whole vocabulary
     repeats: int = 5            # timed passes, memory on and off in turn, over ..
     timed: int = 16             # .. so many packs
@@ -97,6 +119,11 @@ class Settings:
         later = "bootstrap", "control_trials", "fitted"
         return {name: value for name, value in jsonable(self).items() if name not in later}
 
+    def of_part(self, part):
+        """The same settings for a part of the documents: its formats in place of the others."""
+        forms = self.forms_reported if part == REPORTED else self.forms
+        return dataclasses.replace(self, part=part, forms=forms)
+
 
 def jsonable(settings):
     """Settings as a JSON file gives them back: {name: value}."""
@@ -105,7 +132,8 @@ def jsonable(settings):
 
 FULL = Settings()
 QUICK = Settings(pack=16, trials=8, distances=(64, 160, 256), long_range=(160, 256), distractors=(0, 64),
-                 dialogues=6, needles=(512,), hops=(1, 2), hop_tokens=256, streamed=6, timed=1, fitted=6)
+                 dialogues=6, needles=(512,), hops=(1, 2), hop_tokens=256, streamed=6, indirect=(160,),
+                 indirect_trials=1, timed=1, fitted=6)
 
 REFERENCE = "baseline"          # what every other arm is compared with
 SIGNIFICANT = 0.05
@@ -357,9 +385,11 @@ def form_of(tokenizer, name):
 
 
 def keys_and_values(tokenizer, settings):
-    """The words that facts are made of, two disjoint halves of single_words."""
+    """The words that facts are made of, two disjoint halves of single_words; of each the two
+    parts have every other word."""
     words = np.random.default_rng(settings.seed).permutation(single_words(tokenizer))
-    return words[:len(words) // 2], words[len(words) // 2:]
+    own = {WHOLE: slice(None), CHOOSING: slice(0, None, 2), REPORTED: slice(1, None, 2)}[settings.part]
+    return words[:len(words) // 2][own], words[len(words) // 2:][own]
 
 
 def scatter(text, facts, draw):
@@ -411,7 +441,7 @@ def questions(texts, tokenizer, name, distance, count, settings, extra=0):
     fit. Texts that are too short are passed over; there has to be one that is not.
     """
     draw = np.random.default_rng((settings.seed, list(FORMATS).index(name), distance, extra))
-    form, lead = form_of(tokenizer, name), settings.lead
+    form = form_of(tokenizer, name)
     keys, values = keys_and_values(tokenizer, settings)
     needed = text_needed(tokenizer, name, distance, extra, settings)
     long_enough = [text for text in texts if len(text) > needed]
@@ -422,16 +452,24 @@ def questions(texts, tokenizer, name, distance, count, settings, extra=0):
         facts = [form.fact(key, value) for key, value in zip(own_keys, own_values)]
         room = distance - 1 - len(form.closing) - form.asked    # between the fact and the question
         early, late, room = before_and_after(facts, room, draw, settings.facts)
-        text = long_enough[draw.integers(len(long_enough))][1:]
-        offset = draw.integers(0, len(text) - lead - room + 1)
-        real = text[offset:offset + lead + room]
-        head = np.concatenate(([EOT], scatter(real[:lead], early, draw)))
-        place = len(head) + form.asked
-        tail = scatter(real[lead:], late, draw)
-        tokens = np.concatenate((head, facts[0], tail, facts[0][:form.asked]))
+        question = facts[0][:form.asked]
+        tokens, begins = laid(long_enough, facts[0], early, late, question, room, settings, draw)
+        place = begins + form.asked
         assert len(tokens) - place == distance
         made.append(Question(tokens, own_values[:settings.facts], place, len(tokens) - form.asked))
     return made
+
+
+def laid(texts, fact, early, late, question, room, settings, draw):
+    """A question's tokens and where its fact begins: a piece of one of the texts, settings.lead
+    tokens before the fact and `room` after it, with other facts scattered over both."""
+    lead = settings.lead
+    text = texts[draw.integers(len(texts))][1:]
+    offset = draw.integers(0, len(text) - lead - room + 1)
+    real = text[offset:offset + lead + room]
+    head = np.concatenate(([EOT], scatter(real[:lead], early, draw)))
+    tail = scatter(real[lead:], late, draw)
+    return np.concatenate((head, fact, tail, question)), len(head)
 
 
 class Dialogues(NamedTuple):
@@ -469,6 +507,12 @@ def make_dialogues(texts, tokenizer, settings):
     return Dialogues(np.array(turns, np.int64), np.array(choices))
 
 
+def chain_question(key, tokenizer, settings):
+    """The tokens that ask for the end of the chain that begins with a key."""
+    before, after = CHAINS.get(settings.part, CHAINS[CHOOSING])
+    return [*tokenizer.encode(before), key, *tokenizer.encode(after)]
+
+
 def make_streamed(line, tokenizer, length, hops, width, settings):
     """Dialogues of one long text each, a piece of `line` with facts in it, read `width` tokens at a
     time; None where the line is not so long.
@@ -490,7 +534,7 @@ def make_streamed(line, tokenizer, length, hops, width, settings):
         facts = [form.fact(*pair) for chain in chains for pair in itertools.pairwise(chain)]
         question = facts[0][:form.asked]
         if hops:
-            question = [*tokenizer.encode(CHAIN[0]), chains[0][0], *tokenizer.encode(CHAIN[1])]
+            question = chain_question(chains[0][0], tokenizer, settings)
         shuffled = [facts[i] for i in draw.permutation(len(facts))]
         room = length - 1 - len(facts) * form.size - len(question)
         offset = draw.integers(0, len(line) - room + 1)
@@ -513,6 +557,104 @@ def all_streamed(texts, tokenizer, width, settings):
     return {cell: streamed for cell, streamed in made.items() if streamed}
 
 
+# ------------------------------------------------------------ questions that no string match answers
+
+INDIRECT = {                    # what the question does not repeat
+    "format": "planted in one format, asked in another (in the same: verbatim)",
+    "filler": "a word stands between key and value where the fact was planted, and not in the question",
+    "long key": "keys of two words; each word is in other keys too",
+    "changed": "the key had another value before: the latest counts",
+    "two hops": "a fact names a second key, whose fact has the value",
+}
+
+
+class Plan(NamedTuple):
+    """What is planted for one indirect question."""
+
+    facts: list                 # tokens of each, first the one that holds the value asked for
+    earlier: list               # facts that stand before that one
+    value_at: int               # where the value stands in it
+    question: list              # tokens
+    choices: np.ndarray         # (facts,) values, the right one first
+
+
+def keys_of_two(count, keys, draw):
+    """`count` pairs of words, few enough words that most stand in several pairs: [(word, word)]."""
+    side = math.isqrt(count - 1) + 1
+    words = draw.choice(keys, 2 * side, replace=False)
+    chosen = draw.permutation(side * side)[:count]
+    return [(words[place // side], words[side + place % side]) for place in chosen]
+
+
+def plan_indirect(kind, forms, words, tokenizer, settings, draw):
+    """The Plan of a question of a kind of INDIRECT.
+
+    Args: forms: (planted, asked) Forms. words: (keys, values) to draw from.
+    """
+    (form, asked), (keys, values), count = forms, words, settings.facts
+    ends = draw.choice(values, count, replace=False)
+    own = draw.choice(keys, (2, count), replace=False)
+    facts, earlier = [form.fact(*pair) for pair in zip(own[0], ends)], []
+    question, value_at = asked.fact(own[0][0], ends[0])[:asked.asked], form.asked
+    if kind == "filler":
+        facts = [[*fact[:value_at], other, *fact[value_at:]] for fact, other in zip(facts, own[1])]
+        value_at += 1
+    elif kind == "long key":
+        at = len(form.opening) + 1
+        pairs = keys_of_two(count, keys, draw)
+        facts = [form.fact(second, end) for (_, second), end in zip(pairs, ends)]
+        facts = [[*fact[:at - 1], first, *fact[at - 1:]] for (first, _), fact in zip(pairs, facts)]
+        value_at += 1
+        question = facts[0][:value_at]
+    elif kind == "changed":                                 # the last value is the one that was
+        facts, earlier = facts[:-1], [form.fact(own[0][0], ends[-1])]
+    elif kind == "two hops":
+        facts = [form.fact(*pair) for pair in zip(own[1], ends)]
+        earlier = [form.fact(*pair) for pair in zip(*own)]
+        question = chain_question(own[0][0], tokenizer, settings)
+    return Plan(facts, earlier, value_at, question, ends)
+
+
+def indirect_questions(texts, tokenizer, cell, settings):
+    """settings.indirect_trials Questions of a cell (kind, format planted in, format asked in,
+    distance): laid out as `questions` are."""
+    kind, planted, asked, distance = cell
+    places = list(INDIRECT).index(kind), list(FORMATS).index(planted), list(FORMATS).index(asked)
+    draw = np.random.default_rng((settings.seed, 5, *places, distance))
+    forms = form_of(tokenizer, planted), form_of(tokenizer, asked)
+    words = keys_and_values(tokenizer, settings)
+    long_enough = [text for text in texts if len(text) > settings.lead + distance]
+    made = []
+    for _ in range(settings.indirect_trials):
+        plan = plan_indirect(kind, forms, words, tokenizer, settings, draw)
+        fact, question = plan.facts[0], plan.question
+        room = distance - (len(fact) - plan.value_at) - len(question)
+        early, late, room = before_and_after(plan.facts, room, draw, len(plan.facts))
+        early = [*plan.earlier, *early]
+        early = [early[i] for i in draw.permutation(len(early))]
+        tokens, begins = laid(long_enough, fact, early, late, question, room, settings, draw)
+        place = begins + plan.value_at
+        assert len(tokens) - place == distance
+        made.append(Question(tokens, plan.choices, place, len(tokens) - len(question)))
+    return made
+
+
+def all_indirect(texts, tokenizer, settings):
+    """{(kind, format planted in, format asked in, distance): [Question]}: every format in every
+    other, all else in the format it was planted in."""
+    longest, cells = max(map(len, texts)) - 1, []
+    for distance in settings.indirect:
+        if settings.lead + distance > longest:
+            tqdm.write(f"note: indirect recall over {distance:,} tokens is left out: too little text")
+            continue
+        for kind in INDIRECT:
+            cells += [(kind, planted, asked, distance) for planted in settings.forms
+                      for asked in settings.forms if kind == "format" or planted == asked]
+    return {cell: indirect_questions(texts, tokenizer, cell, settings) for cell in cells}
+
+
+# ------------------------------------------------------------ all that is asked
+
 class Exam(NamedTuple):
     """What every model is asked."""
 
@@ -527,11 +669,17 @@ class Exam(NamedTuple):
     dialogues: Dialogues        # None: there is no text for them
     streamed: dict              # {(kind, number): Dialogues}: needles and hops
     identity: dict              # hashes of it all
+    indirect: dict = {}         # {(kind, planted in, asked in, distance): [Question]}
 
     @property
     def questions(self):
         """All questions, cell after cell."""
         return [question for cell in self.asked.values() for question in cell]
+
+    @property
+    def indirect_questions(self):
+        """All questions that no string match answers, cell after cell."""
+        return [question for cell in self.indirect.values() for question in cell]
 
     @property
     def far(self):
@@ -540,8 +688,13 @@ class Exam(NamedTuple):
 
     def split(self, values):
         """What was measured of all questions (.., Q) by cell: {cell: (.., questions of it)}."""
-        ends = np.cumsum([len(cell) for cell in self.asked.values()])
-        return dict(zip(self.asked, np.split(values, ends[:-1], axis=-1)))
+        return by_cell(self.asked, values)
+
+
+def by_cell(asked, values):
+    """Values (.., Q) of the questions of {cell: [Question]}, cut into cells: {cell: (.., questions of it)}."""
+    ends = np.cumsum([len(cell) for cell in asked.values()])
+    return dict(zip(asked, np.split(values, ends[:-1], axis=-1)))
 
 
 def room_for(texts, tokenizer, settings):
@@ -601,10 +754,11 @@ def make_exam(root, rows, meta, tokenizer, settings, quick):
     if dialogues is None:
         tqdm.write(f"note: dialogues are left out: no validation document has {3 * settings.turn:,} tokens")
     streamed = all_streamed(texts, tokenizer, rows.shape[1], settings)
+    indirect = all_indirect(texts, tokenizer, settings)
     identity = {"val": meta["splits"]["val"]["sha256"],
-                "questions": digest_of_questions(asked.values())}
+                "questions": digest_of_questions([*asked.values(), *indirect.values()])}
     return Exam(settings, tokenizer, texts, rows, characters_per_token(tokenizer), asked, distances,
-                distractors, dialogues, streamed, identity)
+                distractors, dialogues, streamed, identity, indirect)
 
 
 # ------------------------------------------------------------ answers
@@ -750,7 +904,9 @@ class Measured(NamedTuple):
     tensors:
         log_p (T,) float32, hit (T,), stored (T,) bool: of all targets of the documents
         windows (W,) float32: log p of the rows' counted targets
+        log_p_stm (T,) float32: the same by the backbone alone, nothing read at the output
         outcomes (4, Q) bool, value_nats (Q,): of the questions
+        indirect_outcomes, indirect_value_nats: of those that no string match answers
         speed_on, speed_off (repeats,): the second empty where there is no memory to switch off
         turns_forced_choice (2, dialogues) bool, turns_value_nats: persistent and ephemeral
         streamed_forced_choice (cells, questions) bool, streamed_value_nats: needles and hops
@@ -876,9 +1032,13 @@ def measure(model, exam, note=None):
     settings, width = exam.settings, exam.rows.shape[1]
     tally = score_text(model, exam.texts, width, settings, note)
     windows = score_windows(model, exam.rows, settings)[counted_targets(exam.rows)]
-    answers, = answer([model], exam.questions, width, settings, note=note)
-    tensors = {name: np.concatenate(getattr(tally, name)) for name in ("log_p", "hit", "stored")}
-    tensors |= {"windows": windows, "outcomes": answers.outcomes, "value_nats": answers.value_nats}
+    asked = [*exam.questions, *exam.indirect_questions]
+    answers, = answer([model], asked, width, settings, note=note)
+    tensors = {name: np.concatenate(getattr(tally, name)) for name in Tally._fields}
+    tensors["windows"] = windows
+    outcomes, nats = (np.split(x, [len(exam.questions)], -1) for x in answers)
+    tensors |= {"outcomes": outcomes[0], "value_nats": nats[0]}
+    tensors |= {"indirect_outcomes": outcomes[1], "indirect_value_nats": nats[1]}
     if exam.dialogues:
         kept, cleared = (take_turns(model, exam.dialogues, how, settings) for how in (True, False))
         forced, nats = map(np.stack, zip(kept, cleared))
@@ -903,18 +1063,18 @@ def measured_arm(found, exam, place):
     Raises StageError where it has to be measured and the weights are elsewhere, or where a
     number is NaN.
     """
-    path = found.folder / "evaluation.safetensors"
+    path = found.folder / place.file
     measured = read_measured(path)
     reason = why_measure(measured, expected_of(found, exam))
     if reason is None:
         return found, measured
     if found.source is None:
-        again = command("eval.py", place.root, place.quick)
+        again = command(f"eval.py{place.flags}", place.root, place.quick)
         raise StageError(f"{path} can't be compared ({reason}) and there are no weights here to measure "
                          f"again; where they are, run: {again}")
     print(f"measuring {found.folder.relative_to(place.root)}: {reason}", flush=True)
     model, found = load_arm(found.seed, found.arm, place)
-    total = len(exam.texts) + len(exam.questions)
+    total = len(exam.texts) + len(exam.questions) + len(exam.indirect_questions)
     with tqdm(total=total, unit="sequence", disable=None, leave=False) as bar:
         tensors, seen = measure(model, exam, bar.update)
     numbers = [x for x in tensors.values() if x.dtype.kind == "f"]
@@ -932,11 +1092,18 @@ def measured_arm(found, exam, place):
 # ------------------------------------------------------------ which arms there are
 
 class Place(NamedTuple):
-    """Where the arms are."""
+    """Where the arms are, and what they are asked about."""
 
     root: Path
     quick: bool
     device: str
+    flags: str = ""             # of eval.py: " --report", " --on NAME"
+    name: str = ""              # that the files of what is measured end in: "_choosing"
+
+    @property
+    def file(self):
+        """The file of what was measured of an arm."""
+        return f"evaluation{self.name}.safetensors"
 
 
 class Found(NamedTuple):
@@ -989,7 +1156,7 @@ def find_arm(seed, arm, place):
         raise StageError(f"{folder / 'manifest.json'} is damaged; train again: {made_by} --fresh")
     checkpoint = None if digest in known else newest_checkpoint(folder)
     if digest is None and checkpoint is None:
-        measured = read_measured(folder / "evaluation.safetensors")
+        measured = read_measured(folder / place.file)
         if measured and measured.facts["weights"] in known:
             digest, config = measured.facts["weights"], manifest.get("config")
             return Found(seed, arm, folder, None, digest, config, known[digest], settings)
@@ -1325,6 +1492,11 @@ class Recall:
         forms = forms or self.exam.settings.forms
         return [(form, distance, 0) for form in forms for distance in distances]
 
+    def places(self, cells):
+        """Which questions of all are those of some cells: (n,) int64."""
+        numbers = self.exam.split(np.arange(len(self.exam.questions)))
+        return np.concatenate([numbers[cell] for cell in cells])
+
     def gather(self, arm, outcome, cells, seeds=None):
         """One of the OUTCOMES on some cells: bool (seeds, questions)."""
         row = OUTCOMES.index(outcome)
@@ -1424,7 +1596,8 @@ class Recall:
         """All of it."""
         settings, facts = self.exam.settings, self.evidence.first(REFERENCE).facts
         window, arms = facts["window"], self.evidence.seeds
-        return {"chance": 1 / settings.facts,
+        return {"what": "verbatim: the question repeats the words of the fact",
+                "chance": 1 / settings.facts,
                 "window": window,
                 "receptive_field": facts["layers"] * (window - 1) + 1,
                 "distances": self.exam.distances,
@@ -1433,6 +1606,72 @@ class Recall:
                 "arms": {arm: self.curve(arm) for arm in arms},
                 "long_range": self.long_range(),
                 "distractors": [self.distracted(*row) for row in self.exam.distractors.items()]}
+
+
+class Indirect:
+    """The part of results.json about questions that no string match answers: forced choice, top-1
+    and -ln p of the right value over distance, for every arm; verbatim recall of the same facts
+    beside it."""
+
+    def __init__(self, evidence):
+        self.evidence, self.exam = evidence, evidence.exam
+        cells = self.exam.indirect
+        self.outcomes = {key: by_cell(cells, one.tensors["indirect_outcomes"])
+                         for key, one in evidence.measured.items()}
+        self.nats = {key: by_cell(cells, one.tensors["indirect_value_nats"])
+                     for key, one in evidence.measured.items()}
+        self.distances = list(dict.fromkeys(cell[-1] for cell in cells))
+        self.far = [distance for distance in self.distances if distance in self.exam.settings.long_range]
+
+    def cells(self, kind, distances):
+        """Its cells at some distances: "verbatim" is the diagonal of "format", which is the rest."""
+        found = []
+        for cell in self.exam.indirect:
+            what, planted, asked, distance = cell
+            if what == "format":
+                what = "verbatim" if planted == asked else "format"
+            if what == kind and distance in distances:
+                found.append(cell)
+        return found
+
+    def share(self, arm, outcome, cells):
+        """As Recall.share."""
+        row, seeds = OUTCOMES.index(outcome), self.evidence.seeds[arm]
+        right = np.stack([np.concatenate([self.outcomes[arm, seed][cell][row] for cell in cells]) for seed in seeds])
+        return {"mean": float(right.mean()), "ci95": wilson(right.sum() / len(seeds), right.shape[1])}
+
+    def value_nats(self, arm, cells):
+        """Mean -ln p of the right value."""
+        found = [self.nats[arm, seed][cell] for seed in self.evidence.seeds[arm] for cell in cells]
+        return float(np.mean(found, dtype=np.float64))
+
+    def scores(self, arm, cells):
+        """The three numbers of an arm on some cells."""
+        forced = self.share(arm, "forced_choice", cells)
+        return {"forced_choice": forced["mean"], "forced_choice_ci95": forced["ci95"],
+                "top1": self.share(arm, "top1", cells)["mean"], "value_nats": self.value_nats(arm, cells)}
+
+    def kind(self, arm, kind):
+        """A kind of question, a value for each distance; and over those beyond the window."""
+        each = [self.scores(arm, self.cells(kind, [distance])) for distance in self.distances]
+        part = {name: [one[name] for one in each] for name in each[0]}
+        return part | ({"long_range": self.scores(arm, self.cells(kind, self.far))} if self.far else {})
+
+    def matrix(self, arm):
+        """{planted in: {asked in: forced choice}} beyond the window, or over all distances where none is."""
+        forms, at = self.exam.settings.forms, self.far or self.distances
+        return {planted: {asked: self.share(arm, "forced_choice",
+                                            [("format", planted, asked, distance) for distance in at])["mean"]
+                          for asked in forms} for planted in forms}
+
+    def summary(self):
+        """All of it; None where there was no text for it."""
+        if not self.distances:
+            return None
+        arms = {arm: {kind: self.kind(arm, kind) for kind in ("verbatim", *INDIRECT)} | {"matrix": self.matrix(arm)}
+                for arm in self.evidence.seeds}
+        return {"means": INDIRECT, "chance": 1 / self.exam.settings.facts, "distances": self.distances,
+                "long_range": self.far, "trials": self.exam.settings.indirect_trials, "arms": arms}
 
 
 def summarise_turns(evidence):
@@ -1557,6 +1796,75 @@ def targets_of_gain(evidence):
     return targets
 
 
+# ------------------------------------------------------------ calibration
+
+MUCH = 0.1                      # bits by which a token is clearly dearer
+
+
+def mean_by_documents(values, chosen, texts, settings):
+    """The mean of values (T,) over chosen targets (T,) bool, documents resampled: {"mean", "ci95"};
+    None where none is chosen."""
+    if not chosen.any():
+        return None
+    ends = np.cumsum([len(text) - 1 for text in texts])[:-1]
+    sums = np.array([part.sum() for part in np.split(np.where(chosen, values, 0.0), ends)])
+    counts = np.array([part.sum() for part in np.split(chosen, ends)])
+    draw, found = np.random.default_rng((settings.seed, 6)), []
+    for _ in range(0, settings.bootstrap, 1_000):
+        drawn = draw.multinomial(len(texts), np.full(len(texts), 1 / len(texts)), min(1_000, settings.bootstrap))
+        found.append(drawn @ sums / np.maximum(1, drawn @ counts))
+    return {"mean": float(values[chosen].mean()), "ci95": interval(np.concatenate(found))}
+
+
+def beyond_eviction(evidence, recall, arm):
+    """What the right value costs above the baseline, in bits, at distances that outlast the memory
+    (those beyond the long range), and how often it is chosen: {"distances", "bits_above",
+    "forced_choice"}."""
+    exam = evidence.exam
+    far = [distance for distance in exam.distances if distance > max(exam.far)]
+    cells = [recall.at([distance]) for distance in far]
+    gaps = [np.mean([mine.tensors["value_nats"][at] - theirs.tensors["value_nats"][at]
+                     for mine, theirs in zip(evidence.of(arm), evidence.paired(arm))], dtype=np.float64)
+            for at in map(recall.places, cells)]
+    return {"distances": far, "bits_above": [float(gap) / math.log(2) for gap in gaps],
+            "forced_choice": [recall.share(arm, "forced_choice", some)["mean"] for some in cells]}
+
+
+def oracle(evidence, arm, characters):
+    """Bits per character if a gate knew at every token whether to use the memory or its backbone
+    alone: no gate that weighs the two can do better."""
+    best = [bits(np.maximum(one.tensors["log_p"], one.tensors["log_p_stm"])).sum() for one in evidence.of(arm)]
+    theirs = [bits(one.tensors["log_p"]).sum() for one in evidence.paired(arm)]
+    return {"bpc": float(np.mean(best) / characters), "ratio": float(np.sum(best) / np.sum(theirs))}
+
+
+def summarise_calibration(evidence, recall):
+    """What each arm costs where it does not help, beside the baseline, token by token: bits above it,
+    so less is better.
+
+    worse: share of tokens that got dearer, and of those that did by more than MUCH bits. lost,
+    saved: bits a token, over all. by_kind: bits above for each kind of target; the first are new
+    words. oracle: the bound of every gate.
+    """
+    exam, kinds = evidence.exam, kinds_of_all(evidence)
+    characters = sum(exam.per_token[text].sum() for text in exam.texts)
+    arms = {}
+    for arm in evidence.others:
+        above = evidence.bits(evidence.of(arm)) - evidence.bits(evidence.paired(arm))
+        by_kind = {name: mean_by_documents(above, kinds == number, exam.texts, exam.settings)
+                   for number, name in enumerate(KINDS)}
+        arms[arm] = {"worse": float((above > 0).mean()),
+                     "much_worse": float((above > MUCH).mean()),
+                     "lost": float(np.maximum(above, 0).mean()),
+                     "saved": float(np.maximum(-above, 0).mean()),
+                     "by_kind": by_kind,
+                     "evicted": beyond_eviction(evidence, recall, arm),
+                     "oracle": oracle(evidence, arm, characters)}
+    return {"much": MUCH, "arms": arms}
+
+
+# ------------------------------------------------------------ what was measured, of what
+
 def about_checkpoint(seed, facts):
     """Which weights were measured, where, by which code."""
     return {"seed": seed, "folder": facts["folder"], "sha256": facts["weights"],
@@ -1591,13 +1899,29 @@ def about_run(evidence):
                        "seeds": list(evidence.seeds[REFERENCE]),
                        "steps": first["step"],
                        "settings": training,
-                       "evaluation": seal(jsonable(evidence.exam.settings))}
+                       "evaluation": seal(jsonable(evidence.exam.settings)),
+                       "settings_sha256": settings_hash(evidence)}
+
+
+def settings_hash(evidence):
+    """One hash of all settings: of memories, trainings and the evaluation, the same for every part
+    of the documents and every seed. What was chosen and what is reported are of the same hash."""
+    apart = "part", "forms"
+    evaluated = {name: value for name, value in jsonable(evidence.exam.settings).items() if name not in apart}
+    files = "seed", "data", "planted_data", "init", "init_config"
+    arms = {}
+    for arm in evidence.seeds:
+        facts = evidence.first(arm).facts
+        trained = {name: value for name, value in facts["training"].items() if name not in files}
+        arms[arm] = {"memory": facts["memory_settings"], "training": trained}
+    return seal({"arms": arms, "evaluation": evaluated})
 
 
 def about_data(exam, meta):
     """The validation text."""
     return {"source": meta["source"],
             "quick": bool(meta["quick"]),
+            "part": exam.settings.part,
             "val_documents": len(exam.texts),
             "val_tokens": sum(len(text) - 1 for text in exam.texts),
             "val_characters": int(sum(exam.per_token[text].sum() for text in exam.texts)),
@@ -1616,7 +1940,8 @@ def assemble(evidence, meta, root):
     """results.json, from what was measured of the arms."""
     arms, settings = evidence.seeds, evidence.exam.settings
     bpc, windows = summarise_bpc(evidence)
-    recall = Recall(evidence).summary()
+    asked = Recall(evidence)
+    recall = asked.summary()
     far = recall["long_range"]["arms"]
     hits = {arm: summarise_hits(evidence, arm) for arm in arms}
     speed, training = {}, {}
@@ -1636,6 +1961,8 @@ def assemble(evidence, meta, root):
               "bpc": bpc,
               "bpc_windows": windows,
               "recall": recall,
+              "indirect": Indirect(evidence).summary(),
+              "calibration": summarise_calibration(evidence, asked),
               "turns": summarise_turns(evidence),
               "streamed": summarise_streamed(evidence),
               "tokens_per_sec": speed,
@@ -2059,7 +2386,7 @@ def measured_controls(evidence, meta, place):
     """The rows of Controls of the LTM's first seed, from their file or, where that does not
     hold, measured and written."""
     exam, seed = evidence.exam, evidence.seeds["with_ltm"][0]
-    path = arm_folder(place.root, seed, "with_ltm") / "controls.json"
+    path = arm_folder(place.root, seed, "with_ltm") / f"controls{place.name}.json"
     arms = {arm: evidence.measured[arm, seed] for arm in SPECIFIED}
     expected = {"weights": {arm: one.facts["weights"] for arm, one in arms.items()},
                 "configs": {arm: one.facts["config"] for arm, one in arms.items()},
@@ -2092,6 +2419,41 @@ def load_controlled(measured, seed, arm, place):
         raise StageError(f"the weights of {found.folder} that were measured are not here, and --controls "
                          f"needs them; put them back, or leave --controls out")
     return load_arm(seed, arm, place)[0]
+
+
+# ------------------------------------------------------------ which documents
+
+PARTS = {                       # what eval.py says of the documents
+    WHOLE: "all of val.bin: too few documents for parts",
+    CHOOSING: "the choosing part of val.bin: never reported; for that: python eval.py --report",
+    REPORTED: "the reported part of val.bin: look at it when nothing is to be chosen any more",
+}
+
+
+def documents_of(rows, part):
+    """The rows of a part's documents; every FOURTH document, from the first on, is of the choosing part."""
+    document = np.cumsum(rows[:, 0] == EOT) - 1
+    chosen = document % FOURTH == 0
+    return rows[{WHOLE: slice(None), CHOOSING: chosen, REPORTED: ~chosen}[part]]
+
+
+def open_documents(args, root):
+    """(rows, meta, settings, Place) of the documents that the flags name; raises StageError where
+    they are missing or damaged."""
+    settings, device = QUICK if args.quick else FULL, pick_device()
+    if args.on:
+        rows, about = load_own(root, args.on, args.quick)
+        meta = read_meta(root, command("prepare_data.py", root, args.quick))
+        meta = meta | {"source": about["source"], "splits": meta["splits"] | {"val": about["split"]}}
+        place = Place(root, args.quick, device, f" --on {args.on}", f"_on_{args.on}")
+        return rows, meta, settings.of_part(REPORTED), place
+    rows, meta = load_split(root, "val", args.quick)
+    part = REPORTED if args.report else CHOOSING
+    if (rows[:, 0] == EOT).sum() < FOURTH:
+        part = WHOLE
+    flags = " --report" if args.report else ""
+    place = Place(root, args.quick, device, flags, "_choosing" if part == CHOOSING else "")
+    return documents_of(rows, part), meta, settings.of_part(part), place
 
 
 # ------------------------------------------------------------ what is said
@@ -2132,6 +2494,22 @@ def differences(results, arm):
     return lines
 
 
+def print_indirect(detail, arms):
+    """Forced choice of the questions that no string match answers, beyond the window, and what the
+    memory costs where it does not help."""
+    indirect = detail["indirect"]
+    if indirect and indirect["long_range"]:
+        print(f"\nright value among {1 / indirect['chance']:.0f}, beyond the window")
+        for kind in ("verbatim", *INDIRECT):
+            shares = [indirect["arms"][arm][kind]["long_range"]["forced_choice"] for arm in arms]
+            print(f"{kind:20}" + "".join(f"{share:>12.3f}" for share in shares))
+    for arm, part in detail["calibration"]["arms"].items():
+        new = part["by_kind"][KINDS[0]]
+        said = f"new words {new['mean']:+.3f} bits; " if new else ""
+        print(f"\n{arm}: {part['worse']:.1%} of tokens got dearer, {part['much_worse']:.1%} by more than "
+              f"{detail['calibration']['much']} bits; {said}an oracle for a gate: x {part['oracle']['ratio']:.4f}")
+
+
 def print_table(results):
     """The four numbers of each arm, two more, and what the differences from the baseline say."""
     detail = results["detail"]
@@ -2158,18 +2536,23 @@ def main(argv=None):
     parser = parser_of(__doc__)
     parser.add_argument("--controls", action="store_true",
                         help="also measure what the gain depends on (first seed)")
+    asked = parser.add_mutually_exclusive_group()
+    asked.add_argument("--report", action="store_true",
+                       help="the reported part of val.bin, for publication (default: the choosing part)")
+    asked.add_argument("--on", type=own_name, metavar="NAME",
+                       help="documents of your own (prepare_data.py --into NAME)")
     args = parser.parse_args(argv)
-    began, settings = time.time(), QUICK if args.quick else FULL
-    place = Place(default_root(args.root, args.quick), args.quick, pick_device())
-    tokenizer = load_tokenizer(place.root, args.quick)
-    rows, meta = load_split(place.root, "val", args.quick)
+    began, root = time.time(), default_root(args.root, args.quick)
+    tokenizer = load_tokenizer(root, args.quick)
+    rows, meta, settings, place = open_documents(args, root)
     arms = trained_arms(place.root)
     if args.controls and "with_ltm" not in arms:
         raise StageError(f"--controls asks about with_ltm, which is not here; train it with: "
                          f"{train_command(0, 'with_ltm', place)}")
     exam = make_exam(place.root, rows, meta, tokenizer, settings, args.quick)
     tokens = sum(len(text) - 1 for text in exam.texts)
-    print(f"{len(exam.texts):,} documents, {tokens:,} tokens; {', '.join(arms)}; "
+    which = f"data/{args.on}.bin" if args.on else PARTS[settings.part]
+    print(f"{len(exam.texts):,} documents, {tokens:,} tokens ({which}); {', '.join(arms)}; "
           f"seeds {list(arms[REFERENCE])}; on {place.device}", flush=True)
     measured, arms = gather(exam, meta, place)
     evidence = Evidence(measured, arms, exam)
@@ -2177,10 +2560,12 @@ def main(argv=None):
     if args.controls:
         results["detail"]["controls"] = measured_controls(evidence, meta, place)
         print_controls(results["detail"]["controls"])
-    write_json(place.root / "results.json", results)
+    path = root / (f"results{place.name}.json" if args.on else "results.json")
+    write_json(path, results)
     print_table(results)
-    print(f"wrote {place.root / 'results.json'} in {time.time() - began:.0f} s; next: "
-          + command("plot_eval.py", place.root, args.quick))
+    print_indirect(results["detail"], list(results["detail"]["arms"]))
+    following = "" if args.on else f"; next: {command('plot_eval.py', root, args.quick)}"
+    print(f"wrote {path} in {time.time() - began:.0f} s{following}")
 
 
 if __name__ == "__main__":

@@ -368,6 +368,6 @@ for ((seed = 0; seed < seeds; seed++)); do
 done
 # a checkpoint of a further memory carries its code
 [ -z "$(find "$root/trained" -name memories.py)" ] || core="$core memories.py"
-stage 6 "$core"    "$tokenizer $data $models" "results.json"                    eval.py $controls
+stage 6 "$core"    "$tokenizer $data $models" "results.json"                    eval.py --report $controls
 stage 7 stages.py  "results.json $history"    "$pictures"                       plot_eval.py
 echo "All seven stages are done: see $root/results.json, ${pictures// /, }"

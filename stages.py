@@ -16,6 +16,7 @@ import json
 import netrc
 import os
 import queue
+import re
 import shlex
 import signal
 import subprocess
@@ -406,18 +407,48 @@ def load_split(root, split, quick=False):
     again = command("prepare_data.py", root, quick)
     meta = read_meta(root, again)
     path = Path(root) / "data" / f"{split}.bin"
-    expected, window = meta["splits"][split], meta["window"]
+    return verified_rows(path, meta["splits"][split], meta["window"], "meta.json", again), meta
+
+
+def verified_rows(path, expected, window, described, again):
+    """The rows of a .bin, (rows, window) uint16 memmap, that is what the JSON file `described` says
+    of it ({"bytes", "sha256"}); else StageError naming `again`, the command that makes it.
+    """
     if not path.is_file():
         raise StageError(f"{path} is missing; make it with: {again}")
     if path.stat().st_size != expected["bytes"] or expected["bytes"] % (2 * window):
-        raise StageError(f"{path} has {path.stat().st_size} bytes, meta.json says {expected['bytes']}; "
+        raise StageError(f"{path} has {path.stat().st_size} bytes, {described} says {expected['bytes']}; "
                          f"make it again with: {again}")
     if sha256(path) != expected["sha256"]:
-        raise StageError(f"{path} is not the file meta.json describes (its hash differs); make it again with: {again}")
+        raise StageError(f"{path} is not the file {described} describes (its hash differs); "
+                         f"make it again with: {again}")
     rows = np.memmap(path, np.uint16, mode="r").reshape(-1, window)
     if rows.max() > EOT:
         raise StageError(f"{path} holds token {rows.max()}, the vocabulary ends at {EOT}; make it again with: {again}")
-    return rows, meta
+    return rows
+
+
+def own_name(text):
+    """An argparse type: what documents of one's own are called, data/NAME.bin."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}", text) or text in ("train", "val", "planted", "meta"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no name: up to 40 letters, digits, - and _, "
+                                         f"and not train, val, planted or meta")
+    return text
+
+
+def load_own(root, name, quick=False):
+    """The windows of data/NAME.bin (prepare_data.py --into NAME) and what data/NAME.json says of
+    them: (rows, dict). Raises StageError as load_split does.
+    """
+    again = command(f"prepare_data.py --text FILE --into {name}", root, quick)
+    path = Path(root) / "data" / f"{name}.json"
+    about = read_json(path, again)
+    if about.get("sha256") != seal(about):
+        raise StageError(f"{path} was changed after it was made; make it again with: {again}")
+    window = read_meta(root, command("prepare_data.py", root, quick))["window"]
+    if about.get("window") != window or about.get("tokenizer_sha256") != TOKENIZER_SHA256:
+        raise StageError(f"{path} is of another window or tokenizer than meta.json; make it again with: {again}")
+    return verified_rows(path.with_suffix(".bin"), about["split"], window, path.name, again), about
 
 
 def documents(rows):

@@ -1034,7 +1034,7 @@ class Job:
         self.chained, self.planted = args.chained, args.planted
         self.about, self.steps = ARMS[args.arm], args.steps or settings.steps
         self.settings = settings
-        self.following = command("eval.py", self.root, args.quick)
+        self.following = command("eval.py --report", self.root, args.quick)
         if self.arm == "baseline":
             regime = f" --chained {args.chained:g}" if args.chained else ""
             self.following = command(f"train.py --with-ltm{regime}", self.root, args.quick, args.seed or None)

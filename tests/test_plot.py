@@ -242,7 +242,7 @@ def refused(root, *words):
     with pytest.raises(StageError) as caught:
         plot(root)
     line = str(caught.value)
-    assert "\n" not in line and f"python eval.py --root {root}" in line
+    assert "\n" not in line and f"python eval.py --report --root {root}" in line
     assert all(word in line for word in words), line
     assert {path: path.read_bytes() for path in root.glob("*.png")} == before
     assert not list(root.glob(".*tmp"))
@@ -507,7 +507,7 @@ def test_without_controls_or_memory_no_such_picture_and_a_word_on_an_old_one(roo
     del results["detail"][key]
     write(root, results)
     plot(root)
-    assert (f"warning: {path} is of an earlier evaluation; for a new one: python eval.py --root {root}{flag}\n"
+    assert (f"warning: {path} is of an earlier evaluation; for a new one: python eval.py --report --root {root}{flag}\n"
             in capsys.readouterr().out)
     assert path.read_bytes() == b"old"
 
@@ -880,4 +880,4 @@ def test_on_the_terminal_a_failure_is_one_line_and_code_1(tmp_path):
                           text=True)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr == (f"plot_eval.py: {tmp_path}/a b/results.json is missing; make it with: "
-                           f"python eval.py --root '{tmp_path}/a b'\n")
+                           f"python eval.py --report --root '{tmp_path}/a b'\n")

@@ -19,7 +19,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 
 STAGES = [
     "download_models.py", "prepare_data.py", "add_memory.py --seed 0", "train.py --baseline --seed 0",
-    "train.py --with-ltm --seed 0", "eval.py", "plot_eval.py",
+    "train.py --with-ltm --seed 0", "eval.py --report", "plot_eval.py",
 ]
 PATIENCE = 300          # seconds: what takes so long, also on a busy machine, never ends
 FURTHER = [arm for arm, about in stages.ARMS.items() if not about.control and arm not in stages.SPECIFIED]
@@ -182,7 +182,7 @@ def test_stage_that_makes_nothing_is_a_failure(project):
 
 
 @pytest.mark.parametrize("change, rerun", [
-    (lambda folder: (folder / "eval.py").write_text(STUB + "# changed"), ["eval.py"]),
+    (lambda folder: (folder / "eval.py").write_text(STUB + "# changed"), ["eval.py --report"]),
     (lambda folder: (folder / "models.py").write_text("# changed"), STAGES[2:6]),
     (lambda folder: (folder / "stages.py").open("a").write("# changed"), STAGES[2:]),
     (lambda folder: (folder / "memories.py").write_text("# changed"), []),
@@ -219,12 +219,12 @@ def test_seeds(project):
     assert project.called() == STAGES[:2] + per_seed + STAGES[5:]
     assert (project.folder / "trained/seed2/with_ltm/model.safetensors").is_file()
     assert project.run("--seeds", 4).returncode == 0
-    assert project.called() == [c.replace("--seed 0", "--seed 3") for c in STAGES[2:5]] + ["eval.py"]
+    assert project.called() == [c.replace("--seed 0", "--seed 3") for c in STAGES[2:5]] + ["eval.py --report"]
 
 
 def test_controls_are_measured_when_asked_for(finished):
     assert finished.run("--controls").returncode == 0
-    assert finished.called() == ["eval.py --controls", "plot_eval.py"]
+    assert finished.called() == ["eval.py --report --controls", "plot_eval.py"]
     done = finished.run("--controls")
     assert finished.called() == [] and "results_controls.png" in done.stdout
     (finished.folder / "results_controls.png").unlink()
@@ -236,7 +236,7 @@ def test_every_seed_is_an_input_of_the_evaluation(project):
     project.run("--quick", "--seeds", 2)
     (project.folder / "quick/trained/seed1/with_ltm/config.json").write_text("{}")
     assert project.run("--quick").returncode == 0       # one seed now, but the evaluation takes all that it finds
-    assert project.called("quick") == ["eval.py --quick"]
+    assert project.called("quick") == ["eval.py --report --quick"]
 
 
 def test_quick_has_a_root_of_its_own(project):
@@ -311,7 +311,7 @@ def commands(seeds=1, further=FURTHER, more=""):
         found += [f"add_memory.py {how}"]
         found += [f"add_memory.py {stages.arm_flag(arm)} {how}" for arm in further]
         found += [f"train.py {stages.arm_flag(arm)} --chained {how}{more}" for arm in [*stages.SPECIFIED, *further]]
-    return found + ["eval.py", "plot_eval.py"]
+    return found + ["eval.py --report", "plot_eval.py"]
 
 
 @pytest.fixture
@@ -373,7 +373,7 @@ def test_arms_come_from_the_table(compared):
 
 @pytest.mark.parametrize("change, rerun", [
     (lambda base: (base / "memories.py").write_text("# changed"),
-     [command for command in commands() if any(stages.arm_flag(arm) in command for arm in FURTHER)] + ["eval.py"]),
+     [command for command in commands() if any(stages.arm_flag(arm) in command for arm in FURTHER)] + ["eval.py --report"]),
     (lambda base: (base / "memories/trained/with_store/model.safetensors").unlink(),
      ["train.py --with-store --chained --seed 0"]),
     (lambda base: (base / "memories/trained/init_with_gru/config.json").write_text("{}"),
@@ -684,7 +684,7 @@ def test_variables_that_are_meant_for_others(project, tmp_path, name, value):
     (tmp_path / "profile").write_text("set -o noclobber -o noglob; shopt -s failglob; echo hello from a profile >&2\n")
     (project.folder / "eval.py").write_text(NOTICES + STUB)
     command = [project.folder.name + "/run_all.sh"]
-    for expected in (STAGES, ["eval.py"]):
+    for expected in (STAGES, ["eval.py --report"]):
         project.calls.write_text("")
         done = subprocess.run(command, cwd=tmp_path, env=project.environment | {name: value}, capture_output=True,
                               text=True, timeout=PATIENCE)
