@@ -568,7 +568,7 @@ INDIRECT = {                    # what the question does not repeat
 }
 
 
-class Plan(NamedTuple):
+class Planned(NamedTuple):
     """What is planted for one indirect question."""
 
     facts: list                 # tokens of each, first the one that holds the value asked for
@@ -587,7 +587,7 @@ def keys_of_two(count, keys, draw):
 
 
 def plan_indirect(kind, forms, words, tokenizer, settings, draw):
-    """The Plan of a question of a kind of INDIRECT.
+    """The Planned of a question of a kind of INDIRECT.
 
     Args: forms: (planted, asked) Forms. words: (keys, values) to draw from.
     """
@@ -612,7 +612,7 @@ def plan_indirect(kind, forms, words, tokenizer, settings, draw):
         facts = [form.fact(*pair) for pair in zip(own[1], ends)]
         earlier = [form.fact(*pair) for pair in zip(*own)]
         question = chain_question(own[0][0], tokenizer, settings)
-    return Plan(facts, earlier, value_at, question, ends)
+    return Planned(facts, earlier, value_at, question, ends)
 
 
 def indirect_questions(texts, tokenizer, cell, settings):

@@ -263,6 +263,69 @@ def test_all_distractors_stand_before_the_question(tokenizer):
                 assert extra <= between < extra + settings.facts
 
 
+def test_what_is_reported_shares_nothing_with_what_was_chosen_on(tokenizer):
+    """No document, no word, no format of a fact."""
+    draw = np.random.default_rng(0)
+    texts = [text_of(length, draw) for length in (2, 33, 90, 64, 31, 100, 20, 50, 70)]
+    rows = rows_of(texts)
+    parts = {part: [text.tolist() for text in stages.documents(evaluation.documents_of(rows, part))]
+             for part in evaluation.PARTS}
+    whole = [text.tolist() for text in texts]
+    assert parts["all"] == whole and parts["choosing"] == whole[::4]
+    assert parts["reported"] == [text for number, text in enumerate(whole) if number % 4]
+    one, other = (evaluation.FULL.of_part(part) for part in ("choosing", "reported"))
+    assert one.forms == evaluation.FULL.forms and not set(one.forms) & set(other.forms)
+    assert set(one.forms) | set(other.forms) == set(evaluation.FORMATS)
+    asked = {settings.part: [set(words.tolist()) for words in evaluation.keys_and_values(tokenizer, settings)]
+             for settings in (one, other, evaluation.FULL)}
+    assert not set.union(*asked["choosing"]) & set.union(*asked["reported"])
+    assert min(map(len, asked["reported"])) > 1_500
+    assert [a | b for a, b in zip(asked["choosing"], asked["reported"])] == asked["all"]
+
+
+def test_indirect_questions_are_what_they_say(tokenizer):
+    """In each the value stands once, its distance from the question is right, and what the kind promises holds."""
+    texts = [np.concatenate(([EOT], np.random.default_rng(i).integers(10, 26, 700))) for i in range(3)]
+    settings = dataclasses.replace(evaluation.FULL, indirect=(64, 256), indirect_trials=3).of_part("reported")
+    keys, values = (set(words.tolist()) for words in evaluation.keys_and_values(tokenizer, settings))
+    asked = evaluation.all_indirect(texts, tokenizer, settings)
+    assert len(asked) == 2 * (9 + 4 * 3) and {len(cell) for cell in asked.values()} == {3}
+    for (kind, planted, form, distance), cell in asked.items():
+        form = evaluation.form_of(tokenizer, form)
+        for tokens, choices, place, begin in cell:
+            value, text, question = choices[0], tokens[:begin].tolist(), tokens[begin:].tolist()
+            assert tokens[0] == EOT and tokens[place] == value and len(tokens) - place == distance
+            assert len(set(choices.tolist())) == settings.facts and set(choices.tolist()) <= values & set(text)
+            assert text.count(value) == 1
+            key, *more = [token for token in question if token in keys]
+            ends = [at for at, token in enumerate(text) if token == key]
+            after = [next(token for token in text[at + 1:] if token in values) for at in ends]
+            if kind == "format":
+                assert question == form.fact(key, value)[:form.asked] and after == [value]
+            elif kind == "filler":
+                assert question == form.fact(key, value)[:form.asked] and tokens[place - 1] in keys - {key}
+            elif kind == "long key":
+                others = text[:place] + text[place + 1:]
+                assert len(more) == 1 and tokens[begin + len(form.opening):][:2].tolist() == [key, *more]
+                assert key in [x for x in text[:place - 5] + text[place:]] or more[0] in others
+                pairs = [pair for pair in itertools.pairwise(text) if pair == (key, *more)]
+                assert len(pairs) == 1 and text.count(key) >= 2 and text.count(more[0]) >= 2
+            elif kind == "changed":
+                assert after == [choices[-1], value]
+            elif kind == "two hops":
+                at, = ends
+                second = next(token for token in text[at + 1:] if token in keys)
+                second_at = max(i for i, token in enumerate(text) if token == second)
+                assert next(token for token in text[second_at + 1:] if token in values) == value
+                assert question == evaluation.chain_question(key, tokenizer, settings)
+
+
+def test_indirect_questions_that_there_is_no_text_for_are_left_out(tokenizer, capsys):
+    settings = dataclasses.replace(SMALL, indirect=(40, 500))
+    asked = evaluation.all_indirect([text_of(200, np.random.default_rng(0))], tokenizer, settings)
+    assert {cell[-1] for cell in asked} == {40} and "over 500 tokens is left out" in capsys.readouterr().out
+
+
 def asked_of(texts, tokenizer, count=4):
     """Some questions in two formats at two distances."""
     return (evaluation.questions(texts, tokenizer, "pair", 40, count, SMALL)
@@ -579,6 +642,33 @@ def test_a_memory_that_changes_nothing_is_a_result_too():
     assert position["arms"] == {arm: pytest.approx([1.0]) for arm in ARMS}
     targets = evaluation.targets_of_gain(evidence)
     assert {part["share_of_gain"]["with_ltm"] for part in targets.values()} == {0.0}
+
+
+def test_calibration_by_hand(tokenizer):
+    """Four targets: new, new, seen, seen; the memory makes one dearer by 0.5 and one by 0.05 bits, and saves 3 bits."""
+    text = np.array([EOT, 7, 8, 7, 8])
+    costs = {"baseline": [8.0, 8.0, 8.0, 8.0], "with_ltm": [8.5, 8.0, 5.0, 8.05]}
+    evidence = evidence_of([text, text], {arm: part * 2 for arm, part in costs.items()},
+                           np.append(np.ones(EOT), 0))
+    of_stm = np.array([8.0, 9.0, 8.0, 8.0] * 2)
+    for key, one in evidence.measured.items():
+        known = of_stm if key[0] == "with_ltm" else np.array(costs["baseline"] * 2)
+        one.tensors["log_p_stm"] = (-math.log(2) * known).astype(np.float32)
+        one.tensors.update(outcomes=np.zeros((4, 2), bool), value_nats=np.full(2, 1.0 + len(key[0])))
+    question = evaluation.Question(text, text[1:], 2, 3)
+    exam = evidence.exam._replace(asked={("pair", 40, 0): [question], ("pair", 99, 0): [question]},
+                                  distances=[40, 99], settings=dataclasses.replace(SMALL, forms=("pair",)))
+    evidence = evidence._replace(exam=exam)
+    part = evaluation.summarise_calibration(evidence, evaluation.Recall(evidence))["arms"]["with_ltm"]
+    assert part["worse"] == 0.5 and part["much_worse"] == 0.25
+    assert part["lost"] == pytest.approx(0.55 / 4, abs=1e-5) and part["saved"] == pytest.approx(3 / 4)
+    new, seen, *nothing = part["by_kind"].values()
+    assert new["mean"] == pytest.approx(0.25) and new["ci95"] == pytest.approx([0.25, 0.25])
+    assert seen["mean"] == pytest.approx((-3 + 0.05) / 2) and nothing == [None, None]
+    assert part["oracle"]["bpc"] == pytest.approx((8 + 8 + 5 + 8) / 4)
+    assert part["oracle"]["ratio"] == pytest.approx(29 / 32)
+    gap = (len("with_ltm") - len("baseline")) / math.log(2)
+    assert part["evicted"] == {"distances": [99], "bits_above": [pytest.approx(gap)], "forced_choice": [0.0]}
 
 
 # ------------------------------------------------------------------ controls
@@ -927,6 +1017,7 @@ def test_results_hold_what_they_promise(evaluated):
     detail = results["detail"]
     assert detail["run"]["seeds"] == [0, 1] and detail["run"]["steps"] == 8
     assert detail["run"]["settings"] == {**SETTINGS, "data": detail["run"]["settings"]["data"]}
+    assert detail["data"]["part"] == "all" and len(detail["run"]["settings_sha256"]) == 64
     for arm in ARMS:
         about = detail["arms"][arm]
         model = stages.load_model(root / "trained" / arm)
@@ -975,6 +1066,25 @@ def test_recall_in_the_results(evaluated):
 
 
 VERDICTS = ("helps", "hurts", "inconclusive")
+
+
+def test_indirect_recall_in_the_results(evaluated):
+    """Every arm, kind and distance; the diagonal of the matrix is verbatim recall, what is off it the kind "format"."""
+    _, results, said = evaluated
+    indirect = results["detail"]["indirect"]
+    assert indirect["distances"] == indirect["long_range"] == [40] and indirect["chance"] == 0.125
+    for arm in ARMS:
+        part = indirect["arms"][arm]
+        assert list(part) == ["verbatim", *evaluation.INDIRECT, "matrix"]
+        for kind in ("verbatim", *evaluation.INDIRECT):
+            low, high = part[kind]["forced_choice_ci95"][0]
+            assert low <= part[kind]["forced_choice"][0] <= high and part[kind]["value_nats"][0] > 0
+            assert part[kind]["long_range"]["top1"] == part[kind]["top1"][0] and kind in said
+        matrix = np.array([list(row.values()) for row in part["matrix"].values()])
+        assert np.diag(matrix).mean() == pytest.approx(part["verbatim"]["forced_choice"][0])
+        assert matrix[~np.eye(2, dtype=bool)].mean() == pytest.approx(part["format"]["forced_choice"][0])
+    assert list(results["detail"]["calibration"]["arms"]) == ["with_ltm"] and "an oracle for a gate" in said
+    assert results["detail"]["recall"]["what"].startswith("verbatim")
 
 
 def test_the_rest_of_the_results(evaluated):
@@ -1248,6 +1358,58 @@ def test_a_checkpoint_saved_while_it_loads(one_seed, capsys, monkeypatch, after)
     assert (model.memory.from_state.bias == found.step * MARK).all() and found.source == found.folder
     assert found.weights in json.loads((run.folder / "manifest.json").read_text())["weights"]
     assert "damaged" not in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------ which documents
+
+
+def opened(root, **flags):
+    """What open_documents makes of some flags."""
+    args = SimpleNamespace(**dict(quick=False, report=False, on=None) | flags)
+    return evaluation.open_documents(args, root)
+
+
+def with_val(root, texts):
+    """A root whose val.bin holds these texts."""
+    data = rows_of(texts).tobytes()
+    (root / "data" / "val.bin").write_bytes(data)
+    path = root / "data" / "meta.json"
+    meta = json.loads(path.read_text())
+    meta["splits"]["val"] |= {"bytes": len(data), "sha256": sha256(root / "data" / "val.bin"), "documents": len(texts)}
+    path.write_text(json.dumps(meta | {"sha256": stages.seal(meta)}))
+    return root
+
+
+def test_each_part_has_files_of_its_own(one_seed):
+    draw = np.random.default_rng(0)
+    texts = [text_of(length, draw) for length in (50, 60, 70, 80, 90)]
+    rows, _, settings, place = opened(with_val(one_seed, texts))
+    assert [len(text) for text in stages.documents(rows)] == [50, 90] and settings.part == "choosing"
+    assert place.file == "evaluation_choosing.safetensors" and place.flags == ""
+    rows, _, settings, place = opened(one_seed, report=True)
+    assert [len(text) for text in stages.documents(rows)] == [60, 70, 80] and settings.part == "reported"
+    assert place.file == "evaluation.safetensors" and place.flags == " --report"
+    for report in (False, True):                                    # too few for parts: all of them, and it is said
+        rows, _, settings, place = opened(with_val(one_seed, texts[:3]), report=report)
+        assert len(stages.documents(rows)) == 3 and settings.part == "all" and place.file == "evaluation.safetensors"
+
+
+def test_own_documents_are_evaluated_beside_the_others(measured, small, capsys):
+    """results_on_NAME.json; results.json and what was measured on val.bin stay as they are; the settings are the same."""
+    before = {path: path.read_bytes() for path in measured.rglob("*") if path.is_file()}
+    words = ["the", "of", "lamp", "river", "memory", "angle", "eleven"]
+    texts = [" ".join(np.random.default_rng(seed).choice(words, 170)) for seed in range(3)]
+    (measured / "mine.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare_data, "FULL", dataclasses.replace(prepare_data.FULL, window=WIDTH, stride=WIDTH // 2))
+        prepare_data.main(["--root", str(measured), "--text", str(measured / "mine.jsonl"), "--into", "mine"])
+    evaluation.main(["--root", str(measured), "--on", "mine"])
+    results = json.loads((measured / "results_on_mine.json").read_text())
+    assert list(results) == [*ARMS, "detail"] and results["detail"]["data"]["val_documents"] == 3
+    assert "mine.jsonl" in results["detail"]["data"]["source"] and "data/mine.bin" in capsys.readouterr().out
+    assert results["baseline"]["bpc"] != json.loads((measured / "results.json").read_text())["baseline"]["bpc"]
+    assert all(path.read_bytes() == data for path, data in before.items() if path.name != ".lock")
+    assert (measured / "trained/with_ltm/evaluation_on_mine.safetensors").is_file()
 
 
 # ------------------------------------------------------------------ an arm at a time
