@@ -53,7 +53,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from models import EOT, GPT, Address, Final, LongTermMemory, Memory, Reading, mix
+from models import EOT, GPT, Address, Final, LongTermMemory, Memory, Reading, lagged, mix
 from stages import (ARMS, PROJECT, SPECIFIED, StageError, arm_flag, arm_folder, characters_per_token,
                     command, commit, compiled, default_root, device_name, documents, has_compiler,
                     load_model, load_own, load_split, load_tokenizer, lower_precision, own_name,
@@ -2251,6 +2251,118 @@ def fit_grams(model, texts, width, settings):
     return exact_only(model, best), best
 
 
+class Scalars(NamedTuple):
+    """All that is fitted of a Mixture."""
+
+    trust: tuple                # log weight of an item found through the exact address of 1, 2, .. tokens
+    cache: float                # log weight of the neural cache
+    theta: float                # its sharpness
+    slope: float                # by which all these grow with a nat of the entropy of p_stm
+
+
+class Mixture(LongTermMemory):
+    """What can be had of a model without training: exact addresses and the neural cache over the
+    last config.ltm_slots tokens, both as far as the entropy of p_stm says that they are needed.
+
+    p = (p_stm + e^(slope H) (sum_n e^trust_n matches_n + e^cache p_cache)) / what that sums to. A
+    one-token address exists where that token was surprising, as the LTM's. `logits`: of the
+    backbone's final states.
+    """
+
+    def __init__(self, config, logits, scalars):
+        super().__init__(config)
+        self.backbones_logits, self.scalars = logits, scalars
+
+    def entropy(self, h):
+        """Entropy of p_stm in nats, (N, C); some rows at a time, as there are 50,257 of each."""
+        parts = [self.backbones_logits(rows).float().log_softmax(-1) for rows in h.split(8)]
+        return torch.cat([-(log_p.exp() * log_p).sum(-1) for log_p in parts])
+
+    def found(self, final):
+        """What matches through each exact address (E of (N, C, I) bool), products of states (N, C,
+        I), visible (N, C, I), values (N, I) and stored (N, C)."""
+        h, targets, opens = final.h, final.targets, final.opens
+        stored = targets != EOT
+        _, surprising = self.route(final.log_p, targets)
+        grams = [lagged(final.tokens, lag, opens, EOT) for lag in range(self.config.ltm_ngrams)]
+        address = Address(*[targets] * len(Address._fields))._replace(
+            grams=torch.stack(grams, -1), known=lagged(surprising, 1, opens, False), key=h)
+        items, values, visible = self.candidates(address, targets, stored, opens)
+        same, matches = visible, []
+        for n in range(self.config.ltm_ngrams):
+            same = same & (address.grams[..., n, None] == items.grams[:, None, :, n])
+            matches.append(same & address.known[..., None] & items.known[:, None] if n == 0 else same)
+        return matches, h.float() @ items.key.float().mT, visible, values, stored
+
+    def read(self, final):
+        matches, products, visible, values, stored = self.found(final)
+        trust, cache, theta, slope = self.scalars
+        weight = math.exp(cache) * (theta * products).masked_fill(~visible, -math.inf).softmax(-1).nan_to_num()
+        weight = weight + sum(math.exp(one) * found for one, found in zip(trust, matches))
+        weight = weight * (slope * self.entropy(final.h)).exp()[..., None]
+        return Reading(weight, torch.zeros_like(weight), None), values, stored, -torch.ones_like(final.log_p)
+
+
+def training_free(model, slots, scalars):
+    """A Mixture of that many tokens on the backbone of a model."""
+    memory = functools.partial(Mixture, logits=model.logits, scalars=scalars)
+    return altered(model, memory, memory="ltm", memory_enabled=True, ltm_slots=slots)
+
+
+@torch.no_grad()
+def seen_of_mixture(model, texts, slots, thetas, width, settings):
+    """What a Mixture's likelihood depends on, float64, a row a target: p_stm, entropy (T,); items
+    found through each exact address, those of the right value and all (T, E); whether there is a
+    cache (T,) and its probability of the target for each theta (T, thetas)."""
+    twin, seen = training_free(model, slots, Scalars((0.0,) * model.config.ltm_ngrams, 0.0, 0.0, 0.0)), []
+    for pack in packs(texts, width, model.device, settings):
+        h, _ = states(model, pack)
+        log_p, log_z = fast("log_p", model, pack, h, pack.targets)
+        final = Final(h, pack.tokens, pack.targets, log_p, log_z, model.embed_detached, pack.opens)
+        matches, products, visible, values, _ = twin.memory.found(final)
+        right = values[:, None] == pack.targets[..., None]
+        columns = [log_p.exp(), twin.memory.entropy(h)]
+        columns += [(one & right).sum(-1) for one in matches] + [one.sum(-1) for one in matches] + [visible.any(-1)]
+        for theta in thetas:
+            cache = (theta * products).masked_fill(~visible, -math.inf).softmax(-1).nan_to_num()
+            columns.append(torch.where(right, cache, 0.0).sum(-1))
+        real = pack.targets != EOT
+        seen.append(torch.stack([column[real].cpu().double() for column in columns], -1))
+    E = model.config.ltm_ngrams
+    p, entropy, right, every, there, cache = torch.cat(seen).split((1, 1, E, E, 1, len(thetas)), -1)
+    return p[:, 0], entropy[:, 0], right, every, there[:, 0], cache
+
+
+def fit_mixture(model, texts, slots, width, settings):
+    """A training_free model fitted to texts: theta on a grid, the other scalars by gradient."""
+    thetas = [2 ** (power / 2) / model.config.n_embd for power in range(16)]
+    p, entropy, right, every, there, of_cache = seen_of_mixture(model, texts, slots, thetas, width, settings)
+    fits = []
+    for theta, cache in zip(thetas, of_cache.unbind(-1)):
+        free = torch.tensor([-2.0] * right.size(1) + [-2.0, 0.0], dtype=torch.float64, requires_grad=True)
+        optimizer = torch.optim.LBFGS([free], max_iter=60, line_search_fn="strong_wolfe")
+
+        def loss():
+            *trust, share, slope = free.clamp(-12, 12)
+            gate, trust = (slope * entropy).exp(), torch.stack(trust).exp()
+            gained = gate * (right @ trust + share.exp() * cache)
+            total = gate * (every @ trust + share.exp() * there)
+            return ((1 + total) / (p + gained)).log().mean()
+
+        def closure():
+            optimizer.zero_grad()
+            value = loss()
+            value.backward()
+            return value
+
+        with torch.enable_grad():
+            optimizer.step(closure)
+        *trust, share, slope = free.detach().clamp(-12, 12).tolist()
+        fits.append((loss().item(), Scalars(tuple(trust), share, theta, slope)))
+    _, scalars = min(fits)
+    return training_free(model, slots, scalars)
+
+
 def ladder(model, group, setting, values):
     """[(group, name, model)]: the memory with other values of one of its settings, and with
     that of its training."""
@@ -2373,6 +2485,9 @@ class Controls:
             cache = fit_cache(baseline, texts, slots, *rest)
             fitted = {"theta": cache.memory.theta, "share": cache.memory.share}
             self.add_other(f"neural cache on the baseline, {slots:,} tokens", cache, **fitted)
+            mixture = fit_mixture(baseline, texts, slots, *rest)
+            self.add_other(f"six scalars, no training, {slots:,} tokens", mixture,
+                           scalars=mixture.memory.scalars._asdict())
         grams, trust = fit_grams(baseline, *given)
         self.add_other("exact addresses on the baseline", grams, log_weights=trust)
         question = max(len(question.tokens) for question in self.block)

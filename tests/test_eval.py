@@ -822,6 +822,51 @@ def test_the_neural_cache_is_fitted():
     assert noise.memory.share < 1e-6
 
 
+def test_the_mixture_without_training_is_made_of_its_parts():
+    """Without exact addresses and gate it is the neural cache; without a cache it counts what followed the same tokens,
+    as much more as the entropy says; it sums to one."""
+    baseline, (text,) = tiny(memory_enabled=False, bits=0.0), texts_of(90)
+    nothing = (-math.inf,) * 3
+    cache = evaluation.neural_cache(baseline, 24, 0.4, 0.3)
+    mixed = evaluation.training_free(baseline, 24, evaluation.Scalars(nothing, math.log(0.3 / 0.7), 0.4, 0.0))
+    assert np.allclose(bits_of(mixed, [text])[0], bits_of(cache, [text])[0], atol=1e-4)
+    trust, slope = (-1.0, 0.5, 1.0), 0.05
+    exact = evaluation.training_free(baseline, 24, evaluation.Scalars(trust, -math.inf, 0.0, slope))
+    stm = torch.from_numpy(-math.log(2) * bits_of(baseline, [text])[0]).exp().numpy()
+    rows = torch.from_numpy(np.pad(text, (0, 6), constant_values=EOT)).view(3, WIDTH)
+    with torch.no_grad():
+        log_p = baseline.logits(baseline.states(rows, torch.eye(3)[:1].bool())[0]).log_softmax(-1).flatten(0, 1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    for t, cost in enumerate(bits_of(exact, [text])[0]):
+        gained = total = 0.0
+        for n in range(3):
+            same = [i for i in range(max(0, t - 24), t) if i >= n and (text[i - n:i + 1] == text[t - n:t + 1]).all()]
+            weight = math.exp(trust[n] + slope * entropy[t])
+            gained += weight * sum(text[i + 1] == text[t + 1] for i in same)
+            total += weight * len(same)
+        assert cost == pytest.approx(-math.log2((stm[t] + gained) / (1 + total)), abs=2e-3), t
+    for model in (mixed, exact):
+        assert torch.allclose(model(torch.from_numpy(text)[None]).logits.exp().sum(-1), torch.ones(len(text)), atol=1e-4)
+
+
+def test_the_mixture_is_fitted():
+    """No neighbouring scalar is better, and it is at least as good as each of its parts."""
+    baseline = tiny(memory_enabled=False)
+    texts = [np.concatenate(([EOT], np.tile(np.random.default_rng(i).integers(0, 5_000, 20), 4))) for i in range(2)]
+    fitted = evaluation.fit_mixture(baseline, texts, 50, WIDTH, SMALL)
+    trust, *rest = fitted.memory.scalars
+    best = bits_of(fitted, texts)[0].sum()
+    for other in (evaluation.fit_cache(baseline, texts, 50, WIDTH, SMALL),
+                  evaluation.fit_grams(baseline, texts, WIDTH, SMALL)[0]):
+        assert best < bits_of(other, texts)[0].sum()
+    flat = np.array([*trust, *rest])
+    for place, step in itertools.product((0, 1, 2, 3, 5), (-0.3, 0.3)):
+        moved = flat.copy()
+        moved[place] += step if place < 5 else step / 10
+        changed = evaluation.Scalars(tuple(moved[:3]), *moved[3:])
+        assert bits_of(evaluation.training_free(baseline, 50, changed), texts)[0].sum() > best - 0.5
+
+
 @torch.no_grad()
 def test_exact_addresses_are_fitted_without_a_learned_part():
     """On texts that repeat themselves they pay, on others they weigh least; the learned weights play no part."""
@@ -1138,6 +1183,8 @@ def test_rows_of_controls(evaluated):
     assert wiped["bpc_ratio"] is None and rows[2] is wiped and gpt["stored"] == 0
     caches = [row for row in rows if row["name"].startswith("neural cache")]
     assert [row["stored"] for row in caches] == [1, 1] and all(0 <= row["share"] < 1 for row in caches)
+    free = [row for row in rows if row["name"].startswith("six scalars")]
+    assert len(free) == 2 and all(len(row["scalars"]["trust"]) == 3 for row in free)
     assert f"{trained['bpc_ratio']:.3f}" in said and all(row["name"] in said for row in rows)
     assert all(len(row["name"]) <= 42 for row in rows)              # what the picture has room for
 
