@@ -24,8 +24,9 @@ from dataclasses import dataclass
 import torch
 
 from models import GPT, SIZES, RevenaConfig
-from stages import (ARMS, EOT, SPECIFIED, StageError, arm_flag, arm_folder, command, default_root, init_name,
-                    load_tokenizer, model_class, parser_of, run_stage, save_model, seed_number, write_manifest)
+from stages import (ARMS, EOT, SPECIFIED, STUDY, StageError, about, arm_flag, arm_folder, command,
+                    default_root, init_name, load_tokenizer, model_class, parser_of, run_stage, save_model,
+                    seed_number, write_manifest)
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,12 @@ def make_models(settings, seed, arm="with_ltm"):
     """GPT-70M and the hybrid that an arm starts from, both on the CPU: the hybrid's backbone holds
     GPT-70M's weights.
     """
-    about = ARMS[arm]
+    mine = about(arm)
     gpt = make_gpt(settings, seed)
     if arm not in SPECIFIED:
         torch.manual_seed(MEMORY_SEED + seed)
-    config = RevenaConfig(**SIZES[settings.size], **about.backbone, stm_window=settings.window,
-                          memory=about.memory or "ltm", memory_settings=about.settings, ltm_slots=settings.slots,
+    config = RevenaConfig(**SIZES[settings.size], **mine.backbone, stm_window=settings.window,
+                          memory=mine.memory or "ltm", memory_settings=mine.settings, ltm_slots=settings.slots,
                           ltm_surprisal_bits=settings.surprisal_bits, ltm_cosine=settings.cosine)
     hybrid = model_class(config.memory)(config)
     own = hybrid.backbone.state_dict()
@@ -69,8 +70,8 @@ def make_models(settings, seed, arm="with_ltm"):
             part = tuple(map(slice, weight.shape))          # all of it, but where an arm's own is wider
             own[name][part] = weight
     hybrid.backbone.load_state_dict(own)
-    if about.backbone:
-        gpt = GPT(RevenaConfig(**SIZES[settings.size], **about.backbone, stm_window=None, memory_enabled=False))
+    if mine.backbone:
+        gpt = GPT(RevenaConfig(**SIZES[settings.size], **mine.backbone, stm_window=None, memory_enabled=False))
         gpt.backbone.load_state_dict(own | {"rotary": gpt.backbone.rotary})
     return gpt.eval(), hybrid.eval()
 
@@ -153,7 +154,7 @@ def report(hybrid, size, seed, arm):
     total = sum(groups.values())
     for name, count in groups.items():
         print(f"{count:>12,}  {name}")
-    print(f"{total:>12,}  in all: RevenaHybridTiny-{size}, {ARMS[arm].label}, seed {seed}")
+    print(f"{total:>12,}  in all: RevenaHybridTiny-{size}, {about(arm).label}, seed {seed}")
     if size == "70M" and not TOTAL[0] <= total <= TOTAL[1]:
         raise StageError(f"{total:,} parameters are not 70M; set SIZES in models.py back to between "
                          f"{TOTAL[0]:,.0f} and {TOTAL[1]:,.0f}")
@@ -181,9 +182,11 @@ def write_folder(hybrid, tokenizer, folder, **facts):
 def parse(argv=None):
     parser = parser_of(__doc__)
     arms = parser.add_mutually_exclusive_group()
-    for arm, about in ARMS.items():
+    for arm, its in ARMS.items():
         if arm not in SPECIFIED:
-            arms.add_argument(arm_flag(arm), dest="arm", action="store_const", const=arm, help=about.label)
+            arms.add_argument(arm_flag(arm), dest="arm", action="store_const", const=arm, help=its.label)
+    arms.add_argument("--study", dest="arm", metavar="NAME", help="a control of the study with a backbone of its own",
+                      choices=[arm for arm, its in STUDY.items() if its.backbone])
     parser.add_argument("--seed", type=seed_number, default=0, metavar="S", help="of the initial weights (default 0)")
     args = parser.parse_args(argv)
     args.arm = args.arm or "with_ltm"

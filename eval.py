@@ -10,6 +10,7 @@ writes  trained/<arm>/evaluation.safetensors   what was measured of an arm, and 
     python eval.py                  the fourth quarter: on it anything may be chosen, nothing is reported
     python eval.py --on NAME        documents of your own (prepare_data.py --into NAME): results_on_NAME.json
     python eval.py --controls       also what the gain depends on (first seed)
+    python eval.py --study          the trainings of ./run_all.sh --study: results_study.json
     python eval.py --quick          the small models under quick/
 
 Every fourth document of val.bin is the choosing part. Settings are searched on it alone; its words
@@ -54,7 +55,7 @@ from tqdm import tqdm
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from models import EOT, GPT, Address, Final, LongTermMemory, Memory, Reading, lagged, mix
-from stages import (ARMS, PROJECT, SPECIFIED, StageError, arm_flag, arm_folder, characters_per_token,
+from stages import (ARMS, PROJECT, SPECIFIED, STUDY, StageError, about, arm_flag, arm_folder, characters_per_token,
                     command, commit, compiled, default_root, device_name, documents, has_compiler,
                     load_model, load_own, load_split, load_tokenizer, lower_precision, own_name,
                     parser_of, pick_device, read_json, read_manifest, read_meta, run_stage, seal, sha256,
@@ -325,10 +326,22 @@ def counted_targets(rows):
     return fresh & (rows[:, 1:] != EOT)
 
 
-def score_windows(model, rows, settings):
-    """log p of each target of the rows taken alone, (N, C - 1) float32."""
-    tally = score_text(model, list(rows.astype(np.int64)), rows.shape[1], settings)
+def score_windows(model, rows, settings, width=None):
+    """log p of each target of the rows taken alone, (N, C - 1) float32. width: of the model's own
+    rows, where they are wider."""
+    tally = score_text(model, list(rows.astype(np.int64)), width or rows.shape[1], settings)
     return np.stack(tally.log_p)
+
+
+def rows_for(model, exam):
+    """(width, settings) of the packs that a model scores: rows of its own window, which one of the
+    study has wider, and about as many tokens."""
+    width, usual, settings = model.config.stm_window, exam.rows.shape[1], exam.settings
+    if width <= usual:
+        return usual, settings
+    lane = max(1, settings.lane * usual // width)
+    lanes = max(1, settings.pack * usual // width // lane)
+    return width, dataclasses.replace(settings, pack=lanes * lane, lane=lane)
 
 
 # ------------------------------------------------------------ questions
@@ -878,7 +891,7 @@ def take_turns(model, dialogues, persistent, settings):
 def throughput(models, exam):
     """Tokens per second that each of {name: model} scores documents, in turn: {name:
     (repeats,) float64}."""
-    settings, width = exam.settings, exam.rows.shape[1]
+    width, settings = rows_for(next(iter(models.values())), exam)
     device = next(iter(models.values())).device
     ready = list(itertools.islice(packs(exam.texts, width, device, settings), settings.timed))
     tokens = sum(length - 1 for pack in ready for _, _, length in pack.places)
@@ -970,7 +983,7 @@ def expected_of(found, exam):
     """What the facts of a file have to be for it to speak of this arm, this code, these
     data and these settings."""
     return {"arm": found.arm, "seed": found.seed, "weights": found.weights, "config": found.config,
-            "training": found.settings, "code": code_of(ARMS[found.arm].memory),
+            "training": found.settings, "code": code_of(about(found.arm).memory),
             "evaluation": exam.settings.of_an_arm(), "data": exam.identity}
 
 
@@ -1029,9 +1042,9 @@ def facts_of(model, device):
 def measure(model, exam, note=None):
     """Score the documents, the rows alone and the questions, hold the dialogues, take the
     time: (tensors, facts of the picture)."""
-    settings, width = exam.settings, exam.rows.shape[1]
+    width, settings = rows_for(model, exam)
     tally = score_text(model, exam.texts, width, settings, note)
-    windows = score_windows(model, exam.rows, settings)[counted_targets(exam.rows)]
+    windows = score_windows(model, exam.rows, settings, width)[counted_targets(exam.rows)]
     asked = [*exam.questions, *exam.indirect_questions]
     answers, = answer([model], asked, width, settings, note=note)
     tensors = {name: np.concatenate(getattr(tally, name)) for name in Tally._fields}
@@ -2474,26 +2487,31 @@ class Controls:
     def rows(self):
         """All of them."""
         hybrid, baseline, window = self.hybrid, self.baseline, self.window
-        given = self.training, window, self.exam.settings
         longest = max(map(len, self.exam.texts))
         self.add(memory_controls(hybrid, self.rate))
         wiped, = self.recall([hybrid], window, wiped=True)
         name = "memory wiped between fact and question"
         self.found.insert(2, {"group": "reads", "name": name, "bpc_ratio": None, **wiped})
-        texts, *rest = given
-        for slots in (hybrid.config.ltm_slots, longest):
+        self.training_free()
+        question = max(len(question.tokens) for question in self.block)
+        positions = max(longest, question)
+        gpt = altered(baseline, model_class=GPT, stm_window=None, n_positions=positions)
+        self.add_other(f"GPT, full attention (trained at {window})", gpt, longest, question)
+        return self.found
+
+    def training_free(self):
+        """Rows for what is fitted on the frozen baseline."""
+        baseline, texts = self.baseline, self.training
+        rest, longest = (self.window, self.exam.settings), max(map(len, self.exam.texts))
+        for slots in (baseline.config.ltm_slots, longest):
             cache = fit_cache(baseline, texts, slots, *rest)
             fitted = {"theta": cache.memory.theta, "share": cache.memory.share}
             self.add_other(f"neural cache on the baseline, {slots:,} tokens", cache, **fitted)
             mixture = fit_mixture(baseline, texts, slots, *rest)
             self.add_other(f"six scalars, no training, {slots:,} tokens", mixture,
                            scalars=mixture.memory.scalars._asdict())
-        grams, trust = fit_grams(baseline, *given)
+        grams, trust = fit_grams(baseline, texts, *rest)
         self.add_other("exact addresses on the baseline", grams, log_weights=trust)
-        question = max(len(question.tokens) for question in self.block)
-        positions = max(longest, question)
-        gpt = altered(baseline, model_class=GPT, stm_window=None, n_positions=positions)
-        self.add_other(f"GPT, full attention (trained at {window})", gpt, longest, question)
         return self.found
 
 
@@ -2534,6 +2552,101 @@ def load_controlled(measured, seed, arm, place):
         raise StageError(f"the weights of {found.folder} that were measured are not here, and --controls "
                          f"needs them; put them back, or leave --controls out")
     return load_arm(seed, arm, place)[0]
+
+
+# ------------------------------------------------------------ the study
+
+USUAL = "baseline_x1", "with_ltm_x1"    # of the study: trained as the two arms are
+
+
+def of_study(exam, meta, place):
+    """Evidence of all of the study that is trained, USUAL[0] as the reference; raises StageError
+    where that is missing, or where one was trained on other data or not to its end."""
+    there = [name for name in STUDY if (arm_folder(place.root, 0, name) / "manifest.json").is_file()]
+    measured = {}
+    for name in dict.fromkeys([USUAL[0], *there]):
+        found = find_arm(0, name, place)
+        if found.settings.get("data") != meta["splits"]["train"]["sha256"]:
+            raise StageError(f"{name} was trained on other data than {place.root}/data now holds; train again: "
+                             f"{train_command(0, name, place)} --fresh")
+        if found.step != found.settings.get("steps"):
+            raise StageError(f"{name} is at step {found.step} of {found.settings.get('steps')}; go on with: "
+                             f"{train_command(0, name, place)} --resume")
+        _, measured[REFERENCE if name == USUAL[0] else name, 0] = measured_arm(found, exam, place)
+    return Evidence(measured, {name: (0,) for name, _ in measured}, exam)
+
+
+def rows_of_study(evidence, place):
+    """One row for each training of the study: what it is, its bits, its recall inside the window and
+    beyond it."""
+    whole, alone = summarise_bpc(evidence)
+    asked = Recall(evidence)
+    far, window = evidence.exam.far, evidence.first(REFERENCE).facts["window"]
+    near = asked.at([distance for distance in evidence.exam.distances if distance <= window])
+    rows = []
+    for key in evidence.seeds:
+        name, facts = USUAL[0] if key == REFERENCE else key, evidence.first(key).facts
+        its, part = STUDY[name], whole[key]
+        same = {"ratio": 1.0, "difference": {"mean": 0.0, "ci95": [0.0, 0.0]}, "verdict": ""}
+        rows.append({"name": name, "group": its.group, "label": its.label, "memory": its.memory or "",
+                     "steps": facts["step"], "parameters": facts["parameters"], "window": facts["window"],
+                     "lr": facts["training"]["lr"], "bpc": part["per_seed"][0],
+                     **{field: part.get(field, none) for field, none in same.items()},
+                     "bpc_windows": alone[key]["per_seed"][0],
+                     "recall": asked.share(key, "forced_choice", asked.at(far)),
+                     "recall_inside": asked.share(key, "forced_choice", near) if near else None,
+                     "top1": asked.share(key, "top1", asked.at(far))["mean"],
+                     **summarise_hits(evidence, key),
+                     "training": summarise_training(arm_folder(place.root, 0, name))})
+    return rows
+
+
+def curve_of(rows):
+    """What both arms reach over steps: {"steps", "baseline", "with_ltm" (bits), "ratio"}; and the
+    steps at which the baseline comes to the bits that the LTM has after the usual ones: None where
+    it does not in what was trained."""
+    both = {}
+    for row in rows:
+        if row["group"] == "steps":
+            both.setdefault(row["steps"], {})[bool(row["memory"])] = row["bpc"]
+    pairs = sorted((steps, *(one[memory] for memory in (False, True))) for steps, one in both.items() if len(one) == 2)
+    steps, base, memory = map(list, zip(*pairs)) if pairs else ([], [], [])
+    wanted = next((row["bpc"] for row in rows if row["name"] == USUAL[1]), None)
+    reaches = None
+    for at in range(1, len(steps)):
+        if wanted is not None and base[at] <= wanted < base[at - 1]:        # a straight line over the steps' logarithm
+            share = (base[at - 1] - wanted) / (base[at - 1] - base[at])
+            reaches = steps[at - 1] * (steps[at] / steps[at - 1]) ** share
+    return {"steps": steps, "baseline": base, "with_ltm": memory,
+            "ratio": [one / other for one, other in zip(memory, base)], "baseline_reaches": reaches}
+
+
+def study(exam, meta, place):
+    """results_study.json: a row for each training, the curve over steps, and what is had without training."""
+    evidence = of_study(exam, meta, place)
+    rows = rows_of_study(evidence, place)
+    baseline, _ = load_arm(0, USUAL[0], place)
+    training, _ = load_split(place.root, "train", place.quick)
+    texts = [text for text in documents(training) if len(text) > 1][:exam.settings.fitted]
+    of_baseline = bits(evidence.first(REFERENCE).tensors["log_p"]).sum()
+    free = Controls(baseline, baseline, of_baseline, 0.0, texts, exam).training_free()
+    return {"rows": rows, "curve": curve_of(rows), "training_free": free,
+            "detail": {"data": about_data(exam, meta), "run": about_run(evidence),
+                       "arms": {REFERENCE: {"parameters": evidence.first(REFERENCE).facts["parameters"]}},
+                       "chance": 1 / exam.settings.facts, "distances": exam.far}}
+
+
+def print_study(results):
+    """A line a training."""
+    print(f"\n{'':46}{'steps':>8}{'bpc':>9}{'x':>8}{'recall':>8}{'inside':>8}{'top-1':>8}")
+    for row in results["rows"]:
+        inside = f"{row['recall_inside']['mean']:8.3f}" if row["recall_inside"] else f"{'-':>8}"
+        print(f"{row['group']:15}{row['label'][:31]:31}{row['steps']:8,}{row['bpc']:9.4f}{row['ratio']:8.4f}"
+              f"{row['recall']['mean']:8.3f}{inside}{row['top1']:8.3f}")
+    print_controls(results["training_free"])
+    reaches = results["curve"]["baseline_reaches"]
+    said = f"after {reaches:,.0f} steps" if reaches else "in none of these trainings"
+    print(f"\nthe baseline reaches the LTM's bits of the usual steps {said}")
 
 
 # ------------------------------------------------------------ which documents
@@ -2656,10 +2769,21 @@ def main(argv=None):
                        help="the reported part of val.bin, for publication (default: the choosing part)")
     asked.add_argument("--on", type=own_name, metavar="NAME",
                        help="documents of your own (prepare_data.py --into NAME)")
+    parser.add_argument("--study", action="store_true",
+                        help="what else would have bought the gain: the trainings of ./run_all.sh --study")
     args = parser.parse_args(argv)
+    if args.study and (args.controls or args.on):
+        parser.error("--study goes without --controls and --on")
     began, root = time.time(), default_root(args.root, args.quick)
     tokenizer = load_tokenizer(root, args.quick)
     rows, meta, settings, place = open_documents(args, root)
+    if args.study:
+        results = study(make_exam(root, rows, meta, tokenizer, settings, args.quick), meta, place)
+        write_json(root / "results_study.json", results)
+        print_study(results)
+        print(f"wrote {root / 'results_study.json'} in {time.time() - began:.0f} s; next: "
+              + command("plot_eval.py --study", root, args.quick))
+        return
     arms = trained_arms(place.root)
     if args.controls and "with_ltm" not in arms:
         raise StageError(f"--controls asks about with_ltm, which is not here; train it with: "

@@ -49,6 +49,11 @@ class Arm(NamedTuple):
     chained: dict = {}          # of the config, where some of its steps are chained
     replay: float = 0.0         # share of each step's rows that is drawn again from rows seen before: a control
     control: bool = False       # no design of its own: left out of the comparison unless it is asked for
+    # of the study alone
+    group: str = ""             # where it stands in the table
+    config: dict = {}           # of the config while it is trained: window, slots, what is stored
+    training: dict = {}         # of train.py's Settings
+    share: float = 1.0          # of the usual steps
 
 
 ARMS = {
@@ -70,19 +75,62 @@ ARMS = {
     "with_store_few": Arm("store", "store of 256, merging", dict(slots=256, merge_above=0.9), control=True),
     "with_store_replay": Arm("store", "store, a fifth replayed", replay=0.2, control=True),
 }
+
+
+def study():
+    """{name: Arm} of ./run_all.sh --study: what else would have bought the gain, each trained by
+    itself on as many tokens, unless it is said otherwise.
+    """
+    two = {"baseline": Arm(None, "no memory"), "with_ltm": Arm("ltm", "LTM")}
+    found = {}
+    for share in (0.25, 0.5, 1, 2, 4):
+        for arm, about in two.items():
+            found[f"{arm}_x{share:g}"] = about._replace(group="steps", share=share)
+    attention = {"window_512": (512, "window of 512"), "attention_1024": (1_024, "full attention over 1,024")}
+    for name, (window, label) in attention.items():         # rows of the window, as many tokens a step
+        found[name] = Arm(None, label, group="baseline", config=dict(stm_window=window))
+    found["study_wide"] = Arm(None, "the LTM's parameters in the feed-forward", group="baseline",
+                              backbone=dict(n_inner=2_664))
+    found["more_steps"] = Arm(None, "the LTM's time in steps", group="baseline", share=1.05)
+    stored = {"surprisal": {}, "random": dict(ltm_random=0.576), "every": dict(ltm_surprisal_bits=-1.0)}
+    labels = {"surprisal": "surprising tokens", "random": "random ones, same rate", "every": "every token"}
+    for what, config in stored.items():
+        for slots in (256, 1_024):
+            if (what, slots) != ("surprisal", 256):         # with_ltm_x1
+                found[f"store_{what}_{slots}"] = Arm("ltm", f"{labels[what]}, {slots:,} slots", group="routing",
+                                                     config=config | dict(ltm_slots=slots))
+    for rate in (2.5e-4, 1e-3, 2e-3):                       # 5e-4 is the usual one
+        for arm, about in two.items():
+            found[f"{arm}_lr_{rate:g}"] = about._replace(
+                label=f"{about.label}, learning rate {rate:g}", group="learning rate",
+                training=dict(lr=rate, min_lr=rate / 10))
+    return found
+
+
+STUDY = study()
 SPECIFIED = ("baseline", "with_ltm")            # the experiment of ./run_all.sh; --memories trains all
 
 
+def about(arm):
+    """The Arm of that name, of the comparison or of the study."""
+    return ARMS[arm] if arm in ARMS else STUDY[arm]
+
+
 def arm_flag(arm):
-    """The flag of train.py and add_memory.py that chooses an arm: "--with-ltm"."""
+    """The flag of train.py and add_memory.py that chooses an arm: "--with-ltm"; of one of the
+    study: "--study NAME".
+    """
+    if arm in STUDY:
+        return f"--study {arm}"
     return "--" + arm.replace("_", "-")
 
 
 def init_name(arm):
     """The folder under trained/ that holds the weights which an arm starts from; the
-    specification's two share one.
+    specification's two share one, and so do those of the study whose backbone is theirs.
     """
-    return "init" if arm in SPECIFIED else f"init_{arm}"
+    shared = arm in SPECIFIED or arm in STUDY and not STUDY[arm].backbone
+    return "init" if shared else f"init_{arm}"
 
 
 def arm_folder(root, seed, name):
@@ -464,6 +512,13 @@ def documents(rows):
         end = np.flatnonzero(tokens != EOT).max(initial=0) + 1
         found.append(tokens[:end])
     return found
+
+
+def recut(rows, window):
+    """Rows of another width, cut from the documents of `rows` as prepare_data.py cuts them: (n, window) uint16."""
+    from prepare_data import windows_of
+
+    return np.concatenate([windows_of(text, window, window // 2) for text in documents(rows)])
 
 
 # ------------------------------------------------------------ models on a device

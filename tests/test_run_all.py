@@ -49,7 +49,12 @@ made = {
     "eval.py": ["results.json"],
     "plot_eval.py": ["results.png", "results_memory.png", "results_controls.png"],
 }
-if "--seed" in flags:
+if "--study" in flags:
+    made |= {"eval.py": ["results_study.json"], "plot_eval.py": ["results_study.png"]}
+if flags[0] == "--study" and "--seed" in flags:
+    arm = f"init_{flags[1]}" if name == "add_memory.py" else flags[1]
+    made[name] = [f"trained/{arm}/{file}" for file in ("model.safetensors", "config.json")]
+elif "--seed" in flags:
     seed = flags[flags.index("--seed") + 1]
     arm = flags[0].strip("-").replace("-", "_")
     further = arm not in ("seed", "baseline", "with_ltm")
@@ -349,6 +354,29 @@ def test_memories_lie_in_the_root(project, tmp_path, flags, base):
     base = project.folder / base if base else tmp_path / "else where"
     assert (base / "data/train.bin").is_file() and (base / "memories/results.png").is_file()
     assert not (base / "trained").exists() and not (project.folder / "memories").exists()
+
+
+def test_the_study_trains_each_of_its_arms_in_a_root_of_its_own(project):
+    """The data are those of the seven stages; a second run does what the first did not come to."""
+    done = project.run("--study")
+    assert done.returncode == 0, done.stderr
+    wanted = ["add_memory.py --seed 0"]
+    for name, arm in stages.STUDY.items():
+        wanted += [f"add_memory.py --study {name} --seed 0"] if arm.backbone else []
+        wanted += [f"train.py --study {name} --seed 0"]
+    wanted += ["eval.py --study --report", "plot_eval.py --study"]
+    assert project.called_anywhere() == [(".", "download_models.py"), (".", "prepare_data.py"),
+                                         *(("study", command) for command in wanted)]
+    assert "study/results_study.json" in done.stdout and not (project.folder / "trained").exists()
+    (project.folder / "study/trained/window_512/model.safetensors").unlink()
+    assert project.run("--study").returncode == 0
+    assert [command for _, command in project.called_anywhere()] == ["train.py --study window_512 --seed 0"]
+
+
+@pytest.mark.parametrize("flags", [["--memories"], ["--controls"], ["--steps", 5], ["--seeds", 2]])
+def test_the_study_takes_no_other_experiments_flags(project, flags):
+    done = project.run("--study", *flags)
+    assert done.returncode == 2 and "--study has arms, steps and seeds of its own" in done.stderr
 
 
 def test_seeds_and_steps_of_all_arms(compared):
