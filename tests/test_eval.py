@@ -1459,6 +1459,75 @@ def test_own_documents_are_evaluated_beside_the_others(measured, small, capsys):
     assert (measured / "trained/with_ltm/evaluation_on_mine.safetensors").is_file()
 
 
+# ------------------------------------------------------------------ the study
+
+
+@torch.no_grad()
+def test_a_wider_window_is_scored_in_rows_of_its_own(tokenizer):
+    """Documents and rows alone, as by model.forward; about as many tokens in a pack."""
+    model, draw = tiny(stm_window=2 * WIDTH, memory_enabled=False), np.random.default_rng(0)
+    texts = [text_of(length, draw) for length in (20, 70, 150)]
+    exam = evidence_of(texts, {}, None).exam._replace(rows=rows_of(texts))
+    width, settings = evaluation.rows_for(model, exam)
+    assert width == 2 * WIDTH and (settings.pack, settings.lane) == (3, 1)
+    assert evaluation.rows_for(tiny(), exam) == (WIDTH, SMALL)
+    found = evaluation.score_text(model, texts, width, settings).log_p
+    alone = evaluation.score_windows(model, exam.rows, settings, width)
+    for sequences, scored in ((texts, found), (exam.rows[:4].astype(np.int64), alone)):
+        for text, log_p in zip(sequences, scored):
+            ids = torch.from_numpy(text)[None]
+            expected = model(ids).logits[0, :-1].gather(1, ids[0, 1:, None])[:, 0]
+            assert np.allclose(log_p[text[1:] != EOT], expected[ids[0, 1:] != EOT], atol=1e-4)
+
+
+def rows_over(base, memory, steps=(100, 200, 400)):
+    """Rows of a study: bits of both arms at some steps."""
+    both = [("baseline", "", base), ("with_ltm", "ltm", memory)]
+    return [{"name": f"{arm}_x{number / 200:g}", "group": "steps", "memory": kind, "steps": number, "bpc": bits}
+            for arm, kind, values in both for number, bits in zip(steps, values)]
+
+
+def test_the_steps_at_which_the_baseline_has_the_ltms_bits():
+    """Between two trainings, on a straight line over log steps; none where it is never so low."""
+    curve = evaluation.curve_of(rows_over((2.0, 1.8, 1.6), (1.9, 1.7, 1.5)))
+    assert curve["steps"] == [100, 200, 400] and curve["ratio"] == pytest.approx([0.95, 1.7 / 1.8, 1.5 / 1.6])
+    assert curve["baseline_reaches"] == pytest.approx(200 * 2 ** 0.5)
+    assert evaluation.curve_of(rows_over((2.0, 1.8, 1.6), (1.9, 1.5, 1.4)))["baseline_reaches"] is None
+    assert evaluation.curve_of([])["steps"] == []
+
+
+def test_the_study_is_a_row_a_training(one_seed, small, capsys, monkeypatch):
+    """What is there of it, in the table's order, beside what is had without training; of another data or unfinished
+    it is refused."""
+    monkeypatch.setattr(evaluation.Controls, "training_free", lambda self: [])      # what it finds, --controls shows
+    arms = {"baseline_x1": {}, "with_ltm_x1": {}, "window_512": dict(stm_window=2 * WIDTH)}
+    for name, config in arms.items():
+        run, model = run_of(one_seed, name, lr=5e-4), tiny(3, memory_enabled=name == "with_ltm_x1", **config)
+        run.begin(model, load_tokenizer(one_seed))
+        save(run, model, 8)
+    evaluation.main(["--root", str(one_seed), "--study"])
+    results, said = json.loads((one_seed / "results_study.json").read_text()), capsys.readouterr().out
+    assert [row["name"] for row in results["rows"]] == list(arms) and "plot_eval.py --study" in said
+    base, memory, window = results["rows"]
+    assert (base["ratio"], base["window"], window["window"], memory["memory"]) == (1, WIDTH, 2 * WIDTH, "ltm")
+    assert memory["ratio"] == pytest.approx(memory["bpc"] / base["bpc"]) != 1 and memory["verdict"] in VERDICTS
+    assert base["recall_inside"]["mean"] in (0, 0.5, 1) and results["curve"]["baseline_reaches"] is None
+    assert results["training_free"] == []
+    assert not (one_seed / "results.json").exists() and results["detail"]["data"]["part"] == "all"
+    path = one_seed / "trained/window_512/manifest.json"
+    for change, words in ((("\"steps\": 8", "\"steps\": 9"), "is at step 8 of 9; go on with: .*--study window_512 .*--resume"),
+                          (("\"data\": \"", "\"data\": \"other"), "was trained on other data")):
+        before = path.read_text()
+        path.write_text(before.replace(*change))
+        with pytest.raises(StageError, match=words):
+            evaluation.main(["--root", str(one_seed), "--study"])
+        path.write_text(before)
+
+
+def test_without_its_baseline_there_is_no_study(one_seed, evaluate):
+    assert refused(evaluate(one_seed, "--study"), "baseline_x1", "python train.py --study baseline_x1 --root")
+
+
 # ------------------------------------------------------------------ an arm at a time
 
 
