@@ -32,9 +32,9 @@ from pathlib import Path
 import torch
 
 from models import GPT, SIZES, RevenaConfig
-from stages import (ARMS, SPECIFIED, StageError, arm_flag, arm_folder, command, default_root, init_name,
-                    is_hosted, load_model, load_tokenizer, model_class, one_line, parser_of, run_stage,
-                    save_model, seed_number, write_manifest)
+from stages import (ARMS, EOT, SPECIFIED, STUDY, StageError, about, arm_flag, arm_folder, command,
+                    default_root, init_name, is_hosted, load_model, load_tokenizer, model_class, one_line,
+                    parser_of, run_stage, save_model, seed_number, write_manifest)
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ def make_gpt(settings, seed, backbone=None):
 
 def of_the_memory(settings, arm):
     """What an arm's config says of its memory."""
-    about = ARMS[arm]
-    return dict(stm_window=settings.window, memory=about.memory or "ltm", memory_settings=about.settings,
+    mine = about(arm)
+    return dict(stm_window=settings.window, memory=mine.memory or "ltm", memory_settings=mine.settings,
                 ltm_slots=settings.slots, ltm_surprisal_bits=settings.surprisal_bits, ltm_cosine=settings.cosine)
 
 
@@ -71,11 +71,11 @@ def make_models(settings, seed, arm="with_ltm"):
     """GPT-70M and the hybrid that an arm starts from, both on the CPU: the hybrid's backbone holds
     GPT-70M's weights.
     """
-    about = ARMS[arm]
+    mine = about(arm)
     gpt = make_gpt(settings, seed)
     if arm not in SPECIFIED:
         torch.manual_seed(MEMORY_SEED + seed)
-    config = RevenaConfig(**SIZES[settings.size], **about.backbone, **of_the_memory(settings, arm))
+    config = RevenaConfig(**SIZES[settings.size], **mine.backbone, **of_the_memory(settings, arm))
     hybrid = model_class(config.memory)(config)
     own = hybrid.backbone.state_dict()
     for name, weight in gpt.backbone.state_dict().items():
@@ -83,8 +83,8 @@ def make_models(settings, seed, arm="with_ltm"):
             part = tuple(map(slice, weight.shape))          # all of it, but where an arm's own is wider
             own[name][part] = weight
     hybrid.backbone.load_state_dict(own)
-    if about.backbone:
-        gpt = GPT(RevenaConfig(**SIZES[settings.size], **about.backbone, stm_window=None, memory_enabled=False))
+    if mine.backbone:
+        gpt = GPT(RevenaConfig(**SIZES[settings.size], **mine.backbone, stm_window=None, memory_enabled=False))
         gpt.backbone.load_state_dict(own | {"rotary": gpt.backbone.rotary})
     return gpt.eval(), hybrid.eval()
 
@@ -96,9 +96,9 @@ FAMILIES = "GPT-2, Llama, Qwen3, GPT-NeoX"      # that were tried
 
 def on_checkpoint(folder, settings, seed, arm):
     """make_models, but for a backbone that train.py has trained: a folder of this project's own."""
-    about = ARMS[arm]
-    if about.lora or about.backbone:
-        raise StageError(f"{about.label} is not for {folder}, a model of this project's own; take another arm: "
+    mine = about(arm)
+    if mine.lora or mine.backbone:
+        raise StageError(f"{mine.label} is not for {folder}, a model of this project's own; take another arm: "
                          f"python add_memory.py --to {folder}")
     theirs = load_model(folder, made_by="python train.py")
     wanted = of_the_memory(settings, arm) | dict(memory_enabled=True)
@@ -294,7 +294,7 @@ def report(hybrid, size, seed, arm):
     total = sum(groups.values())
     for name, count in groups.items():
         print(f"{count:>12,}  {name}")
-    print(f"{total:>12,}  in all: {size}, {ARMS[arm].label}, seed {seed}")
+    print(f"{total:>12,}  in all: {size}, {about(arm).label}, seed {seed}")
     if size.endswith("-70M") and not TOTAL[0] <= total <= TOTAL[1]:
         raise StageError(f"{total:,} parameters are not 70M; set SIZES in models.py back to between "
                          f"{TOTAL[0]:,.0f} and {TOTAL[1]:,.0f}")
@@ -322,9 +322,11 @@ def write_folder(hybrid, tokenizer, folder, **facts):
 def parse(argv=None):
     parser = parser_of(__doc__)
     arms = parser.add_mutually_exclusive_group()
-    for arm, about in ARMS.items():
+    for arm, its in ARMS.items():
         if arm != "baseline":               # it starts where with_ltm does
-            arms.add_argument(arm_flag(arm), dest="arm", action="store_const", const=arm, help=about.label)
+            arms.add_argument(arm_flag(arm), dest="arm", action="store_const", const=arm, help=its.label)
+    arms.add_argument("--study", dest="arm", metavar="NAME", help="a control of the study with a backbone of its own",
+                      choices=[arm for arm, its in STUDY.items() if its.backbone])
     parser.add_argument("--to", metavar="MODEL",
                         help="a model that is trained already: a folder, or a name on the hub")
     parser.add_argument("--window", type=window_size, metavar="N",

@@ -1,14 +1,22 @@
 """Answer the question: bits per character and long-range recall of every arm, on the same text and
 questions.
 
-reads   data/val.bin, data/meta.json
+reads   data/val.bin, data/meta.json; with --on NAME data/NAME.bin, data/NAME.json
         trained/baseline/, trained/with_ltm/, .. (and trained/seedN/ where there are more)
 writes  trained/<arm>/evaluation.safetensors   what was measured of an arm, and of which weights, code and data
         results.json                           the tables, assembled from these files alone
 
-    python eval.py                  what the README reports
-    python eval.py --controls       the same, and what the gain depends on (first seed)
+    python eval.py --report         what the README reports: three quarters of the validation documents
+    python eval.py                  the fourth quarter: on it anything may be chosen, nothing is reported
+    python eval.py --on NAME        documents of your own (prepare_data.py --into NAME): results_on_NAME.json
+    python eval.py --controls       also what the gain depends on (first seed)
+    python eval.py --study          the trainings of ./run_all.sh --study: results_study.json
     python eval.py --quick          the small models under quick/
+
+Every fourth document of val.bin is the choosing part. Settings are searched on it alone; its words
+and formats of facts are never those of the reported part. Each part has files of its own
+(evaluation_choosing.safetensors; evaluation_on_NAME.safetensors), so that neither replaces the
+other; results.json says which part it is of, and the hash of all settings.
 
 An arm is measured once: again only where its weights, the code, the data or the settings below
 have changed since. So arms may be trained and measured on different days and machines: bring an
@@ -17,7 +25,8 @@ arm's manifest.json and evaluation.safetensors here, and its weights may stay wh
 bpc                 bits of all validation tokens / their characters; whole documents, memory empty
                     at each start
 long_range_recall   8 facts planted in real text, one asked for 160 to 384 tokens later, beyond the
-                    128-token window: how often the right value is the likeliest of the 8 (chance 1/8)
+                    128-token window: how often the right value is the likeliest of the 8 (chance 1/8);
+                    verbatim: the question repeats the fact's words (detail.indirect: where it does not)
 memory_hit_rate     share of predictions that the memory had a hand in: its `hit_means` says how
 tokens_per_sec      scoring those documents; the same model with its memory off is timed in turn
 """
@@ -45,19 +54,28 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from models import EOT, GPT, Address, Final, LongTermMemory, Memory, Reading, mix
-from stages import (ARMS, PROJECT, SPECIFIED, StageError, arm_flag, arm_folder, byte_level,
+from models import EOT, GPT, Address, Final, LongTermMemory, Memory, Reading, lagged, mix
+from stages import (ARMS, PROJECT, SPECIFIED, STUDY, StageError, about, arm_flag, arm_folder, byte_level,
                     characters_per_token, command, commit, compiled, default_root, device_name, documents,
-                    encoded, has_compiler, is_hosted, load_model, load_split, load_tokenizer,
-                    lower_precision, parser_of, pick_device, read_json, read_manifest, run_stage, seal,
-                    sha256, spaced_words, write_atomic, write_json)
+                    encoded, has_compiler, is_hosted, load_model, load_own, load_split, load_tokenizer,
+                    lower_precision, own_name, parser_of, pick_device, read_json, read_manifest, read_meta,
+                    run_stage, seal, sha256, spaced_words, write_atomic, write_json)
 
-CHAIN = " From", " one comes to"                        # how the end of a chain of facts is asked for
 FORMATS = {                     # how a fact is written; the question stops before the value
     "pair": (" {key}", " {value}", "."),
     "colon": (" {key}:", " {value}", "."),
     "sentence": (" The code of {key} is", " {value}", "."),
+    # of the reported part: nothing was chosen on these
+    "bare": (" {key}", " {value}", ";"),
+    "dash": (" {key} -", " {value}", ";"),
+    "log": (" In my log {key} is", " {value}", ";"),
 }
+WHOLE, CHOOSING, REPORTED = "all", "choosing", "reported"
+CHAINS = {                      # how the end of a chain of facts is asked for
+    CHOOSING: (" From", " one comes to"),
+    REPORTED: (" Starting at", " we end up at"),
+}
+FOURTH = 4                      # every fourth document is of the choosing part
 
 
 @dataclass(frozen=True)
@@ -68,7 +86,9 @@ class Settings:
     lane: int = 16              # rows of a lane of them: the longest document
     facts: int = 8              # planted in a sequence; their values are the choices
     trials: int = 336           # questions per distance and format
-    forms: tuple = tuple(FORMATS)
+    forms: tuple = ("pair", "colon", "sentence")
+    forms_reported: tuple = ("bare", "dash", "log")     # in their place in the reported part
+    part: str = WHOLE           # of the documents and words; main says which
     # tokens from the value of a fact to the place to repeat it, and those beyond the window
     distances: tuple = (32, 64, 96, 160, 192, 256, 320, 384, 512, 1024)
     long_range: tuple = (160, 192, 256, 320, 384)
@@ -82,6 +102,8 @@ class Settings:
     hops: tuple = (1, 2, 3, 4)  # facts of a chain whose end is asked for, ..
     hop_tokens: int = 512       # .. in a text of so many tokens
     streamed: int = 64          # questions of each of these
+    indirect: tuple = (64, 160, 256, 384, 512)          # distances of questions that no string match answers
+    indirect_trials: int = 96   # of each, per format planted and format asked in
     together: int = 32          # texts at a time: each token has log p of the whole vocabulary
     repeats: int = 5            # timed passes, memory on and off in turn, over ..
     timed: int = 16             # .. so many packs
@@ -99,6 +121,11 @@ class Settings:
         later = "bootstrap", "control_trials", "fitted"
         return {name: value for name, value in jsonable(self).items() if name not in later}
 
+    def of_part(self, part):
+        """The same settings for a part of the documents: its formats in place of the others."""
+        forms = self.forms_reported if part == REPORTED else self.forms
+        return dataclasses.replace(self, part=part, forms=forms)
+
 
 def jsonable(settings):
     """Settings as a JSON file gives them back: {name: value}."""
@@ -107,7 +134,8 @@ def jsonable(settings):
 
 FULL = Settings()
 QUICK = Settings(pack=16, trials=8, distances=(64, 160, 256), long_range=(160, 256), distractors=(0, 64),
-                 dialogues=6, needles=(512,), hops=(1, 2), hop_tokens=256, streamed=6, timed=1, fitted=6)
+                 dialogues=6, needles=(512,), hops=(1, 2), hop_tokens=256, streamed=6, indirect=(160,),
+                 indirect_trials=1, timed=1, fitted=6)
 
 REFERENCE = "baseline"          # what every other arm is compared with
 SIGNIFICANT = 0.05
@@ -299,10 +327,22 @@ def counted_targets(rows, eot=EOT):
     return fresh & (rows[:, 1:] != eot)
 
 
-def score_windows(model, rows, settings):
-    """log p of each target of the rows taken alone, (N, C - 1) float32."""
-    tally = score_text(model, list(rows.astype(np.int64)), rows.shape[1], settings)
+def score_windows(model, rows, settings, width=None):
+    """log p of each target of the rows taken alone, (N, C - 1) float32. width: of the model's own
+    rows, where they are wider."""
+    tally = score_text(model, list(rows.astype(np.int64)), width or rows.shape[1], settings)
     return np.stack(tally.log_p)
+
+
+def rows_for(model, exam):
+    """(width, settings) of the packs that a model scores: rows of its own window, which one of the
+    study has wider, and about as many tokens."""
+    width, usual, settings = model.config.stm_window, exam.rows.shape[1], exam.settings
+    if width <= usual:
+        return usual, settings
+    lane = max(1, settings.lane * usual // width)
+    lanes = max(1, settings.pack * usual // width // lane)
+    return width, dataclasses.replace(settings, pack=lanes * lane, lane=lane)
 
 
 # ------------------------------------------------------------ questions
@@ -355,9 +395,11 @@ def form_of(tokenizer, name):
 
 
 def keys_and_values(tokenizer, settings):
-    """The words that facts are made of, two disjoint halves of single_words."""
+    """The words that facts are made of, two disjoint halves of single_words; of each the two
+    parts have every other word."""
     words = np.random.default_rng(settings.seed).permutation(single_words(tokenizer))
-    return words[:len(words) // 2], words[len(words) // 2:]
+    own = {WHOLE: slice(None), CHOOSING: slice(0, None, 2), REPORTED: slice(1, None, 2)}[settings.part]
+    return words[:len(words) // 2][own], words[len(words) // 2:][own]
 
 
 def scatter(text, facts, draw):
@@ -409,7 +451,7 @@ def questions(texts, tokenizer, name, distance, count, settings, extra=0):
     fit. Texts that are too short are passed over; there has to be one that is not.
     """
     draw = np.random.default_rng((settings.seed, list(FORMATS).index(name), distance, extra))
-    form, lead = form_of(tokenizer, name), settings.lead
+    form = form_of(tokenizer, name)
     keys, values = keys_and_values(tokenizer, settings)
     needed = text_needed(tokenizer, name, distance, extra, settings)
     long_enough = [text for text in texts if len(text) > needed]
@@ -420,16 +462,24 @@ def questions(texts, tokenizer, name, distance, count, settings, extra=0):
         facts = [form.fact(key, value) for key, value in zip(own_keys, own_values)]
         room = distance - 1 - len(form.closing) - form.asked    # between the fact and the question
         early, late, room = before_and_after(facts, room, draw, settings.facts)
-        text = long_enough[draw.integers(len(long_enough))][1:]
-        offset = draw.integers(0, len(text) - lead - room + 1)
-        real = text[offset:offset + lead + room]
-        head = np.concatenate(([settings.eot], scatter(real[:lead], early, draw)))
-        place = len(head) + form.asked
-        tail = scatter(real[lead:], late, draw)
-        tokens = np.concatenate((head, facts[0], tail, facts[0][:form.asked]))
+        question = facts[0][:form.asked]
+        tokens, begins = laid(long_enough, facts[0], early, late, question, room, settings, draw)
+        place = begins + form.asked
         assert len(tokens) - place == distance
         made.append(Question(tokens, own_values[:settings.facts], place, len(tokens) - form.asked))
     return made
+
+
+def laid(texts, fact, early, late, question, room, settings, draw):
+    """A question's tokens and where its fact begins: a piece of one of the texts, settings.lead
+    tokens before the fact and `room` after it, with other facts scattered over both."""
+    lead = settings.lead
+    text = texts[draw.integers(len(texts))][1:]
+    offset = draw.integers(0, len(text) - lead - room + 1)
+    real = text[offset:offset + lead + room]
+    head = np.concatenate(([settings.eot], scatter(real[:lead], early, draw)))
+    tail = scatter(real[lead:], late, draw)
+    return np.concatenate((head, fact, tail, question)), len(head)
 
 
 class Dialogues(NamedTuple):
@@ -467,6 +517,12 @@ def make_dialogues(texts, tokenizer, settings):
     return Dialogues(np.array(turns, np.int64), np.array(choices))
 
 
+def chain_question(key, tokenizer, settings):
+    """The tokens that ask for the end of the chain that begins with a key."""
+    before, after = CHAINS.get(settings.part, CHAINS[CHOOSING])
+    return [*encoded(tokenizer, before), key, *encoded(tokenizer, after)]
+
+
 def make_streamed(line, tokenizer, length, hops, width, settings):
     """Dialogues of one long text each, a piece of `line` with facts in it, read `width` tokens at a
     time; None where the line is not so long.
@@ -488,7 +544,7 @@ def make_streamed(line, tokenizer, length, hops, width, settings):
         facts = [form.fact(*pair) for chain in chains for pair in itertools.pairwise(chain)]
         question = facts[0][:form.asked]
         if hops:
-            question = [*encoded(tokenizer, CHAIN[0]), chains[0][0], *encoded(tokenizer, CHAIN[1])]
+            question = chain_question(chains[0][0], tokenizer, settings)
         shuffled = [facts[i] for i in draw.permutation(len(facts))]
         room = length - 1 - len(facts) * form.size - len(question)
         offset = draw.integers(0, len(line) - room + 1)
@@ -511,6 +567,104 @@ def all_streamed(texts, tokenizer, width, settings):
     return {cell: streamed for cell, streamed in made.items() if streamed}
 
 
+# ------------------------------------------------------------ questions that no string match answers
+
+INDIRECT = {                    # what the question does not repeat
+    "format": "planted in one format, asked in another (in the same: verbatim)",
+    "filler": "a word stands between key and value where the fact was planted, and not in the question",
+    "long key": "keys of two words; each word is in other keys too",
+    "changed": "the key had another value before: the latest counts",
+    "two hops": "a fact names a second key, whose fact has the value",
+}
+
+
+class Planned(NamedTuple):
+    """What is planted for one indirect question."""
+
+    facts: list                 # tokens of each, first the one that holds the value asked for
+    earlier: list               # facts that stand before that one
+    value_at: int               # where the value stands in it
+    question: list              # tokens
+    choices: np.ndarray         # (facts,) values, the right one first
+
+
+def keys_of_two(count, keys, draw):
+    """`count` pairs of words, few enough words that most stand in several pairs: [(word, word)]."""
+    side = math.isqrt(count - 1) + 1
+    words = draw.choice(keys, 2 * side, replace=False)
+    chosen = draw.permutation(side * side)[:count]
+    return [(words[place // side], words[side + place % side]) for place in chosen]
+
+
+def plan_indirect(kind, forms, words, tokenizer, settings, draw):
+    """The Planned of a question of a kind of INDIRECT.
+
+    Args: forms: (planted, asked) Forms. words: (keys, values) to draw from.
+    """
+    (form, asked), (keys, values), count = forms, words, settings.facts
+    ends = draw.choice(values, count, replace=False)
+    own = draw.choice(keys, (2, count), replace=False)
+    facts, earlier = [form.fact(*pair) for pair in zip(own[0], ends)], []
+    question, value_at = asked.fact(own[0][0], ends[0])[:asked.asked], form.asked
+    if kind == "filler":
+        facts = [[*fact[:value_at], other, *fact[value_at:]] for fact, other in zip(facts, own[1])]
+        value_at += 1
+    elif kind == "long key":
+        at = len(form.opening) + 1
+        pairs = keys_of_two(count, keys, draw)
+        facts = [form.fact(second, end) for (_, second), end in zip(pairs, ends)]
+        facts = [[*fact[:at - 1], first, *fact[at - 1:]] for (first, _), fact in zip(pairs, facts)]
+        value_at += 1
+        question = facts[0][:value_at]
+    elif kind == "changed":                                 # the last value is the one that was
+        facts, earlier = facts[:-1], [form.fact(own[0][0], ends[-1])]
+    elif kind == "two hops":
+        facts = [form.fact(*pair) for pair in zip(own[1], ends)]
+        earlier = [form.fact(*pair) for pair in zip(*own)]
+        question = chain_question(own[0][0], tokenizer, settings)
+    return Planned(facts, earlier, value_at, question, ends)
+
+
+def indirect_questions(texts, tokenizer, cell, settings):
+    """settings.indirect_trials Questions of a cell (kind, format planted in, format asked in,
+    distance): laid out as `questions` are."""
+    kind, planted, asked, distance = cell
+    places = list(INDIRECT).index(kind), list(FORMATS).index(planted), list(FORMATS).index(asked)
+    draw = np.random.default_rng((settings.seed, 5, *places, distance))
+    forms = form_of(tokenizer, planted), form_of(tokenizer, asked)
+    words = keys_and_values(tokenizer, settings)
+    long_enough = [text for text in texts if len(text) > settings.lead + distance]
+    made = []
+    for _ in range(settings.indirect_trials):
+        plan = plan_indirect(kind, forms, words, tokenizer, settings, draw)
+        fact, question = plan.facts[0], plan.question
+        room = distance - (len(fact) - plan.value_at) - len(question)
+        early, late, room = before_and_after(plan.facts, room, draw, len(plan.facts))
+        early = [*plan.earlier, *early]
+        early = [early[i] for i in draw.permutation(len(early))]
+        tokens, begins = laid(long_enough, fact, early, late, question, room, settings, draw)
+        place = begins + plan.value_at
+        assert len(tokens) - place == distance
+        made.append(Question(tokens, plan.choices, place, len(tokens) - len(question)))
+    return made
+
+
+def all_indirect(texts, tokenizer, settings):
+    """{(kind, format planted in, format asked in, distance): [Question]}: every format in every
+    other, all else in the format it was planted in."""
+    longest, cells = max(map(len, texts)) - 1, []
+    for distance in settings.indirect:
+        if settings.lead + distance > longest:
+            tqdm.write(f"note: indirect recall over {distance:,} tokens is left out: too little text")
+            continue
+        for kind in INDIRECT:
+            cells += [(kind, planted, asked, distance) for planted in settings.forms
+                      for asked in settings.forms if kind == "format" or planted == asked]
+    return {cell: indirect_questions(texts, tokenizer, cell, settings) for cell in cells}
+
+
+# ------------------------------------------------------------ all that is asked
+
 class Exam(NamedTuple):
     """What every model is asked."""
 
@@ -525,11 +679,17 @@ class Exam(NamedTuple):
     dialogues: Dialogues        # None: there is no text for them
     streamed: dict              # {(kind, number): Dialogues}: needles and hops
     identity: dict              # hashes of it all
+    indirect: dict = {}         # {(kind, planted in, asked in, distance): [Question]}
 
     @property
     def questions(self):
         """All questions, cell after cell."""
         return [question for cell in self.asked.values() for question in cell]
+
+    @property
+    def indirect_questions(self):
+        """All questions that no string match answers, cell after cell."""
+        return [question for cell in self.indirect.values() for question in cell]
 
     @property
     def far(self):
@@ -538,8 +698,13 @@ class Exam(NamedTuple):
 
     def split(self, values):
         """What was measured of all questions (.., Q) by cell: {cell: (.., questions of it)}."""
-        ends = np.cumsum([len(cell) for cell in self.asked.values()])
-        return dict(zip(self.asked, np.split(values, ends[:-1], axis=-1)))
+        return by_cell(self.asked, values)
+
+
+def by_cell(asked, values):
+    """Values (.., Q) of the questions of {cell: [Question]}, cut into cells: {cell: (.., questions of it)}."""
+    ends = np.cumsum([len(cell) for cell in asked.values()])
+    return dict(zip(asked, np.split(values, ends[:-1], axis=-1)))
 
 
 def room_for(texts, tokenizer, settings):
@@ -606,10 +771,11 @@ def make_exam(root, rows, meta, tokenizer, settings, quick):
     if dialogues is None:
         tqdm.write(f"note: dialogues are left out: no validation document has {3 * settings.turn:,} tokens")
     streamed = all_streamed(texts, tokenizer, rows.shape[1], settings)
+    indirect = all_indirect(texts, tokenizer, settings)
     identity = {"val": meta["splits"]["val"]["sha256"],
-                "questions": digest_of_questions(asked.values())}
+                "questions": digest_of_questions([*asked.values(), *indirect.values()])}
     return Exam(settings, tokenizer, texts, rows, characters_per_token(tokenizer), asked, distances,
-                distractors, dialogues, streamed, identity)
+                distractors, dialogues, streamed, identity, indirect)
 
 
 # ------------------------------------------------------------ answers
@@ -729,7 +895,7 @@ def take_turns(model, dialogues, persistent, settings):
 def throughput(models, exam):
     """Tokens per second that each of {name: model} scores documents, in turn: {name:
     (repeats,) float64}."""
-    settings, width = exam.settings, exam.rows.shape[1]
+    width, settings = rows_for(next(iter(models.values())), exam)
     device = next(iter(models.values())).device
     ready = list(itertools.islice(packs(exam.texts, width, device, settings), settings.timed))
     tokens = sum(length - 1 for pack in ready for _, _, length in pack.places)
@@ -755,7 +921,9 @@ class Measured(NamedTuple):
     tensors:
         log_p (T,) float32, hit (T,), stored (T,) bool: of all targets of the documents
         windows (W,) float32: log p of the rows' counted targets
+        log_p_stm (T,) float32: the same by the backbone alone, nothing read at the output
         outcomes (4, Q) bool, value_nats (Q,): of the questions
+        indirect_outcomes, indirect_value_nats: of those that no string match answers
         speed_on, speed_off (repeats,): the second empty where there is no memory to switch off
         turns_forced_choice (2, dialogues) bool, turns_value_nats: persistent and ephemeral
         streamed_forced_choice (cells, questions) bool, streamed_value_nats: needles and hops
@@ -819,7 +987,8 @@ def expected_of(found, exam):
     """What the facts of a file have to be for it to speak of this arm, this code, these
     data and these settings."""
     return {"arm": found.arm, "seed": found.seed, "weights": found.weights, "config": found.config,
-            "training": found.settings, "code": code_of(ARMS[found.arm].memory, bool(found.settings.get("to"))),
+            "training": found.settings,
+            "code": code_of(about(found.arm).memory, bool(found.settings.get("to"))),
             "evaluation": exam.settings.of_an_arm(), "data": exam.identity}
 
 
@@ -888,12 +1057,16 @@ def facts_of(model, device, training):
 def measure(model, exam, note=None):
     """Score the documents, the rows alone and the questions, hold the dialogues, take the
     time: (tensors, facts of the picture)."""
-    settings, width = exam.settings, exam.rows.shape[1]
+    width, settings = rows_for(model, exam)
     tally = score_text(model, exam.texts, width, settings, note)
-    windows = score_windows(model, exam.rows, settings)[counted_targets(exam.rows, settings.eot)]
-    answers, = answer([model], exam.questions, width, settings, note=note)
-    tensors = {name: np.concatenate(getattr(tally, name)) for name in ("log_p", "hit", "stored")}
-    tensors |= {"windows": windows, "outcomes": answers.outcomes, "value_nats": answers.value_nats}
+    windows = score_windows(model, exam.rows, settings, width)[counted_targets(exam.rows, settings.eot)]
+    asked = [*exam.questions, *exam.indirect_questions]
+    answers, = answer([model], asked, width, settings, note=note)
+    tensors = {name: np.concatenate(getattr(tally, name)) for name in Tally._fields}
+    tensors["windows"] = windows
+    outcomes, nats = (np.split(x, [len(exam.questions)], -1) for x in answers)
+    tensors |= {"outcomes": outcomes[0], "value_nats": nats[0]}
+    tensors |= {"indirect_outcomes": outcomes[1], "indirect_value_nats": nats[1]}
     if exam.dialogues:
         kept, cleared = (take_turns(model, exam.dialogues, how, settings) for how in (True, False))
         forced, nats = map(np.stack, zip(kept, cleared))
@@ -918,18 +1091,18 @@ def measured_arm(found, exam, place):
     Raises StageError where it has to be measured and the weights are elsewhere, or where a
     number is NaN.
     """
-    path = found.folder / "evaluation.safetensors"
+    path = found.folder / place.file
     measured = read_measured(path)
     reason = why_measure(measured, expected_of(found, exam))
     if reason is None:
         return found, measured
     if found.source is None:
-        again = command("eval.py", place.root, place.quick)
+        again = command(f"eval.py{place.flags}", place.root, place.quick)
         raise StageError(f"{path} can't be compared ({reason}) and there are no weights here to measure "
                          f"again; where they are, run: {again}")
     print(f"measuring {found.folder.relative_to(place.root)}: {reason}", flush=True)
     model, found = load_arm(found.seed, found.arm, place)
-    total = len(exam.texts) + len(exam.questions)
+    total = len(exam.texts) + len(exam.questions) + len(exam.indirect_questions)
     with tqdm(total=total, unit="sequence", disable=None, leave=False) as bar:
         tensors, seen = measure(model, exam, bar.update)
     numbers = [x for x in tensors.values() if x.dtype.kind == "f"]
@@ -947,11 +1120,18 @@ def measured_arm(found, exam, place):
 # ------------------------------------------------------------ which arms there are
 
 class Place(NamedTuple):
-    """Where the arms are."""
+    """Where the arms are, and what they are asked about."""
 
     root: Path
     quick: bool
     device: str
+    flags: str = ""             # of eval.py: " --report", " --on NAME"
+    name: str = ""              # that the files of what is measured end in: "_choosing"
+
+    @property
+    def file(self):
+        """The file of what was measured of an arm."""
+        return f"evaluation{self.name}.safetensors"
 
 
 class Found(NamedTuple):
@@ -1004,7 +1184,7 @@ def find_arm(seed, arm, place):
         raise StageError(f"{folder / 'manifest.json'} is damaged; train again: {made_by} --fresh")
     checkpoint = None if digest in known else newest_checkpoint(folder)
     if digest is None and checkpoint is None:
-        measured = read_measured(folder / "evaluation.safetensors")
+        measured = read_measured(folder / place.file)
         if measured and measured.facts["weights"] in known:
             digest, config = measured.facts["weights"], manifest.get("config")
             return Found(seed, arm, folder, None, digest, config, known[digest], settings)
@@ -1340,6 +1520,11 @@ class Recall:
         forms = forms or self.exam.settings.forms
         return [(form, distance, 0) for form in forms for distance in distances]
 
+    def places(self, cells):
+        """Which questions of all are those of some cells: (n,) int64."""
+        numbers = self.exam.split(np.arange(len(self.exam.questions)))
+        return np.concatenate([numbers[cell] for cell in cells])
+
     def gather(self, arm, outcome, cells, seeds=None):
         """One of the OUTCOMES on some cells: bool (seeds, questions)."""
         row = OUTCOMES.index(outcome)
@@ -1439,7 +1624,8 @@ class Recall:
         """All of it."""
         settings, facts = self.exam.settings, self.evidence.first(REFERENCE).facts
         window, arms = facts["window"], self.evidence.seeds
-        return {"chance": 1 / settings.facts,
+        return {"what": "verbatim: the question repeats the words of the fact",
+                "chance": 1 / settings.facts,
                 "window": window,
                 "receptive_field": facts["layers"] * (window - 1) + 1,
                 "distances": self.exam.distances,
@@ -1448,6 +1634,72 @@ class Recall:
                 "arms": {arm: self.curve(arm) for arm in arms},
                 "long_range": self.long_range(),
                 "distractors": [self.distracted(*row) for row in self.exam.distractors.items()]}
+
+
+class Indirect:
+    """The part of results.json about questions that no string match answers: forced choice, top-1
+    and -ln p of the right value over distance, for every arm; verbatim recall of the same facts
+    beside it."""
+
+    def __init__(self, evidence):
+        self.evidence, self.exam = evidence, evidence.exam
+        cells = self.exam.indirect
+        self.outcomes = {key: by_cell(cells, one.tensors["indirect_outcomes"])
+                         for key, one in evidence.measured.items()}
+        self.nats = {key: by_cell(cells, one.tensors["indirect_value_nats"])
+                     for key, one in evidence.measured.items()}
+        self.distances = list(dict.fromkeys(cell[-1] for cell in cells))
+        self.far = [distance for distance in self.distances if distance in self.exam.settings.long_range]
+
+    def cells(self, kind, distances):
+        """Its cells at some distances: "verbatim" is the diagonal of "format", which is the rest."""
+        found = []
+        for cell in self.exam.indirect:
+            what, planted, asked, distance = cell
+            if what == "format":
+                what = "verbatim" if planted == asked else "format"
+            if what == kind and distance in distances:
+                found.append(cell)
+        return found
+
+    def share(self, arm, outcome, cells):
+        """As Recall.share."""
+        row, seeds = OUTCOMES.index(outcome), self.evidence.seeds[arm]
+        right = np.stack([np.concatenate([self.outcomes[arm, seed][cell][row] for cell in cells]) for seed in seeds])
+        return {"mean": float(right.mean()), "ci95": wilson(right.sum() / len(seeds), right.shape[1])}
+
+    def value_nats(self, arm, cells):
+        """Mean -ln p of the right value."""
+        found = [self.nats[arm, seed][cell] for seed in self.evidence.seeds[arm] for cell in cells]
+        return float(np.mean(found, dtype=np.float64))
+
+    def scores(self, arm, cells):
+        """The three numbers of an arm on some cells."""
+        forced = self.share(arm, "forced_choice", cells)
+        return {"forced_choice": forced["mean"], "forced_choice_ci95": forced["ci95"],
+                "top1": self.share(arm, "top1", cells)["mean"], "value_nats": self.value_nats(arm, cells)}
+
+    def kind(self, arm, kind):
+        """A kind of question, a value for each distance; and over those beyond the window."""
+        each = [self.scores(arm, self.cells(kind, [distance])) for distance in self.distances]
+        part = {name: [one[name] for one in each] for name in each[0]}
+        return part | ({"long_range": self.scores(arm, self.cells(kind, self.far))} if self.far else {})
+
+    def matrix(self, arm):
+        """{planted in: {asked in: forced choice}} beyond the window, or over all distances where none is."""
+        forms, at = self.exam.settings.forms, self.far or self.distances
+        return {planted: {asked: self.share(arm, "forced_choice",
+                                            [("format", planted, asked, distance) for distance in at])["mean"]
+                          for asked in forms} for planted in forms}
+
+    def summary(self):
+        """All of it; None where there was no text for it."""
+        if not self.distances:
+            return None
+        arms = {arm: {kind: self.kind(arm, kind) for kind in ("verbatim", *INDIRECT)} | {"matrix": self.matrix(arm)}
+                for arm in self.evidence.seeds}
+        return {"means": INDIRECT, "chance": 1 / self.exam.settings.facts, "distances": self.distances,
+                "long_range": self.far, "trials": self.exam.settings.indirect_trials, "arms": arms}
 
 
 def summarise_turns(evidence):
@@ -1572,6 +1824,75 @@ def targets_of_gain(evidence):
     return targets
 
 
+# ------------------------------------------------------------ calibration
+
+MUCH = 0.1                      # bits by which a token is clearly dearer
+
+
+def mean_by_documents(values, chosen, texts, settings):
+    """The mean of values (T,) over chosen targets (T,) bool, documents resampled: {"mean", "ci95"};
+    None where none is chosen."""
+    if not chosen.any():
+        return None
+    ends = np.cumsum([len(text) - 1 for text in texts])[:-1]
+    sums = np.array([part.sum() for part in np.split(np.where(chosen, values, 0.0), ends)])
+    counts = np.array([part.sum() for part in np.split(chosen, ends)])
+    draw, found = np.random.default_rng((settings.seed, 6)), []
+    for _ in range(0, settings.bootstrap, 1_000):
+        drawn = draw.multinomial(len(texts), np.full(len(texts), 1 / len(texts)), min(1_000, settings.bootstrap))
+        found.append(drawn @ sums / np.maximum(1, drawn @ counts))
+    return {"mean": float(values[chosen].mean()), "ci95": interval(np.concatenate(found))}
+
+
+def beyond_eviction(evidence, recall, arm):
+    """What the right value costs above the baseline, in bits, at distances that outlast the memory
+    (those beyond the long range), and how often it is chosen: {"distances", "bits_above",
+    "forced_choice"}."""
+    exam = evidence.exam
+    far = [distance for distance in exam.distances if distance > max(exam.far)]
+    cells = [recall.at([distance]) for distance in far]
+    gaps = [np.mean([mine.tensors["value_nats"][at] - theirs.tensors["value_nats"][at]
+                     for mine, theirs in zip(evidence.of(arm), evidence.paired(arm))], dtype=np.float64)
+            for at in map(recall.places, cells)]
+    return {"distances": far, "bits_above": [float(gap) / math.log(2) for gap in gaps],
+            "forced_choice": [recall.share(arm, "forced_choice", some)["mean"] for some in cells]}
+
+
+def oracle(evidence, arm, characters):
+    """Bits per character if a gate knew at every token whether to use the memory or its backbone
+    alone: no gate that weighs the two can do better."""
+    best = [bits(np.maximum(one.tensors["log_p"], one.tensors["log_p_stm"])).sum() for one in evidence.of(arm)]
+    theirs = [bits(one.tensors["log_p"]).sum() for one in evidence.paired(arm)]
+    return {"bpc": float(np.mean(best) / characters), "ratio": float(np.sum(best) / np.sum(theirs))}
+
+
+def summarise_calibration(evidence, recall):
+    """What each arm costs where it does not help, beside the baseline, token by token: bits above it,
+    so less is better.
+
+    worse: share of tokens that got dearer, and of those that did by more than MUCH bits. lost,
+    saved: bits a token, over all. by_kind: bits above for each kind of target; the first are new
+    words. oracle: the bound of every gate.
+    """
+    exam, kinds = evidence.exam, kinds_of_all(evidence)
+    characters = sum(exam.per_token[text].sum() for text in exam.texts)
+    arms = {}
+    for arm in evidence.others:
+        above = evidence.bits(evidence.of(arm)) - evidence.bits(evidence.paired(arm))
+        by_kind = {name: mean_by_documents(above, kinds == number, exam.texts, exam.settings)
+                   for number, name in enumerate(KINDS)}
+        arms[arm] = {"worse": float((above > 0).mean()),
+                     "much_worse": float((above > MUCH).mean()),
+                     "lost": float(np.maximum(above, 0).mean()),
+                     "saved": float(np.maximum(-above, 0).mean()),
+                     "by_kind": by_kind,
+                     "evicted": beyond_eviction(evidence, recall, arm),
+                     "oracle": oracle(evidence, arm, characters)}
+    return {"much": MUCH, "arms": arms}
+
+
+# ------------------------------------------------------------ what was measured, of what
+
 def about_checkpoint(seed, facts):
     """Which weights were measured, where, by which code."""
     return {"seed": seed, "folder": facts["folder"], "sha256": facts["weights"],
@@ -1607,7 +1928,22 @@ def about_run(evidence):
                        "seeds": list(evidence.seeds[REFERENCE]),
                        "steps": first["step"],
                        "settings": training,
-                       "evaluation": seal(jsonable(evidence.exam.settings))}
+                       "evaluation": seal(jsonable(evidence.exam.settings)),
+                       "settings_sha256": settings_hash(evidence)}
+
+
+def settings_hash(evidence):
+    """One hash of all settings: of memories, trainings and the evaluation, the same for every part
+    of the documents and every seed. What was chosen and what is reported are of the same hash."""
+    apart = "part", "forms"
+    evaluated = {name: value for name, value in jsonable(evidence.exam.settings).items() if name not in apart}
+    files = "seed", "data", "planted_data", "init", "init_config"
+    arms = {}
+    for arm in evidence.seeds:
+        facts = evidence.first(arm).facts
+        trained = {name: value for name, value in facts["training"].items() if name not in files}
+        arms[arm] = {"memory": facts["memory_settings"], "training": trained}
+    return seal({"arms": arms, "evaluation": evaluated})
 
 
 def about_data(exam, meta):
@@ -1615,6 +1951,7 @@ def about_data(exam, meta):
     return {"source": meta["source"],
             "quick": bool(meta["quick"]),
             "vocabulary": meta["vocab_size"],
+            "part": exam.settings.part,
             "val_documents": len(exam.texts),
             "val_tokens": sum(len(text) - 1 for text in exam.texts),
             "val_characters": int(sum(exam.per_token[text].sum() for text in exam.texts)),
@@ -1633,7 +1970,8 @@ def assemble(evidence, meta, root):
     """results.json, from what was measured of the arms."""
     arms, settings = evidence.seeds, evidence.exam.settings
     bpc, windows = summarise_bpc(evidence)
-    recall = Recall(evidence).summary()
+    asked = Recall(evidence)
+    recall = asked.summary()
     far = recall["long_range"]["arms"]
     hits = {arm: summarise_hits(evidence, arm) for arm in arms}
     speed, training = {}, {}
@@ -1653,6 +1991,8 @@ def assemble(evidence, meta, root):
               "bpc": bpc,
               "bpc_windows": windows,
               "recall": recall,
+              "indirect": Indirect(evidence).summary(),
+              "calibration": summarise_calibration(evidence, asked),
               "turns": summarise_turns(evidence),
               "streamed": summarise_streamed(evidence),
               "tokens_per_sec": speed,
@@ -1945,6 +2285,118 @@ def fit_grams(model, texts, width, settings):
     return exact_only(model, best), best
 
 
+class Scalars(NamedTuple):
+    """All that is fitted of a Mixture."""
+
+    trust: tuple                # log weight of an item found through the exact address of 1, 2, .. tokens
+    cache: float                # log weight of the neural cache
+    theta: float                # its sharpness
+    slope: float                # by which all these grow with a nat of the entropy of p_stm
+
+
+class Mixture(LongTermMemory):
+    """What can be had of a model without training: exact addresses and the neural cache over the
+    last config.ltm_slots tokens, both as far as the entropy of p_stm says that they are needed.
+
+    p = (p_stm + e^(slope H) (sum_n e^trust_n matches_n + e^cache p_cache)) / what that sums to. A
+    one-token address exists where that token was surprising, as the LTM's. `logits`: of the
+    backbone's final states.
+    """
+
+    def __init__(self, config, logits, scalars):
+        super().__init__(config)
+        self.backbones_logits, self.scalars = logits, scalars
+
+    def entropy(self, h):
+        """Entropy of p_stm in nats, (N, C); some rows at a time, as there are 50,257 of each."""
+        parts = [self.backbones_logits(rows).float().log_softmax(-1) for rows in h.split(8)]
+        return torch.cat([-(log_p.exp() * log_p).sum(-1) for log_p in parts])
+
+    def found(self, final):
+        """What matches through each exact address (E of (N, C, I) bool), products of states (N, C,
+        I), visible (N, C, I), values (N, I) and stored (N, C)."""
+        h, targets, opens = final.h, final.targets, final.opens
+        stored = targets != self.eot
+        _, surprising = self.route(final.log_p, targets)
+        grams = [lagged(final.tokens, lag, opens, self.eot) for lag in range(self.config.ltm_ngrams)]
+        address = Address(*[targets] * len(Address._fields))._replace(
+            grams=torch.stack(grams, -1), known=lagged(surprising, 1, opens, False), key=h)
+        items, values, visible = self.candidates(address, targets, stored, opens)
+        same, matches = visible, []
+        for n in range(self.config.ltm_ngrams):
+            same = same & (address.grams[..., n, None] == items.grams[:, None, :, n])
+            matches.append(same & address.known[..., None] & items.known[:, None] if n == 0 else same)
+        return matches, h.float() @ items.key.float().mT, visible, values, stored
+
+    def read(self, final):
+        matches, products, visible, values, stored = self.found(final)
+        trust, cache, theta, slope = self.scalars
+        weight = math.exp(cache) * (theta * products).masked_fill(~visible, -math.inf).softmax(-1).nan_to_num()
+        weight = weight + sum(math.exp(one) * found for one, found in zip(trust, matches))
+        weight = weight * (slope * self.entropy(final.h)).exp()[..., None]
+        return Reading(weight, torch.zeros_like(weight), None), values, stored, -torch.ones_like(final.log_p)
+
+
+def training_free(model, slots, scalars):
+    """A Mixture of that many tokens on the backbone of a model."""
+    memory = functools.partial(Mixture, logits=model.logits, scalars=scalars)
+    return altered(model, memory, memory="ltm", memory_enabled=True, ltm_slots=slots)
+
+
+@torch.no_grad()
+def seen_of_mixture(model, texts, slots, thetas, width, settings):
+    """What a Mixture's likelihood depends on, float64, a row a target: p_stm, entropy (T,); items
+    found through each exact address, those of the right value and all (T, E); whether there is a
+    cache (T,) and its probability of the target for each theta (T, thetas)."""
+    twin, seen = training_free(model, slots, Scalars((0.0,) * model.config.ltm_ngrams, 0.0, 0.0, 0.0)), []
+    for pack in packs(texts, width, model.device, settings):
+        h, _ = states(model, pack)
+        log_p, log_z = fast("log_p", model, pack, h, pack.targets)
+        final = Final(h, pack.tokens, pack.targets, log_p, log_z, model.embed_detached, pack.opens)
+        matches, products, visible, values, _ = twin.memory.found(final)
+        right = values[:, None] == pack.targets[..., None]
+        columns = [log_p.exp(), twin.memory.entropy(h)]
+        columns += [(one & right).sum(-1) for one in matches] + [one.sum(-1) for one in matches] + [visible.any(-1)]
+        for theta in thetas:
+            cache = (theta * products).masked_fill(~visible, -math.inf).softmax(-1).nan_to_num()
+            columns.append(torch.where(right, cache, 0.0).sum(-1))
+        real = pack.targets != settings.eot
+        seen.append(torch.stack([column[real].cpu().double() for column in columns], -1))
+    E = model.config.ltm_ngrams
+    p, entropy, right, every, there, cache = torch.cat(seen).split((1, 1, E, E, 1, len(thetas)), -1)
+    return p[:, 0], entropy[:, 0], right, every, there[:, 0], cache
+
+
+def fit_mixture(model, texts, slots, width, settings):
+    """A training_free model fitted to texts: theta on a grid, the other scalars by gradient."""
+    thetas = [2 ** (power / 2) / model.config.n_embd for power in range(16)]
+    p, entropy, right, every, there, of_cache = seen_of_mixture(model, texts, slots, thetas, width, settings)
+    fits = []
+    for theta, cache in zip(thetas, of_cache.unbind(-1)):
+        free = torch.tensor([-2.0] * right.size(1) + [-2.0, 0.0], dtype=torch.float64, requires_grad=True)
+        optimizer = torch.optim.LBFGS([free], max_iter=60, line_search_fn="strong_wolfe")
+
+        def loss():
+            *trust, share, slope = free.clamp(-12, 12)
+            gate, trust = (slope * entropy).exp(), torch.stack(trust).exp()
+            gained = gate * (right @ trust + share.exp() * cache)
+            total = gate * (every @ trust + share.exp() * there)
+            return ((1 + total) / (p + gained)).log().mean()
+
+        def closure():
+            optimizer.zero_grad()
+            value = loss()
+            value.backward()
+            return value
+
+        with torch.enable_grad():
+            optimizer.step(closure)
+        *trust, share, slope = free.detach().clamp(-12, 12).tolist()
+        fits.append((loss().item(), Scalars(tuple(trust), share, theta, slope)))
+    _, scalars = min(fits)
+    return training_free(model, slots, scalars)
+
+
 def ladder(model, group, setting, values):
     """[(group, name, model)]: the memory with other values of one of its settings, and with
     that of its training."""
@@ -2056,23 +2508,31 @@ class Controls:
     def rows(self):
         """All of them."""
         hybrid, baseline, window = self.hybrid, self.baseline, self.window
-        given = self.training, window, self.exam.settings
         longest = max(map(len, self.exam.texts))
         self.add(memory_controls(hybrid, self.rate))
         wiped, = self.recall([hybrid], window, wiped=True)
         name = "memory wiped between fact and question"
         self.found.insert(2, {"group": "reads", "name": name, "bpc_ratio": None, **wiped})
-        texts, *rest = given
-        for slots in (hybrid.config.ltm_slots, longest):
-            cache = fit_cache(baseline, texts, slots, *rest)
-            fitted = {"theta": cache.memory.theta, "share": cache.memory.share}
-            self.add_other(f"neural cache on the baseline, {slots:,} tokens", cache, **fitted)
-        grams, trust = fit_grams(baseline, *given)
-        self.add_other("exact addresses on the baseline", grams, log_weights=trust)
+        self.training_free()
         question = max(len(question.tokens) for question in self.block)
         positions = max(longest, question)
         gpt = altered(baseline, model_class=GPT, stm_window=None, n_positions=positions)
         self.add_other(f"GPT, full attention (trained at {window})", gpt, longest, question)
+        return self.found
+
+    def training_free(self):
+        """Rows for what is fitted on the frozen baseline."""
+        baseline, texts = self.baseline, self.training
+        rest, longest = (self.window, self.exam.settings), max(map(len, self.exam.texts))
+        for slots in (baseline.config.ltm_slots, longest):
+            cache = fit_cache(baseline, texts, slots, *rest)
+            fitted = {"theta": cache.memory.theta, "share": cache.memory.share}
+            self.add_other(f"neural cache on the baseline, {slots:,} tokens", cache, **fitted)
+            mixture = fit_mixture(baseline, texts, slots, *rest)
+            self.add_other(f"six scalars, no training, {slots:,} tokens", mixture,
+                           scalars=mixture.memory.scalars._asdict())
+        grams, trust = fit_grams(baseline, texts, *rest)
+        self.add_other("exact addresses on the baseline", grams, log_weights=trust)
         return self.found
 
 
@@ -2080,7 +2540,7 @@ def measured_controls(evidence, meta, place):
     """The rows of Controls of the LTM's first seed, from their file or, where that does not
     hold, measured and written."""
     exam, seed = evidence.exam, evidence.seeds["with_ltm"][0]
-    path = arm_folder(place.root, seed, "with_ltm") / "controls.json"
+    path = arm_folder(place.root, seed, "with_ltm") / f"controls{place.name}.json"
     arms = {arm: evidence.measured[arm, seed] for arm in SPECIFIED}
     expected = {"weights": {arm: one.facts["weights"] for arm, one in arms.items()},
                 "configs": {arm: one.facts["config"] for arm, one in arms.items()},
@@ -2113,6 +2573,136 @@ def load_controlled(measured, seed, arm, place):
         raise StageError(f"the weights of {found.folder} that were measured are not here, and --controls "
                          f"needs them; put them back, or leave --controls out")
     return load_arm(seed, arm, place)[0]
+
+
+# ------------------------------------------------------------ the study
+
+USUAL = "baseline_x1", "with_ltm_x1"    # of the study: trained as the two arms are
+
+
+def of_study(exam, meta, place):
+    """Evidence of all of the study that is trained, USUAL[0] as the reference; raises StageError
+    where that is missing, or where one was trained on other data or not to its end."""
+    there = [name for name in STUDY if (arm_folder(place.root, 0, name) / "manifest.json").is_file()]
+    measured = {}
+    for name in dict.fromkeys([USUAL[0], *there]):
+        found = find_arm(0, name, place)
+        if found.settings.get("data") != meta["splits"]["train"]["sha256"]:
+            raise StageError(f"{name} was trained on other data than {place.root}/data now holds; train again: "
+                             f"{train_command(0, name, place)} --fresh")
+        if found.step != found.settings.get("steps"):
+            raise StageError(f"{name} is at step {found.step} of {found.settings.get('steps')}; go on with: "
+                             f"{train_command(0, name, place)} --resume")
+        _, measured[REFERENCE if name == USUAL[0] else name, 0] = measured_arm(found, exam, place)
+    return Evidence(measured, {name: (0,) for name, _ in measured}, exam)
+
+
+def rows_of_study(evidence, place):
+    """One row for each training of the study: what it is, its bits, its recall inside the window and
+    beyond it."""
+    whole, alone = summarise_bpc(evidence)
+    asked = Recall(evidence)
+    far, window = evidence.exam.far, evidence.first(REFERENCE).facts["window"]
+    near = asked.at([distance for distance in evidence.exam.distances if distance <= window])
+    rows = []
+    for key in evidence.seeds:
+        name, facts = USUAL[0] if key == REFERENCE else key, evidence.first(key).facts
+        its, part = STUDY[name], whole[key]
+        same = {"ratio": 1.0, "difference": {"mean": 0.0, "ci95": [0.0, 0.0]}, "verdict": ""}
+        rows.append({"name": name, "group": its.group, "label": its.label, "memory": its.memory or "",
+                     "steps": facts["step"], "parameters": facts["parameters"], "window": facts["window"],
+                     "lr": facts["training"]["lr"], "bpc": part["per_seed"][0],
+                     **{field: part.get(field, none) for field, none in same.items()},
+                     "bpc_windows": alone[key]["per_seed"][0],
+                     "recall": asked.share(key, "forced_choice", asked.at(far)),
+                     "recall_inside": asked.share(key, "forced_choice", near) if near else None,
+                     "top1": asked.share(key, "top1", asked.at(far))["mean"],
+                     **summarise_hits(evidence, key),
+                     "training": summarise_training(arm_folder(place.root, 0, name))})
+    return rows
+
+
+def curve_of(rows):
+    """What both arms reach over steps: {"steps", "baseline", "with_ltm" (bits), "ratio"}; and the
+    steps at which the baseline comes to the bits that the LTM has after the usual ones: None where
+    it does not in what was trained."""
+    both = {}
+    for row in rows:
+        if row["group"] == "steps":
+            both.setdefault(row["steps"], {})[bool(row["memory"])] = row["bpc"]
+    pairs = sorted((steps, *(one[memory] for memory in (False, True))) for steps, one in both.items() if len(one) == 2)
+    steps, base, memory = map(list, zip(*pairs)) if pairs else ([], [], [])
+    wanted = next((row["bpc"] for row in rows if row["name"] == USUAL[1]), None)
+    reaches = None
+    for at in range(1, len(steps)):
+        if wanted is not None and base[at] <= wanted < base[at - 1]:        # a straight line over the steps' logarithm
+            share = (base[at - 1] - wanted) / (base[at - 1] - base[at])
+            reaches = steps[at - 1] * (steps[at] / steps[at - 1]) ** share
+    return {"steps": steps, "baseline": base, "with_ltm": memory,
+            "ratio": [one / other for one, other in zip(memory, base)], "baseline_reaches": reaches}
+
+
+def study(exam, meta, place):
+    """results_study.json: a row for each training, the curve over steps, and what is had without training."""
+    evidence = of_study(exam, meta, place)
+    rows = rows_of_study(evidence, place)
+    baseline, _ = load_arm(0, USUAL[0], place)
+    training, _ = load_split(place.root, "train", place.quick)
+    texts = [text for text in documents(training) if len(text) > 1][:exam.settings.fitted]
+    of_baseline = bits(evidence.first(REFERENCE).tensors["log_p"]).sum()
+    free = Controls(baseline, baseline, of_baseline, 0.0, texts, exam).training_free()
+    return {"rows": rows, "curve": curve_of(rows), "training_free": free,
+            "detail": {"data": about_data(exam, meta), "run": about_run(evidence),
+                       "arms": {REFERENCE: {"parameters": evidence.first(REFERENCE).facts["parameters"]}},
+                       "chance": 1 / exam.settings.facts, "distances": exam.far}}
+
+
+def print_study(results):
+    """A line a training."""
+    print(f"\n{'':46}{'steps':>8}{'bpc':>9}{'x':>8}{'recall':>8}{'inside':>8}{'top-1':>8}")
+    for row in results["rows"]:
+        inside = f"{row['recall_inside']['mean']:8.3f}" if row["recall_inside"] else f"{'-':>8}"
+        print(f"{row['group']:15}{row['label'][:31]:31}{row['steps']:8,}{row['bpc']:9.4f}{row['ratio']:8.4f}"
+              f"{row['recall']['mean']:8.3f}{inside}{row['top1']:8.3f}")
+    print_controls(results["training_free"])
+    reaches = results["curve"]["baseline_reaches"]
+    said = f"after {reaches:,.0f} steps" if reaches else "in none of these trainings"
+    print(f"\nthe baseline reaches the LTM's bits of the usual steps {said}")
+
+
+# ------------------------------------------------------------ which documents
+
+PARTS = {                       # what eval.py says of the documents
+    WHOLE: "all of val.bin: too few documents for parts",
+    CHOOSING: "the choosing part of val.bin: never reported; for that: python eval.py --report",
+    REPORTED: "the reported part of val.bin: look at it when nothing is to be chosen any more",
+}
+
+
+def documents_of(rows, part, eot=EOT):
+    """The rows of a part's documents; every FOURTH document, from the first on, is of the choosing part."""
+    document = np.cumsum(rows[:, 0] == eot) - 1
+    chosen = document % FOURTH == 0
+    return rows[{WHOLE: slice(None), CHOOSING: chosen, REPORTED: ~chosen}[part]]
+
+
+def open_documents(args, root):
+    """(rows, meta, settings, Place) of the documents that the flags name; raises StageError where
+    they are missing or damaged."""
+    settings, device = QUICK if args.quick else FULL, pick_device()
+    if args.on:
+        rows, about = load_own(root, args.on, args.quick)
+        meta = read_meta(root, command("prepare_data.py", root, args.quick))
+        meta = meta | {"source": about["source"], "splits": meta["splits"] | {"val": about["split"]}}
+        place = Place(root, args.quick, device, f" --on {args.on}", f"_on_{args.on}")
+        return rows, meta, settings.of_part(REPORTED), place
+    rows, meta = load_split(root, "val", args.quick)
+    part = REPORTED if args.report else CHOOSING
+    if (rows[:, 0] == meta["eot"]).sum() < FOURTH:
+        part = WHOLE
+    flags = " --report" if args.report else ""
+    place = Place(root, args.quick, device, flags, "_choosing" if part == CHOOSING else "")
+    return documents_of(rows, part, meta["eot"]), meta, settings.of_part(part), place
 
 
 # ------------------------------------------------------------ what is said
@@ -2153,6 +2743,22 @@ def differences(results, arm):
     return lines
 
 
+def print_indirect(detail, arms):
+    """Forced choice of the questions that no string match answers, beyond the window, and what the
+    memory costs where it does not help."""
+    indirect = detail["indirect"]
+    if indirect and indirect["long_range"]:
+        print(f"\nright value among {1 / indirect['chance']:.0f}, beyond the window")
+        for kind in ("verbatim", *INDIRECT):
+            shares = [indirect["arms"][arm][kind]["long_range"]["forced_choice"] for arm in arms]
+            print(f"{kind:20}" + "".join(f"{share:>12.3f}" for share in shares))
+    for arm, part in detail["calibration"]["arms"].items():
+        new = part["by_kind"][KINDS[0]]
+        said = f"new words {new['mean']:+.3f} bits; " if new else ""
+        print(f"\n{arm}: {part['worse']:.1%} of tokens got dearer, {part['much_worse']:.1%} by more than "
+              f"{detail['calibration']['much']} bits; {said}an oracle for a gate: x {part['oracle']['ratio']:.4f}")
+
+
 def print_table(results):
     """The four numbers of each arm, two more, and what the differences from the baseline say."""
     detail = results["detail"]
@@ -2179,11 +2785,26 @@ def main(argv=None):
     parser = parser_of(__doc__)
     parser.add_argument("--controls", action="store_true",
                         help="also measure what the gain depends on (first seed)")
+    asked = parser.add_mutually_exclusive_group()
+    asked.add_argument("--report", action="store_true",
+                       help="the reported part of val.bin, for publication (default: the choosing part)")
+    asked.add_argument("--on", type=own_name, metavar="NAME",
+                       help="documents of your own (prepare_data.py --into NAME)")
+    parser.add_argument("--study", action="store_true",
+                        help="what else would have bought the gain: the trainings of ./run_all.sh --study")
     args = parser.parse_args(argv)
-    began, settings = time.time(), QUICK if args.quick else FULL
-    place = Place(default_root(args.root, args.quick), args.quick, pick_device())
-    tokenizer = load_tokenizer(place.root, args.quick)
-    rows, meta = load_split(place.root, "val", args.quick)
+    if args.study and (args.controls or args.on):
+        parser.error("--study goes without --controls and --on")
+    began, root = time.time(), default_root(args.root, args.quick)
+    tokenizer = load_tokenizer(root, args.quick)
+    rows, meta, settings, place = open_documents(args, root)
+    if args.study:
+        results = study(make_exam(root, rows, meta, tokenizer, settings, args.quick), meta, place)
+        write_json(root / "results_study.json", results)
+        print_study(results)
+        print(f"wrote {root / 'results_study.json'} in {time.time() - began:.0f} s; next: "
+              + command("plot_eval.py --study", root, args.quick))
+        return
     arms = trained_arms(place.root)
     if args.controls and "with_ltm" not in arms:
         raise StageError(f"--controls asks about with_ltm, which is not here; train it with: "
@@ -2191,7 +2812,8 @@ def main(argv=None):
     settings = dataclasses.replace(settings, eot=meta["eot"])
     exam = make_exam(place.root, rows, meta, tokenizer, settings, args.quick)
     tokens = sum(len(text) - 1 for text in exam.texts)
-    print(f"{len(exam.texts):,} documents, {tokens:,} tokens; {', '.join(arms)}; "
+    which = f"data/{args.on}.bin" if args.on else PARTS[settings.part]
+    print(f"{len(exam.texts):,} documents, {tokens:,} tokens ({which}); {', '.join(arms)}; "
           f"seeds {list(arms[REFERENCE])}; on {place.device}", flush=True)
     measured, arms = gather(exam, meta, place)
     evidence = Evidence(measured, arms, exam)
@@ -2199,10 +2821,12 @@ def main(argv=None):
     if args.controls:
         results["detail"]["controls"] = measured_controls(evidence, meta, place)
         print_controls(results["detail"]["controls"])
-    write_json(place.root / "results.json", results)
+    path = root / (f"results{place.name}.json" if args.on else "results.json")
+    write_json(path, results)
     print_table(results)
-    print(f"wrote {place.root / 'results.json'} in {time.time() - began:.0f} s; next: "
-          + command("plot_eval.py", place.root, args.quick))
+    print_indirect(results["detail"], list(results["detail"]["arms"]))
+    following = "" if args.on else f"; next: {command('plot_eval.py', root, args.quick)}"
+    print(f"wrote {path} in {time.time() - began:.0f} s{following}")
 
 
 if __name__ == "__main__":

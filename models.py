@@ -74,6 +74,7 @@ class RevenaConfig(PreTrainedConfig):
             training made of it: in eval mode only, so that losses of the two modes differ by it.
         ltm_crowding, ltm_shown: of a query that sees n items, what learned addresses find weighs (ltm_shown / n) to
             this power, where n is larger; in eval mode only, too. A training row ends with some 74.
+        ltm_random: a control: this share of all tokens is stored, whatever their surprisal; 0: by surprisal.
     """
 
     model_type = "revena"
@@ -83,7 +84,7 @@ class RevenaConfig(PreTrainedConfig):
                  stm_window=128, memory="ltm", memory_enabled=True, memory_settings=None,
                  ltm_slots=256, ltm_surprisal_bits=4.5, ltm_cosine=0.8, ltm_ngrams=3, ltm_learned=4, ltm_dim=64,
                  ltm_sharpness=40.0, ltm_plausibility=0.45, ltm_price=0.024, ltm_stm_loss=0.3,
-                 ltm_exact_trust=0.5, ltm_crowding=0.6, ltm_shown=64, **kwargs):
+                 ltm_exact_trust=0.5, ltm_crowding=0.6, ltm_shown=64, ltm_random=0.0, **kwargs):
         self.vocab_size = vocab_size
         self.n_layer = n_layer
         self.n_embd = n_embd
@@ -107,6 +108,7 @@ class RevenaConfig(PreTrainedConfig):
         self.ltm_exact_trust = ltm_exact_trust
         self.ltm_crowding = ltm_crowding
         self.ltm_shown = ltm_shown
+        self.ltm_random = ltm_random
         special = dict(bos_token_id=EOT, eos_token_id=EOT, pad_token_id=EOT, tie_word_embeddings=True)
         super().__init__(**special | kwargs)
         if min(ltm_ngrams, ltm_learned, ltm_shown) < 1:
@@ -573,7 +575,10 @@ class LongTermMemory(Memory, kind="ltm"):
         """
         none = targets == self.eot
         bits = (-log_p.detach() / math.log(2)).masked_fill(none, 0.0)
-        return bits, ~none & (bits > self.config.ltm_surprisal_bits)
+        stored = bits > self.config.ltm_surprisal_bits
+        if self.config.ltm_random:
+            stored = 97 * bits % 1 < self.config.ltm_random         # digits that mean nothing: no generator, no state
+        return bits, ~none & stored
 
     def candidates(self, address, targets, stored, opens=None):
         """The items that each row may retrieve: Address (N, I, ..) of what keys have, values (N,

@@ -6,6 +6,7 @@ writes  results.png; where results.json holds them, results_controls.png (detail
 
     python plot_eval.py
     python plot_eval.py --quick
+    python plot_eval.py --study     results_study.png, from results_study.json
     python plot_eval.py --readme    only the tables in README.md, from results.json,
                                     results_arms.json (six arms) and results_bench.json
 
@@ -65,6 +66,10 @@ SMOOTHING = 0.04                # share of the logged steps that one point of th
 RESAMPLES = 10_000              # of the bootstrap over the repeats of the throughput measurement
 SEED = 0
 
+PARTS = {                       # of the validation documents, said; results of before had none
+    "choosing": " on which settings were chosen",
+    "reported": " (on the others settings were chosen)",
+}
 RATIOS = (                      # of tests/bench.py, those in README.md
     "steps/s over Hugging Face Trainer",
     "steps/s over the conventional compiled loop",
@@ -411,7 +416,8 @@ def provenance(results, gone, notes):
     chained = ", chained rows" if run["settings"].get("chained") else ""
     words = [
         "Quick run. " * data["quick"] + f"Data: {textwrap.shorten(data['source'], 100)};",
-        f"{data['val_documents']:,} validation documents, {data['val_characters']:,} characters.",
+        f"{data['val_documents']:,} validation documents{PARTS.get(data.get('part'), '')}, "
+        f"{data['val_characters']:,} characters.",
         f"Model: {detail['arms'][REFERENCE]['parameters'] / 1e6:.1f}M parameters,",
         f"{run['steps']:,} training steps{chained}, seeds: {', '.join(map(str, run['seeds']))}.",
         f"Hardware: {run['device']}, torch {run['torch']}, commit {run.get('commit', 'unknown')}.",
@@ -843,6 +849,104 @@ def draw_controls(results, gone):
     return figure
 
 
+# -------------------------------------------------------------------------------- results_study.png
+
+LONG = 46                       # characters of a row's name
+
+
+def rows_of_study(results):
+    """Rows for draw_control_bars: the trainings that are no point of the curve, group by group, and what
+    is had without training."""
+    usual = [row for row in results["rows"] if row["name"] in ("baseline_x1", "with_ltm_x1")]
+    rows = [dict(row, group="as published") for row in usual]
+    rows += [row for row in results["rows"] if row["group"] != "steps"]
+    rows = [{"group": row["group"], "name": row["label"], "ratio": row["ratio"], "recall": row["recall"]["mean"]}
+            for row in rows]
+    rows += [{"group": "not trained: fitted on the baseline", "name": row["name"], "ratio": row["bpc_ratio"],
+              "recall": row["recall"]} for row in results["training_free"]]
+    return with_titles(rows)
+
+
+def draw_steps(axes, steps, curves, what):
+    """Curves over the steps of a training: {arm: a value for each}."""
+    for arm, values in curves.items():
+        axes.plot(steps, values, **stroke(look_of(arm)))
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(steps, [f"{number:,}" for number in steps], fontsize=7.5)
+    axes.minorticks_off()
+    axes.grid(axis="y")
+    axes.set_xlabel("steps, each with its own schedule")
+    heading(axes, *what)
+
+
+def recalls_of_study(results, field):
+    """{arm: a share for each number of steps} of the curve."""
+    points = {REFERENCE: {}, EXPLAINED: {}}
+    for row in results["rows"]:
+        if row["group"] == "steps" and row[field]:
+            points[EXPLAINED if row["memory"] else REFERENCE][row["steps"]] = row[field]["mean"]
+    steps = results["curve"]["steps"]
+    return {arm: [own.get(at, np.nan) for at in steps] for arm, own in points.items()}
+
+
+def draw_study(results):
+    """The curve over steps, and what else would have bought the gain."""
+    from matplotlib.lines import Line2D
+
+    curve, rows = results["curve"], rows_of_study(results)
+    height = 4.9 + 0.22 * len(rows)
+    reaches = curve["baseline_reaches"]
+    sentence = (f"Without a memory its bits take {reaches:,.0f} steps." if reaches else
+                "Without a memory its bits are reached in none of these trainings.")
+    figure = new_figure(height, results, [], "What else would have bought the gain", sentence,
+                        "Recall: forced choice, beyond the window and inside it; verbatim.")
+    page = Page(figure)
+    bits = {arm: curve[arm] for arm in (REFERENCE, EXPLAINED)}
+    panels = ((bits, ("Bits per character", "lower is better")),
+              ({EXPLAINED: curve["ratio"]}, ("By the baseline's", "of the same steps; below 1 is better")),
+              (recalls_of_study(results, "recall"), ("Recall beyond the window", "share right, higher is better")),
+              (recalls_of_study(results, "recall_inside"), ("Inside the window", "share right, higher is better")))
+    for number, (curves, what) in enumerate(panels):
+        axes = page.panel(0.35 + 2.15 * number, 1.5, 1.7, 1.5)
+        if curve["steps"]:
+            draw_steps(axes, curve["steps"], curves, what)
+        if number > 1:
+            axes.set(ylim=(0, 1.05))
+            axes.axhline(results["detail"]["chance"], color=INK, linewidth=1, linestyle=":")
+    handles = [Line2D([], [], **stroke(look_of(arm))) for arm in (REFERENCE, EXPLAINED)]
+    figure.legend(handles, ["no memory", "LTM"], loc="upper right", bbox_to_anchor=(0.97, 1 - 0.2 / height),
+                  ncols=2, frameon=False)
+    columns = [page.panel(left, 4.1, wide, 0.22 * len(rows)) for left, wide in ((3.2, 2.2), (6.0, 2.0))]
+    for axes, key, origin in zip(columns, ("ratio", "recall"), (1, 0)):
+        draw_control_bars(axes, rows, key, origin)
+        axes.set(ylim=(len(rows) - 0.4, -0.6))
+        axes.set_yticks(range(len(rows)), [])
+    columns[1].set(xlim=(0, 1.02))
+    columns[0].set_yticks(range(len(rows)), [textwrap.shorten(row["name"], LONG) for row in rows])
+    for label, row in zip(columns[0].get_yticklabels(), rows):
+        label.set(weight="bold" if "title" in row else "normal", fontsize=8.5)
+    heading(columns[0], "BPC by the baseline's", "left of 1 is better")
+    heading(columns[1], "Recall beyond the window", f"chance {results['detail']['chance']:.3g}")
+    return figure
+
+
+def plot_study(root, quick):
+    """Write results_study.png; raises StageError where results_study.json is missing or damaged."""
+    again, path = command("eval.py --study --report", root, quick), root / "results_study.png"
+    results = read_json(root / "results_study.json", again)
+    try:
+        json.dumps(results, allow_nan=False)
+        with own_settings(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing")
+            file = io.BytesIO()
+            draw_study(results).savefig(file, format="png", dpi=DPI, metadata={"Software": None})
+    except DAMAGE as error:
+        raise StageError(f"{root}/results_study.json lacks a field or has a wrong one ({why(error)}); "
+                         f"make it again with: {again}") from None
+    write_atomic(path, file.getvalue())
+    print(f"wrote {path}")
+
+
 # ------------------------------------------------------------------------------- results_memory.png
 
 def flow(texts):
@@ -1205,7 +1309,7 @@ def table_of_speed(bench):
 
 
 TABLES = {                      # of README.md: what it is made from, and the command that makes that
-    "results": ("results.json", table_of_results, "python eval.py"),
+    "results": ("results.json", table_of_results, "python eval.py --report"),
     "arms": ("results_arms.json", table_of_arms, "./run_all.sh --memories"),
     "speed": ("results_bench.json", table_of_speed, "python tests/bench.py"),
 }
@@ -1230,6 +1334,9 @@ def tables(root):
             left[name] = f"{root / file} is of an earlier version; make it again with: {again}"
             continue
         try:
+            if name != "speed" and value["detail"]["data"].get("part") == "choosing":
+                left[name] = f"{root / file} is of the documents on which settings were chosen; report with: {again}"
+                continue
             json.dumps(value, allow_nan=False)
             made[name] = table_of(value)
         except DAMAGE as error:
@@ -1320,7 +1427,7 @@ def warn(root, pictures, gone, again):
 
 def plot(root, quick):
     """Draw all pictures of a root, and give them to wandb."""
-    start, again = time.monotonic(), command("eval.py", root, quick)
+    start, again = time.monotonic(), command("eval.py --report", root, quick)
     results = read_json(root / "results.json", again)
     try:
         json.dumps(results, allow_nan=False)                        # NaN is for no picture
@@ -1350,13 +1457,17 @@ def main(argv=None):
                        "folder of results.json (default: this one; with --quick its quick/)")
     parser.add_argument("--readme", action="store_true",
                         help="write the tables of README.md, and draw nothing")
+    parser.add_argument("--study", action="store_true",
+                        help="draw results_study.json, and nothing else")
     flags = parser.parse_args(argv)
+    if flags.readme and flags.study:
+        parser.error("--readme writes tables, --study draws: one at a time")
     if flags.readme and flags.quick:
         parser.error("the tables of README.md are of the full run: --readme goes without --quick")
     if flags.readme:
         write_readme(default_root(flags.root, False))
         return
-    plot(default_root(flags.root, flags.quick), flags.quick)
+    (plot_study if flags.study else plot)(default_root(flags.root, flags.quick), flags.quick)
 
 
 if __name__ == "__main__":

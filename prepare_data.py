@@ -37,6 +37,9 @@ what went in, what was skipped and why, and holds the hash of each .bin.
                                       than 65,536 tokens
   python prepare_data.py --planted    data/planted.bin beside the others: text
                                       that asks for facts planted in it
+  python prepare_data.py --text FILE --into NAME      data/NAME.bin and
+                                      NAME.json beside the others, not split:
+                                      for eval.py --on NAME
 """
 
 import ast
@@ -67,8 +70,8 @@ from tqdm.auto import tqdm
 from stages import (
     EOT, TOKENIZER_SHA256, StageError, characters_per_token, command,
     default_root, documents, encoded, load_split, load_tokenizer, lock,
-    one_line, parser_of, read_json, run_stage, seal, settled, sha256,
-    spaced_words, write_atomic, write_json, write_manifest,
+    one_line, own_name, parser_of, read_json, read_meta, run_stage, seal,
+    settled, sha256, spaced_words, write_atomic, write_json, write_manifest,
 )
 
 
@@ -700,9 +703,13 @@ class SplitWriter:
 
 
 class Kept:
-    """What became of the rows: kept, told apart by hash; cut off; skipped, by reason."""
+    """What became of the rows: kept, told apart by hash; cut off; skipped, by reason.
 
-    def __init__(self):
+    known: hashes of documents that are not to be kept either.
+    """
+
+    def __init__(self, known=()):
+        self.known = known
         self.seen = set()
         self.truncated = 0
         self.skipped = Counter()
@@ -714,6 +721,9 @@ class Kept:
             return None
         short = ids[:most]
         digest = hashlib.sha256(short).digest()
+        if digest in self.known:
+            self.skipped["stands in train.bin"] += 1
+            return None
         if digest in self.seen:
             self.skipped["repeats an earlier document"] += 1
             return None
@@ -728,14 +738,16 @@ def listed(skipped):
     return "; ".join(words) or "none"
 
 
-def write_splits(rows, writers, tokenizer, settings):
+def write_splits(rows, writers, tokenizer, settings, least=2, known=()):
     """Write each document into its split until there are enough.
 
-    Returns what became of the rows.
+    writers: {split: SplitWriter}; where there is one, all goes into it.
+    Returns what became of the rows; raises StageError where fewer than
+    `least` documents are kept.
     """
     characters = characters_per_token(tokenizer)
-    names = split_names(settings)
-    kept = Kept()
+    names = split_names(settings) if len(writers) > 1 else itertools.repeat(*writers)
+    kept = Kept(known)
     bar = tqdm(total=settings.documents, unit=" documents", disable=None, mininterval=0.5)
     with bar, contextlib.closing(tokenized(rows, tokenizer, settings)) as found:
         for ids, reason in found:
@@ -750,9 +762,9 @@ def write_splits(rows, writers, tokenizer, settings):
             bar.update()
             if len(kept.seen) == settings.documents:
                 break
-    if len(kept.seen) < 2:
+    if len(kept.seen) < least:
         raise StageError(
-            f"documents with text: {len(kept.seen)}, and 2 are the least; skipped: {listed(kept.skipped)}; "
+            f"documents with text: {len(kept.seen)}, and {least} are the least; skipped: {listed(kept.skipped)}; "
             "give other ones with --text FILE")
     return kept
 
@@ -839,6 +851,44 @@ def prepare(root, text, quick, name=None):
             os.replace(writer.aside, writer.path)
         write_json(folder / "meta.json", meta)
     return meta
+
+
+def hashes_of_training(root, quick):
+    """How `Kept` tells the documents of train.bin apart: a set of hashes."""
+    rows, meta = load_split(root, "train", quick)
+    return {hashlib.sha256(text.astype(np.int32)).digest() for text in documents(rows, meta["eot"])}
+
+
+def prepare_own(root, text, quick, name, source=None):
+    """Write ROOT/data/NAME.bin and NAME.json: local documents for eval.py --on NAME, none of
+    which stands in train.bin; return what NAME.json says.
+
+    Where it raises, they are what they were.
+    """
+    settings = QUICK if quick else FULL
+    folder = root / "data"
+    tokenizer = load_tokenizer(root, quick)
+    known, meta = hashes_of_training(root, quick), read_meta(root, command("prepare_data.py", root, quick))
+    with contextlib.ExitStack() as stack:
+        lock_file = stack.enter_context(open(folder / ".lock", "w"))
+        lock(lock_file, f"another prepare_data.py is writing into {folder}; let it end first")
+        writer = SplitWriter(folder / f"{name}.bin", settings, stack, type_of_rows(tokenizer))
+        rows, files, fingerprint = open_source(text, quick, settings)
+        kept = write_splits(rows, {name: writer}, tokenizer, settings, 1, known)
+        about = {
+            "source": printable(source or files),
+            "fingerprint": fingerprint,
+            "tokenizer_sha256": meta["tokenizer_sha256"],
+            "window": settings.window,
+            "documents": {"kept": len(kept.seen), "skipped": dict(kept.skipped)},
+            "truncated": kept.truncated,
+            "split": writer.finish(),
+        }
+        (folder / f"{name}.json").unlink(missing_ok=True)   # as meta.json in `prepare`
+        os.replace(writer.aside, writer.path)
+        about = {**about, "sha256": seal(about)}
+        write_json(folder / f"{name}.json", about)
+    return about
 
 
 # ------------------------------------------------------------ text that asks to be remembered
@@ -966,7 +1016,11 @@ def main(argv=None):
                         help="a folder or a name on the hub: prepare for add_memory.py --to MODEL, with its tokenizer")
     parser.add_argument("--name", metavar="TEXT",
                         help="what to call these documents in results (default: their files)")
+    parser.add_argument("--into", type=own_name, metavar="NAME",
+                        help="with --text: data/NAME.bin beside the others, for eval.py --on NAME")
     flags = parser.parse_args(argv)
+    if flags.into and not flags.text:
+        parser.error("--into goes with --text FILE: it is for documents of your own")
     settings = QUICK if flags.quick else FULL
     root = default_root(flags.root, flags.quick)
 
@@ -975,6 +1029,13 @@ def main(argv=None):
         made = plant(root, flags.quick, settings)
         print(f"wrote {root}/data/planted.bin: {made['documents']:,} documents of {settings.planted_tokens:,} tokens; "
               f"next: " + command("train.py --baseline --chained --planted", root, flags.quick))
+        return
+    if flags.into:
+        about = prepare_own(root, flags.text, flags.quick, flags.into, flags.name)
+        counts = about["split"]
+        print(f"wrote {root}/data/{flags.into}.bin: {counts['documents']:,} documents, {counts['tokens']:,} tokens; "
+              f"skipped: {listed(about['documents']['skipped'])}; "
+              f"next: " + command(f"eval.py --on {flags.into}", root, flags.quick))
         return
     following = "add_memory.py"
     if flags.tokenizer:

@@ -5,6 +5,7 @@
 #   ./run_all.sh --text FILE    on your documents: .jsonl, .json, .parquet, .txt, or a .gz, .xz, .zst
 #   ./run_all.sh --quick        all of it made small: minutes on two cores, downloads only packages
 #   ./run_all.sh --memories     all memories, trained chained on the same data, in memories/
+#   ./run_all.sh --study        what else would have bought the gain: 25 trainings, in study/
 #
 #   --seeds N     train each arm with each of N seeds (default 1)
 #   --steps N     train each arm for N steps (default: train.py's own)
@@ -47,13 +48,14 @@ home=$(cd -P -- "$(dirname -- "$script")" && pwd)
 [ -f "$home/stages.py" ] ||
     die "'$home' has no stages.py: leave run_all.sh in the project, or make a link to it"
 
-quick="" text="" seeds=1 steps="" controls="" fresh="" root="" memories="" python="" list=""
+quick="" text="" seeds=1 steps="" controls="" fresh="" root="" memories="" study="" python="" list=""
 while [ $# -gt 0 ]; do
     case $1 in
         --quick) quick=--quick ;;
         --controls) controls=--controls ;;
         --fresh) fresh=--fresh ;;
         --memories) memories=--memories ;;
+        --study) study=--study ;;
         --python)
             python=--python
             case ${2:-} in "" | -*) ;; *) list=$2; shift ;; esac ;;
@@ -75,6 +77,8 @@ done
     die "--seeds takes a whole number from 1 to 999, not '$seeds'" 2
 [[ ${steps:-1} =~ ^[1-9][0-9]{0,6}$ ]] ||
     die "--steps takes a whole number from 1 to 9999999, not '$steps'" 2
+[ -z "$study" ] || [ -z "$memories$controls$steps${seeds#1}" ] ||
+    die "--study has arms, steps and seeds of its own: it goes without --memories, --controls, --steps, --seeds" 2
 for file in "$text" "$list"; do
     [ -z "$file" ] || { [ -f "$file" ] && [ -r "$file" ]; } || die "there is no readable file '$file'" 2
 done
@@ -341,6 +345,32 @@ train_further() {
     done
 }
 
+# study: stages 3 to 7 of the study, in a root of its own: every training a stage, so that it goes on
+# where it stopped
+study() {
+    local base=$root there=$root/study names name start
+    enter "${there#./}"
+    bring "$tokenizer $data" "$base"
+    # NAME/START: START is the folder of its first weights
+    names=$("$PYTHON" -c '
+from stages import STUDY, init_name
+for name in STUDY:
+    print(name, init_name(name), sep="/")
+') || die "the table of the study in stages.py cannot be read (see above)"
+    stage 3.0 "$core" "$tokenizer" "$(weights trained/init)" add_memory.py --seed 0
+    for name in $names; do
+        IFS=/ read -r name start <<<"$name"
+        start=$(weights "trained/$start")
+        [ "${start#*init_}" = "$start" ] ||
+            stage "3.0.$name" "$core" "$tokenizer" "$start" add_memory.py --study "$name" --seed 0
+        stage "4.0.$name" "$core prepare_data.py" "$data $start" "trained/$name/model.safetensors" \
+            train.py --study "$name" --seed 0
+    done
+    stage 6 "$core" "$tokenizer $data $models" "results_study.json" eval.py --study --report
+    stage 7 stages.py "results_study.json" "results_study.png" plot_eval.py --study
+    echo "The study is done: see $root/results_study.json, results_study.png"
+}
+
 find_python >&2
 [ -z "$list" ] || legible "$list" ||
     die "'$list' is no text: --python takes a list of packages like requirements.txt" 2
@@ -365,6 +395,7 @@ enter "$root"
 #       modules    reads                      makes                             command
 stage 1 ""         ""                         "$tokenizer"                      download_models.py
 stage 2 ""         "$tokenizer"               "$data"                           prepare_data.py ${text:+--text "$text"}
+if [ -n "$study" ]; then study; exit; fi
 if [ -n "$memories" ]; then enter_memories; fi
 for ((seed = 0; seed < seeds; seed++)); do
     at=trained; [ "$seed" = 0 ] || at=trained/seed$seed
@@ -378,6 +409,6 @@ for ((seed = 0; seed < seeds; seed++)); do
 done
 # a checkpoint of a further memory carries its code
 [ -z "$(find "$root/trained" -name memories.py)" ] || core="$core memories.py"
-stage 6 "$core"    "$tokenizer $data $models" "results.json"                    eval.py $controls
+stage 6 "$core"    "$tokenizer $data $models" "results.json"                    eval.py --report $controls
 stage 7 stages.py  "results.json $history"    "$pictures"                       plot_eval.py
 echo "All seven stages are done: see $root/results.json, ${pictures// /, }"

@@ -16,6 +16,7 @@ import json
 import netrc
 import os
 import queue
+import re
 import shlex
 import signal
 import subprocess
@@ -49,6 +50,11 @@ class Arm(NamedTuple):
     lora: int | None = None     # rank of LoRA matrices beside the backbone's: of a model that was trained already
     replay: float = 0.0         # share of each step's rows that is drawn again from rows seen before: a control
     control: bool = False       # no design of its own: left out of the comparison unless it is asked for
+    # of the study alone
+    group: str = ""             # where it stands in the table
+    config: dict = {}           # of the config while it is trained: window, slots, what is stored
+    training: dict = {}         # of train.py's Settings
+    share: float = 1.0          # of the usual steps
 
 
 ARMS = {
@@ -75,19 +81,62 @@ ARMS = {
     "with_ltm_lora": Arm("ltm", "LTM and LoRA", chained=dict(ltm_exact_trust=0.0, ltm_crowding=0.0), lora=8,
                          control=True),
 }
+
+
+def study():
+    """{name: Arm} of ./run_all.sh --study: what else would have bought the gain, each trained by
+    itself on as many tokens, unless it is said otherwise.
+    """
+    two = {"baseline": Arm(None, "no memory"), "with_ltm": Arm("ltm", "LTM")}
+    found = {}
+    for share in (0.25, 0.5, 1, 2, 4):
+        for arm, about in two.items():
+            found[f"{arm}_x{share:g}"] = about._replace(group="steps", share=share)
+    attention = {"window_512": (512, "window of 512"), "attention_1024": (1_024, "full attention over 1,024")}
+    for name, (window, label) in attention.items():         # rows of the window, as many tokens a step
+        found[name] = Arm(None, label, group="baseline", config=dict(stm_window=window))
+    found["study_wide"] = Arm(None, "the LTM's parameters in the feed-forward", group="baseline",
+                              backbone=dict(n_inner=2_664))
+    found["more_steps"] = Arm(None, "the LTM's time in steps", group="baseline", share=1.05)
+    stored = {"surprisal": {}, "random": dict(ltm_random=0.576), "every": dict(ltm_surprisal_bits=-1.0)}
+    labels = {"surprisal": "surprising tokens", "random": "random ones, same rate", "every": "every token"}
+    for what, config in stored.items():
+        for slots in (256, 1_024):
+            if (what, slots) != ("surprisal", 256):         # with_ltm_x1
+                found[f"store_{what}_{slots}"] = Arm("ltm", f"{labels[what]}, {slots:,} slots", group="routing",
+                                                     config=config | dict(ltm_slots=slots))
+    for rate in (2.5e-4, 1e-3, 2e-3):                       # 5e-4 is the usual one
+        for arm, about in two.items():
+            found[f"{arm}_lr_{rate:g}"] = about._replace(
+                label=f"{about.label}, learning rate {rate:g}", group="learning rate",
+                training=dict(lr=rate, min_lr=rate / 10))
+    return found
+
+
+STUDY = study()
 SPECIFIED = ("baseline", "with_ltm")            # the experiment of ./run_all.sh; --memories trains all
 
 
+def about(arm):
+    """The Arm of that name, of the comparison or of the study."""
+    return ARMS[arm] if arm in ARMS else STUDY[arm]
+
+
 def arm_flag(arm):
-    """The flag of train.py and add_memory.py that chooses an arm: "--with-ltm"."""
+    """The flag of train.py and add_memory.py that chooses an arm: "--with-ltm"; of one of the
+    study: "--study NAME".
+    """
+    if arm in STUDY:
+        return f"--study {arm}"
     return "--" + arm.replace("_", "-")
 
 
 def init_name(arm):
     """The folder under trained/ that holds the weights which an arm starts from; the
-    specification's two share one.
+    specification's two share one, and so do those of the study whose backbone is theirs.
     """
-    return "init" if arm in SPECIFIED else f"init_{arm}"
+    shared = arm in SPECIFIED or arm in STUDY and not STUDY[arm].backbone
+    return "init" if shared else f"init_{arm}"
 
 
 def arm_folder(root, seed, name):
@@ -472,18 +521,50 @@ def load_split(root, split, quick=False):
     again = command("prepare_data.py", root, quick)
     meta = read_meta(root, again)
     path = Path(root) / "data" / f"{split}.bin"
-    expected, window, dtype = meta["splits"][split], meta["window"], np.dtype(meta["dtype"])
+    return verified_rows(path, meta["splits"][split], meta, "meta.json", again), meta
+
+
+def verified_rows(path, expected, meta, described, again):
+    """The rows of a .bin, (rows, window) memmap as `meta` has them, that is what the JSON file
+    `described` says of it ({"bytes", "sha256"}); else StageError naming `again`, the command that
+    makes it.
+    """
+    window, dtype, last = meta["window"], np.dtype(meta["dtype"]), meta["vocab_size"] - 1
     if not path.is_file():
         raise StageError(f"{path} is missing; make it with: {again}")
     if path.stat().st_size != expected["bytes"] or expected["bytes"] % (dtype.itemsize * window):
-        raise StageError(f"{path} has {path.stat().st_size} bytes, meta.json says {expected['bytes']}; "
+        raise StageError(f"{path} has {path.stat().st_size} bytes, {described} says {expected['bytes']}; "
                          f"make it again with: {again}")
     if sha256(path) != expected["sha256"]:
-        raise StageError(f"{path} is not the file meta.json describes (its hash differs); make it again with: {again}")
-    rows, last = np.memmap(path, dtype, mode="r").reshape(-1, window), meta["vocab_size"] - 1
+        raise StageError(f"{path} is not the file {described} describes (its hash differs); "
+                         f"make it again with: {again}")
+    rows = np.memmap(path, dtype, mode="r").reshape(-1, window)
     if rows.max() > last:
         raise StageError(f"{path} holds token {rows.max()}, the vocabulary ends at {last}; make it again with: {again}")
-    return rows, meta
+    return rows
+
+
+def own_name(text):
+    """An argparse type: what documents of one's own are called, data/NAME.bin."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}", text) or text in ("train", "val", "planted", "meta"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no name: up to 40 letters, digits, - and _, "
+                                         f"and not train, val, planted or meta")
+    return text
+
+
+def load_own(root, name, quick=False):
+    """The windows of data/NAME.bin (prepare_data.py --into NAME) and what data/NAME.json says of
+    them: (rows, dict). Raises StageError as load_split does.
+    """
+    again = command(f"prepare_data.py --text FILE --into {name}", root, quick)
+    path = Path(root) / "data" / f"{name}.json"
+    about = read_json(path, again)
+    if about.get("sha256") != seal(about):
+        raise StageError(f"{path} was changed after it was made; make it again with: {again}")
+    meta = read_meta(root, command("prepare_data.py", root, quick))
+    if any(about.get(name) != meta[name] for name in ("window", "tokenizer_sha256")):
+        raise StageError(f"{path} is of another window or tokenizer than meta.json; make it again with: {again}")
+    return verified_rows(path.with_suffix(".bin"), about["split"], meta, path.name, again), about
 
 
 def documents(rows, eot=EOT):
@@ -499,6 +580,13 @@ def documents(rows, eot=EOT):
         end = np.flatnonzero(tokens != eot).max(initial=0) + 1
         found.append(tokens[:end])
     return found
+
+
+def recut(rows, window):
+    """Rows of another width, cut from the documents of `rows` as prepare_data.py cuts them: (n, window) uint16."""
+    from prepare_data import windows_of
+
+    return np.concatenate([windows_of(text, window, window // 2) for text in documents(rows)])
 
 
 # ------------------------------------------------------------ models on a device

@@ -24,6 +24,8 @@ sight to remember. `--chained SHARE` chains only the last SHARE of the steps.
 """
 
 import contextlib
+import copy
+import dataclasses
 import json
 import math
 import os
@@ -42,10 +44,10 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from stages import (ARMS, EOT, StageError, Wandb, arm_flag, arm_folder, command, compiled, default_root, device_name,
-                    follow_umask, fsync, has_compiler, init_name, is_hosted, load_model, load_split, load_tokenizer,
-                    lock, lower_precision, one_line, parser_of, pick_device, read_json, read_manifest, run_stage,
-                    save_model, seed_number, sha256, write_atomic, write_json, write_manifest)
+from stages import (ARMS, EOT, STUDY, StageError, Wandb, about, arm_flag, arm_folder, command, compiled, default_root,
+                    device_name, follow_umask, fsync, has_compiler, init_name, is_hosted, load_model, load_split,
+                    load_tokenizer, lock, lower_precision, one_line, parser_of, pick_device, read_json, read_manifest,
+                    recut, run_stage, save_model, seed_number, sha256, write_atomic, write_json, write_manifest)
 
 
 @dataclass(frozen=True)
@@ -1043,12 +1045,15 @@ class Job:
         self.root = default_root(args.root, args.quick)
         self.arm, self.seed = args.arm, args.seed
         self.chained, self.planted = args.chained, args.planted
-        self.about, self.steps = ARMS[args.arm], args.steps or settings.steps
-        self.settings = settings
-        self.following = command("eval.py", self.root, args.quick)
+        self.about = about(args.arm)
+        self.steps = args.steps or max(1, round(self.about.share * settings.steps))
+        self.settings = dataclasses.replace(settings, **self.about.training)
+        self.following = command("eval.py --report", self.root, args.quick)
         if self.arm == "baseline":
             regime = f" --chained {args.chained:g}" if args.chained else ""
             self.following = command(f"train.py --with-ltm{regime}", self.root, args.quick, args.seed or None)
+        if self.arm in STUDY:
+            self.following = command("eval.py --study", self.root, args.quick)
         init = arm_folder(self.root, self.seed, init_name(self.arm))
         script = "add_memory.py"
         if init.name != "init":
@@ -1072,6 +1077,8 @@ class Job:
                              + command(f"{script} --to MODEL", self.root, args.quick))
         if self.chained:
             self.model.config.update(self.about.chained)
+        if self.about.config:
+            self.reshape()
         self.facts = self.all_facts(start)
 
     def hold_still(self):
@@ -1084,6 +1091,18 @@ class Job:
                              + command(f"prepare_data.py --tokenizer {self.host}", self.root, self.meta["quick"]))
         for name, weight in self.model.backbone.named_parameters():
             weight.requires_grad_(self.train_backbone or "lora_" in name)
+
+    def reshape(self):
+        """Give the model the config of an arm of the study, and rows of its window: the weights stay."""
+        config, weights = copy.deepcopy(self.model.config), self.model.state_dict()
+        config.update(self.about.config)
+        self.model = type(self.model)(config).eval()
+        weights.pop("backbone.rotary")                      # a table, as long as the window asks for
+        self.model.load_state_dict(weights, strict=False)
+        if "stm_window" in self.about.config:               # as many tokens a step, as far as a row allows
+            self.rows = recut(self.rows, config.stm_window)
+            batch = max(1, self.settings.batch * self.meta["window"] // config.stm_window)
+            self.settings = dataclasses.replace(self.settings, batch=batch)
 
     def plant(self, made_by):
         """Put the rows of data/planted.bin behind the others; raises StageError where they are of
@@ -1104,7 +1123,8 @@ class Job:
         s, about = self.settings, self.about
         of_host = dict(to=self.host, lora=about.lora, train_backbone=self.train_backbone) if self.host else {}
         return dict(of_host, arm=self.arm, memory=about.memory, memory_settings=about.settings, backbone=about.backbone,
-                    config=about.chained if self.chained else {}, replay=about.replay, seed=self.seed, steps=self.steps,
+                    config=(about.chained if self.chained else {}) | about.config,
+                    replay=about.replay, seed=self.seed, steps=self.steps,
                     chained=self.chained, planted=self.planted, batch=s.batch,
                     lane=s.lane, lr=s.lr, min_lr=s.min_lr, warmup=s.warmup, betas=[s.beta1, s.beta2], eps=s.eps,
                     weight_decay=s.weight_decay, clip=s.clip, data=self.meta["splits"]["train"]["sha256"],
@@ -1143,9 +1163,11 @@ class Job:
 def parse(argv=None):
     parser = parser_of(__doc__)
     arms = parser.add_mutually_exclusive_group()
-    for arm, about in ARMS.items():
+    for arm, its in ARMS.items():
         default = " (the default)" if arm == "baseline" else ""
-        arms.add_argument(arm_flag(arm), dest="arm", action="store_const", const=arm, help=about.label + default)
+        arms.add_argument(arm_flag(arm), dest="arm", action="store_const", const=arm, help=its.label + default)
+    arms.add_argument("--study", dest="arm", choices=list(STUDY), metavar="NAME",
+                      help=f"one of the study's: {', '.join(STUDY)}")
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="go on from the newest checkpoint, if there is one")
     again.add_argument("--fresh", action="store_true", help="remove an earlier run of this arm and start over")
@@ -1218,7 +1240,7 @@ def train(args, settings, processes):
     plan = job.plan(processes.world)
     torch.manual_seed(job.seed)                          # nothing draws from it; what would, would draw the same
     run, checkpoint = open_run(job, args, processes)
-    training = Training(job.model.to(processes.device), job.rows, plan, settings)
+    training = Training(job.model.to(processes.device), job.rows, plan, job.settings)
     if checkpoint:
         resume(run, training, checkpoint, processes.first)
     if training.done == job.steps:

@@ -143,6 +143,55 @@ def test_planted_documents_ask_for_what_they_say(make_root, write_jsonl):
     assert path.read_bytes() == before
 
 
+# ------------------------------------------------------------------ documents of one's own
+
+def test_documents_of_ones_own_stand_beside_the_others(make_root, write_jsonl, stage):
+    """Not split, none of them in train.bin, the others as they were; and read back as they were written."""
+    root, others, own = make_root(), plain(40), plain(52)[40:]
+    splits, meta = prepared(root, write_jsonl(others))
+    before = artefacts(root)
+    held = [tokenizer_text for tokenizer_text in others[:6]]
+    path = write_jsonl(own + held + own[:1], "mine.jsonl")
+    code, out, err = stage(prepare_data.main, "--root", root, "--text", path, "--into", "mine", "--name", "my letters")
+    assert code == 0 and "python eval.py --on mine --root" in out, err
+    assert {name: data for name, data in artefacts(root).items() if not name.startswith("mine.")} == before
+    rows, about = stages.load_own(root, "mine")
+    tokenizer = load_tokenizer(root)
+    found = [tokenizer.decode(ids[1:]) for ids in documents_of(rows)]
+    of_training = {tokenizer.decode(ids[1:]) for ids in splits["train"]}
+    assert found == [text for text in own + held if text not in of_training] and len(found) > len(own) - 1
+    assert about["source"] == "my letters" and about["split"]["documents"] == len(found)
+    assert about["documents"]["skipped"] == {"stands in train.bin": len(of_training & set(held)),
+                                             "repeats an earlier document": 1}
+
+
+@pytest.mark.parametrize("name", ["train", "val", "meta", "planted", "../mine", "", "a b", "-x"])
+def test_a_name_that_is_none_is_refused(make_root, write_jsonl, stage, name):
+    code, _, err = stage(prepare_data.main, "--root", make_root(), "--text", write_jsonl(plain(3)), f"--into={name}")
+    assert code == 2 and "is no name" in err
+
+
+def test_own_documents_need_a_text_and_the_training_data(make_root, write_jsonl, stage):
+    root, path = make_root(), write_jsonl(plain(20))
+    code, _, err = stage(prepare_data.main, "--root", root, "--into", "mine")
+    assert code == 2 and "--into goes with --text FILE" in err
+    code, _, err = stage(prepare_data.main, "--root", root, "--text", path, "--into", "mine")
+    assert code == 1 and "meta.json is missing; make it with: python prepare_data.py --root" in err
+    prepared(root, path)
+    with pytest.raises(StageError, match="mine.json is missing; make it with: .*--text FILE --into mine"):
+        stages.load_own(root, "mine")
+    code, _, err = stage(prepare_data.main, "--root", root, "--text", write_jsonl(plain(25)[20:], "b.jsonl"), "--into",
+                         "mine")
+    assert code == 0, err
+    whole = (root / "data/mine.bin").read_bytes()
+    (root / "data/mine.bin").write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
+    with pytest.raises(StageError, match="mine.bin is not the file mine.json describes"):
+        stages.load_own(root, "mine")
+    (root / "data/mine.json").write_text((root / "data/mine.json").read_text().replace("128", "64"))
+    with pytest.raises(StageError, match="mine.json was changed after it was made"):
+        stages.load_own(root, "mine")
+
+
 # ------------------------------------------------------------------ the contracts
 
 

@@ -33,7 +33,7 @@ WIDTH = 32
 SMALL = evaluation.Settings(pack=6, lane=3, trials=1, forms=("pair", "sentence"), distances=(20, 40), long_range=(40,),
                             lead=8, distractors=(0, 9), distracted=40, dialogues=4, turn=60, together=3, repeats=2,
                             needles=(160, 100_000 * WIDTH), hops=(1, 2), hop_tokens=192, streamed=4,
-                            timed=1, shown=50, bootstrap=200, control_trials=1, fitted=2)
+                            indirect=(40,), indirect_trials=1, timed=1, shown=50, bootstrap=200, control_trials=1, fitted=2)
 ARMS = ("baseline", "with_ltm")
 TOY = "with_toy"
 
@@ -261,6 +261,69 @@ def test_all_distractors_stand_before_the_question(tokenizer):
                 assert len(tokens) - place == distance
                 between = sum(token in words for token in tokens[place + 1:begin].tolist()) / 2
                 assert extra <= between < extra + settings.facts
+
+
+def test_what_is_reported_shares_nothing_with_what_was_chosen_on(tokenizer):
+    """No document, no word, no format of a fact."""
+    draw = np.random.default_rng(0)
+    texts = [text_of(length, draw) for length in (2, 33, 90, 64, 31, 100, 20, 50, 70)]
+    rows = rows_of(texts)
+    parts = {part: [text.tolist() for text in stages.documents(evaluation.documents_of(rows, part))]
+             for part in evaluation.PARTS}
+    whole = [text.tolist() for text in texts]
+    assert parts["all"] == whole and parts["choosing"] == whole[::4]
+    assert parts["reported"] == [text for number, text in enumerate(whole) if number % 4]
+    one, other = (evaluation.FULL.of_part(part) for part in ("choosing", "reported"))
+    assert one.forms == evaluation.FULL.forms and not set(one.forms) & set(other.forms)
+    assert set(one.forms) | set(other.forms) == set(evaluation.FORMATS)
+    asked = {settings.part: [set(words.tolist()) for words in evaluation.keys_and_values(tokenizer, settings)]
+             for settings in (one, other, evaluation.FULL)}
+    assert not set.union(*asked["choosing"]) & set.union(*asked["reported"])
+    assert min(map(len, asked["reported"])) > 1_500
+    assert [a | b for a, b in zip(asked["choosing"], asked["reported"])] == asked["all"]
+
+
+def test_indirect_questions_are_what_they_say(tokenizer):
+    """In each the value stands once, its distance from the question is right, and what the kind promises holds."""
+    texts = [np.concatenate(([EOT], np.random.default_rng(i).integers(10, 26, 700))) for i in range(3)]
+    settings = dataclasses.replace(evaluation.FULL, indirect=(64, 256), indirect_trials=3).of_part("reported")
+    keys, values = (set(words.tolist()) for words in evaluation.keys_and_values(tokenizer, settings))
+    asked = evaluation.all_indirect(texts, tokenizer, settings)
+    assert len(asked) == 2 * (9 + 4 * 3) and {len(cell) for cell in asked.values()} == {3}
+    for (kind, planted, form, distance), cell in asked.items():
+        form = evaluation.form_of(tokenizer, form)
+        for tokens, choices, place, begin in cell:
+            value, text, question = choices[0], tokens[:begin].tolist(), tokens[begin:].tolist()
+            assert tokens[0] == EOT and tokens[place] == value and len(tokens) - place == distance
+            assert len(set(choices.tolist())) == settings.facts and set(choices.tolist()) <= values & set(text)
+            assert text.count(value) == 1
+            key, *more = [token for token in question if token in keys]
+            ends = [at for at, token in enumerate(text) if token == key]
+            after = [next(token for token in text[at + 1:] if token in values) for at in ends]
+            if kind == "format":
+                assert question == form.fact(key, value)[:form.asked] and after == [value]
+            elif kind == "filler":
+                assert question == form.fact(key, value)[:form.asked] and tokens[place - 1] in keys - {key}
+            elif kind == "long key":
+                others = text[:place] + text[place + 1:]
+                assert len(more) == 1 and tokens[begin + len(form.opening):][:2].tolist() == [key, *more]
+                assert key in [x for x in text[:place - 5] + text[place:]] or more[0] in others
+                pairs = [pair for pair in itertools.pairwise(text) if pair == (key, *more)]
+                assert len(pairs) == 1 and text.count(key) >= 2 and text.count(more[0]) >= 2
+            elif kind == "changed":
+                assert after == [choices[-1], value]
+            elif kind == "two hops":
+                at, = ends
+                second = next(token for token in text[at + 1:] if token in keys)
+                second_at = max(i for i, token in enumerate(text) if token == second)
+                assert next(token for token in text[second_at + 1:] if token in values) == value
+                assert question == evaluation.chain_question(key, tokenizer, settings)
+
+
+def test_indirect_questions_that_there_is_no_text_for_are_left_out(tokenizer, capsys):
+    settings = dataclasses.replace(SMALL, indirect=(40, 500))
+    asked = evaluation.all_indirect([text_of(200, np.random.default_rng(0))], tokenizer, settings)
+    assert {cell[-1] for cell in asked} == {40} and "over 500 tokens is left out" in capsys.readouterr().out
 
 
 def asked_of(texts, tokenizer, count=4):
@@ -581,6 +644,33 @@ def test_a_memory_that_changes_nothing_is_a_result_too():
     assert {part["share_of_gain"]["with_ltm"] for part in targets.values()} == {0.0}
 
 
+def test_calibration_by_hand(tokenizer):
+    """Four targets: new, new, seen, seen; the memory makes one dearer by 0.5 and one by 0.05 bits, and saves 3 bits."""
+    text = np.array([EOT, 7, 8, 7, 8])
+    costs = {"baseline": [8.0, 8.0, 8.0, 8.0], "with_ltm": [8.5, 8.0, 5.0, 8.05]}
+    evidence = evidence_of([text, text], {arm: part * 2 for arm, part in costs.items()},
+                           np.append(np.ones(EOT), 0))
+    of_stm = np.array([8.0, 9.0, 8.0, 8.0] * 2)
+    for key, one in evidence.measured.items():
+        known = of_stm if key[0] == "with_ltm" else np.array(costs["baseline"] * 2)
+        one.tensors["log_p_stm"] = (-math.log(2) * known).astype(np.float32)
+        one.tensors.update(outcomes=np.zeros((4, 2), bool), value_nats=np.full(2, 1.0 + len(key[0])))
+    question = evaluation.Question(text, text[1:], 2, 3)
+    exam = evidence.exam._replace(asked={("pair", 40, 0): [question], ("pair", 99, 0): [question]},
+                                  distances=[40, 99], settings=dataclasses.replace(SMALL, forms=("pair",)))
+    evidence = evidence._replace(exam=exam)
+    part = evaluation.summarise_calibration(evidence, evaluation.Recall(evidence))["arms"]["with_ltm"]
+    assert part["worse"] == 0.5 and part["much_worse"] == 0.25
+    assert part["lost"] == pytest.approx(0.55 / 4, abs=1e-5) and part["saved"] == pytest.approx(3 / 4)
+    new, seen, *nothing = part["by_kind"].values()
+    assert new["mean"] == pytest.approx(0.25) and new["ci95"] == pytest.approx([0.25, 0.25])
+    assert seen["mean"] == pytest.approx((-3 + 0.05) / 2) and nothing == [None, None]
+    assert part["oracle"]["bpc"] == pytest.approx((8 + 8 + 5 + 8) / 4)
+    assert part["oracle"]["ratio"] == pytest.approx(29 / 32)
+    gap = (len("with_ltm") - len("baseline")) / math.log(2)
+    assert part["evicted"] == {"distances": [99], "bits_above": [pytest.approx(gap)], "forced_choice": [0.0]}
+
+
 # ------------------------------------------------------------------ controls
 
 
@@ -730,6 +820,51 @@ def test_the_neural_cache_is_fitted():
         assert bits_of(evaluation.neural_cache(baseline, 50, *changed), texts)[0].sum() > best
     noise = evaluation.fit_cache(baseline, [np.arange(EOT, EOT - 60, -1)], 50, WIDTH, SMALL)   # nothing comes again
     assert noise.memory.share < 1e-6
+
+
+def test_the_mixture_without_training_is_made_of_its_parts():
+    """Without exact addresses and gate it is the neural cache; without a cache it counts what followed the same tokens,
+    as much more as the entropy says; it sums to one."""
+    baseline, (text,) = tiny(memory_enabled=False, bits=0.0), texts_of(90)
+    nothing = (-math.inf,) * 3
+    cache = evaluation.neural_cache(baseline, 24, 0.4, 0.3)
+    mixed = evaluation.training_free(baseline, 24, evaluation.Scalars(nothing, math.log(0.3 / 0.7), 0.4, 0.0))
+    assert np.allclose(bits_of(mixed, [text])[0], bits_of(cache, [text])[0], atol=1e-4)
+    trust, slope = (-1.0, 0.5, 1.0), 0.05
+    exact = evaluation.training_free(baseline, 24, evaluation.Scalars(trust, -math.inf, 0.0, slope))
+    stm = torch.from_numpy(-math.log(2) * bits_of(baseline, [text])[0]).exp().numpy()
+    rows = torch.from_numpy(np.pad(text, (0, 6), constant_values=EOT)).view(3, WIDTH)
+    with torch.no_grad():
+        log_p = baseline.logits(baseline.states(rows, torch.eye(3)[:1].bool())[0]).log_softmax(-1).flatten(0, 1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    for t, cost in enumerate(bits_of(exact, [text])[0]):
+        gained = total = 0.0
+        for n in range(3):
+            same = [i for i in range(max(0, t - 24), t) if i >= n and (text[i - n:i + 1] == text[t - n:t + 1]).all()]
+            weight = math.exp(trust[n] + slope * entropy[t])
+            gained += weight * sum(text[i + 1] == text[t + 1] for i in same)
+            total += weight * len(same)
+        assert cost == pytest.approx(-math.log2((stm[t] + gained) / (1 + total)), abs=2e-3), t
+    for model in (mixed, exact):
+        assert torch.allclose(model(torch.from_numpy(text)[None]).logits.exp().sum(-1), torch.ones(len(text)), atol=1e-4)
+
+
+def test_the_mixture_is_fitted():
+    """No neighbouring scalar is better, and it is at least as good as each of its parts."""
+    baseline = tiny(memory_enabled=False)
+    texts = [np.concatenate(([EOT], np.tile(np.random.default_rng(i).integers(0, 5_000, 20), 4))) for i in range(2)]
+    fitted = evaluation.fit_mixture(baseline, texts, 50, WIDTH, SMALL)
+    trust, *rest = fitted.memory.scalars
+    best = bits_of(fitted, texts)[0].sum()
+    for other in (evaluation.fit_cache(baseline, texts, 50, WIDTH, SMALL),
+                  evaluation.fit_grams(baseline, texts, WIDTH, SMALL)[0]):
+        assert best < bits_of(other, texts)[0].sum()
+    flat = np.array([*trust, *rest])
+    for place, step in itertools.product((0, 1, 2, 3, 5), (-0.3, 0.3)):
+        moved = flat.copy()
+        moved[place] += step if place < 5 else step / 10
+        changed = evaluation.Scalars(tuple(moved[:3]), *moved[3:])
+        assert bits_of(evaluation.training_free(baseline, 50, changed), texts)[0].sum() > best - 0.5
 
 
 @torch.no_grad()
@@ -927,6 +1062,7 @@ def test_results_hold_what_they_promise(evaluated):
     detail = results["detail"]
     assert detail["run"]["seeds"] == [0, 1] and detail["run"]["steps"] == 8
     assert detail["run"]["settings"] == {**SETTINGS, "data": detail["run"]["settings"]["data"]}
+    assert detail["data"]["part"] == "all" and len(detail["run"]["settings_sha256"]) == 64
     for arm in ARMS:
         about = detail["arms"][arm]
         model = stages.load_model(root / "trained" / arm)
@@ -975,6 +1111,25 @@ def test_recall_in_the_results(evaluated):
 
 
 VERDICTS = ("helps", "hurts", "inconclusive")
+
+
+def test_indirect_recall_in_the_results(evaluated):
+    """Every arm, kind and distance; the diagonal of the matrix is verbatim recall, what is off it the kind "format"."""
+    _, results, said = evaluated
+    indirect = results["detail"]["indirect"]
+    assert indirect["distances"] == indirect["long_range"] == [40] and indirect["chance"] == 0.125
+    for arm in ARMS:
+        part = indirect["arms"][arm]
+        assert list(part) == ["verbatim", *evaluation.INDIRECT, "matrix"]
+        for kind in ("verbatim", *evaluation.INDIRECT):
+            low, high = part[kind]["forced_choice_ci95"][0]
+            assert low <= part[kind]["forced_choice"][0] <= high and part[kind]["value_nats"][0] > 0
+            assert part[kind]["long_range"]["top1"] == part[kind]["top1"][0] and kind in said
+        matrix = np.array([list(row.values()) for row in part["matrix"].values()])
+        assert np.diag(matrix).mean() == pytest.approx(part["verbatim"]["forced_choice"][0])
+        assert matrix[~np.eye(2, dtype=bool)].mean() == pytest.approx(part["format"]["forced_choice"][0])
+    assert list(results["detail"]["calibration"]["arms"]) == ["with_ltm"] and "an oracle for a gate" in said
+    assert results["detail"]["recall"]["what"].startswith("verbatim")
 
 
 def test_the_rest_of_the_results(evaluated):
@@ -1028,6 +1183,8 @@ def test_rows_of_controls(evaluated):
     assert wiped["bpc_ratio"] is None and rows[2] is wiped and gpt["stored"] == 0
     caches = [row for row in rows if row["name"].startswith("neural cache")]
     assert [row["stored"] for row in caches] == [1, 1] and all(0 <= row["share"] < 1 for row in caches)
+    free = [row for row in rows if row["name"].startswith("six scalars")]
+    assert len(free) == 2 and all(len(row["scalars"]["trust"]) == 3 for row in free)
     assert f"{trained['bpc_ratio']:.3f}" in said and all(row["name"] in said for row in rows)
     assert all(len(row["name"]) <= 42 for row in rows)              # what the picture has room for
 
@@ -1248,6 +1405,127 @@ def test_a_checkpoint_saved_while_it_loads(one_seed, capsys, monkeypatch, after)
     assert (model.memory.from_state.bias == found.step * MARK).all() and found.source == found.folder
     assert found.weights in json.loads((run.folder / "manifest.json").read_text())["weights"]
     assert "damaged" not in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------ which documents
+
+
+def opened(root, **flags):
+    """What open_documents makes of some flags."""
+    args = SimpleNamespace(**dict(quick=False, report=False, on=None) | flags)
+    return evaluation.open_documents(args, root)
+
+
+def with_val(root, texts):
+    """A root whose val.bin holds these texts."""
+    data = rows_of(texts).tobytes()
+    (root / "data" / "val.bin").write_bytes(data)
+    path = root / "data" / "meta.json"
+    meta = json.loads(path.read_text())
+    meta["splits"]["val"] |= {"bytes": len(data), "sha256": sha256(root / "data" / "val.bin"), "documents": len(texts)}
+    path.write_text(json.dumps(meta | {"sha256": stages.seal(meta)}))
+    return root
+
+
+def test_each_part_has_files_of_its_own(one_seed):
+    draw = np.random.default_rng(0)
+    texts = [text_of(length, draw) for length in (50, 60, 70, 80, 90)]
+    rows, _, settings, place = opened(with_val(one_seed, texts))
+    assert [len(text) for text in stages.documents(rows)] == [50, 90] and settings.part == "choosing"
+    assert place.file == "evaluation_choosing.safetensors" and place.flags == ""
+    rows, _, settings, place = opened(one_seed, report=True)
+    assert [len(text) for text in stages.documents(rows)] == [60, 70, 80] and settings.part == "reported"
+    assert place.file == "evaluation.safetensors" and place.flags == " --report"
+    for report in (False, True):                                    # too few for parts: all of them, and it is said
+        rows, _, settings, place = opened(with_val(one_seed, texts[:3]), report=report)
+        assert len(stages.documents(rows)) == 3 and settings.part == "all" and place.file == "evaluation.safetensors"
+
+
+def test_own_documents_are_evaluated_beside_the_others(measured, small, capsys):
+    """results_on_NAME.json; results.json and what was measured on val.bin stay as they are; the settings are the same."""
+    before = {path: path.read_bytes() for path in measured.rglob("*") if path.is_file()}
+    words = ["the", "of", "lamp", "river", "memory", "angle", "eleven"]
+    texts = [" ".join(np.random.default_rng(seed).choice(words, 170)) for seed in range(3)]
+    (measured / "mine.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare_data, "FULL", dataclasses.replace(prepare_data.FULL, window=WIDTH, stride=WIDTH // 2))
+        prepare_data.main(["--root", str(measured), "--text", str(measured / "mine.jsonl"), "--into", "mine"])
+    evaluation.main(["--root", str(measured), "--on", "mine"])
+    results = json.loads((measured / "results_on_mine.json").read_text())
+    assert list(results) == [*ARMS, "detail"] and results["detail"]["data"]["val_documents"] == 3
+    assert "mine.jsonl" in results["detail"]["data"]["source"] and "data/mine.bin" in capsys.readouterr().out
+    assert results["baseline"]["bpc"] != json.loads((measured / "results.json").read_text())["baseline"]["bpc"]
+    assert all(path.read_bytes() == data for path, data in before.items() if path.name != ".lock")
+    assert (measured / "trained/with_ltm/evaluation_on_mine.safetensors").is_file()
+
+
+# ------------------------------------------------------------------ the study
+
+
+@torch.no_grad()
+def test_a_wider_window_is_scored_in_rows_of_its_own(tokenizer):
+    """Documents and rows alone, as by model.forward; about as many tokens in a pack."""
+    model, draw = tiny(stm_window=2 * WIDTH, memory_enabled=False), np.random.default_rng(0)
+    texts = [text_of(length, draw) for length in (20, 70, 150)]
+    exam = evidence_of(texts, {}, None).exam._replace(rows=rows_of(texts))
+    width, settings = evaluation.rows_for(model, exam)
+    assert width == 2 * WIDTH and (settings.pack, settings.lane) == (3, 1)
+    assert evaluation.rows_for(tiny(), exam) == (WIDTH, SMALL)
+    found = evaluation.score_text(model, texts, width, settings).log_p
+    alone = evaluation.score_windows(model, exam.rows, settings, width)
+    for sequences, scored in ((texts, found), (exam.rows[:4].astype(np.int64), alone)):
+        for text, log_p in zip(sequences, scored):
+            ids = torch.from_numpy(text)[None]
+            expected = model(ids).logits[0, :-1].gather(1, ids[0, 1:, None])[:, 0]
+            assert np.allclose(log_p[text[1:] != EOT], expected[ids[0, 1:] != EOT], atol=1e-4)
+
+
+def rows_over(base, memory, steps=(100, 200, 400)):
+    """Rows of a study: bits of both arms at some steps."""
+    both = [("baseline", "", base), ("with_ltm", "ltm", memory)]
+    return [{"name": f"{arm}_x{number / 200:g}", "group": "steps", "memory": kind, "steps": number, "bpc": bits}
+            for arm, kind, values in both for number, bits in zip(steps, values)]
+
+
+def test_the_steps_at_which_the_baseline_has_the_ltms_bits():
+    """Between two trainings, on a straight line over log steps; none where it is never so low."""
+    curve = evaluation.curve_of(rows_over((2.0, 1.8, 1.6), (1.9, 1.7, 1.5)))
+    assert curve["steps"] == [100, 200, 400] and curve["ratio"] == pytest.approx([0.95, 1.7 / 1.8, 1.5 / 1.6])
+    assert curve["baseline_reaches"] == pytest.approx(200 * 2 ** 0.5)
+    assert evaluation.curve_of(rows_over((2.0, 1.8, 1.6), (1.9, 1.5, 1.4)))["baseline_reaches"] is None
+    assert evaluation.curve_of([])["steps"] == []
+
+
+def test_the_study_is_a_row_a_training(one_seed, small, capsys, monkeypatch):
+    """What is there of it, in the table's order, beside what is had without training; of another data or unfinished
+    it is refused."""
+    monkeypatch.setattr(evaluation.Controls, "training_free", lambda self: [])      # what it finds, --controls shows
+    arms = {"baseline_x1": {}, "with_ltm_x1": {}, "window_512": dict(stm_window=2 * WIDTH)}
+    for name, config in arms.items():
+        run, model = run_of(one_seed, name, lr=5e-4), tiny(3, memory_enabled=name == "with_ltm_x1", **config)
+        run.begin(model, load_tokenizer(one_seed))
+        save(run, model, 8)
+    evaluation.main(["--root", str(one_seed), "--study"])
+    results, said = json.loads((one_seed / "results_study.json").read_text()), capsys.readouterr().out
+    assert [row["name"] for row in results["rows"]] == list(arms) and "plot_eval.py --study" in said
+    base, memory, window = results["rows"]
+    assert (base["ratio"], base["window"], window["window"], memory["memory"]) == (1, WIDTH, 2 * WIDTH, "ltm")
+    assert memory["ratio"] == pytest.approx(memory["bpc"] / base["bpc"]) != 1 and memory["verdict"] in VERDICTS
+    assert base["recall_inside"]["mean"] in (0, 0.5, 1) and results["curve"]["baseline_reaches"] is None
+    assert results["training_free"] == []
+    assert not (one_seed / "results.json").exists() and results["detail"]["data"]["part"] == "all"
+    path = one_seed / "trained/window_512/manifest.json"
+    for change, words in ((("\"steps\": 8", "\"steps\": 9"), "is at step 8 of 9; go on with: .*--study window_512 .*--resume"),
+                          (("\"data\": \"", "\"data\": \"other"), "was trained on other data")):
+        before = path.read_text()
+        path.write_text(before.replace(*change))
+        with pytest.raises(StageError, match=words):
+            evaluation.main(["--root", str(one_seed), "--study"])
+        path.write_text(before)
+
+
+def test_without_its_baseline_there_is_no_study(one_seed, evaluate):
+    assert refused(evaluate(one_seed, "--study"), "baseline_x1", "python train.py --study baseline_x1 --root")
 
 
 # ------------------------------------------------------------------ an arm at a time

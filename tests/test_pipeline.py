@@ -24,11 +24,11 @@ EDITS = {           # script: {settings as their line starts: their new value}
     "train.py": {"QUICK = Settings(": "steps=4, batch=2, lane=2, warmup=2, log_every=2, checkpoint_steps=2)"},
     "eval.py": {"QUICK = Settings(": "pack=4, lane=4, trials=1, distances=(32, 140), long_range=(140,), lead=16, "
                                      "distractors=(0, 9), distracted=140, dialogues=2, turn=40, together=2, repeats=1, "
-                                     "timed=1, bootstrap=100)"},
+                                     "indirect=(64,), indirect_trials=1, timed=1, bootstrap=100)"},
     "plot_eval.py": {"DPI = ": "40"},
 }
 STAGES = ["download_models.py", "prepare_data.py", "add_memory.py", "train.py --baseline", "train.py --with-ltm",
-          "eval.py", "plot_eval.py"]
+          "eval.py --report", "plot_eval.py"]
 
 
 def edit(path, start, value):

@@ -242,7 +242,7 @@ def refused(root, *words):
     with pytest.raises(StageError) as caught:
         plot(root)
     line = str(caught.value)
-    assert "\n" not in line and f"python eval.py --root {root}" in line
+    assert "\n" not in line and f"python eval.py --report --root {root}" in line
     assert all(word in line for word in words), line
     assert {path: path.read_bytes() for path in root.glob("*.png")} == before
     assert not list(root.glob(".*tmp"))
@@ -507,7 +507,7 @@ def test_without_controls_or_memory_no_such_picture_and_a_word_on_an_old_one(roo
     del results["detail"][key]
     write(root, results)
     plot(root)
-    assert (f"warning: {path} is of an earlier evaluation; for a new one: python eval.py --root {root}{flag}\n"
+    assert (f"warning: {path} is of an earlier evaluation; for a new one: python eval.py --report --root {root}{flag}\n"
             in capsys.readouterr().out)
     assert path.read_bytes() == b"old"
 
@@ -892,4 +892,66 @@ def test_on_the_terminal_a_failure_is_one_line_and_code_1(tmp_path):
                           text=True)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr == (f"plot_eval.py: {tmp_path}/a b/results.json is missing; make it with: "
-                           f"python eval.py --root '{tmp_path}/a b'\n")
+                           f"python eval.py --report --root '{tmp_path}/a b'\n")
+
+
+# ------------------------------------------------------------------ the study
+
+
+def of_study(root, reaches=25_000.0):
+    """A root with results_study.json: a curve, one row of each group, one model that was not trained."""
+    detail = synthetic()["detail"]
+    rows = []
+    for number, steps in enumerate((5_000, 10_000, 20_000)):
+        for name, memory in (("baseline", ""), ("with_ltm", "ltm")):
+            share = {"mean": 0.9 if memory else 0.13, "ci95": [0.1, 0.95]}
+            rows.append({"name": f"{name}_x{steps / 10_000:g}", "group": "steps", "label": name, "memory": memory,
+                         "steps": steps, "bpc": 1.7 - 0.05 * number - 0.05 * bool(memory), "ratio": 0.97,
+                         "recall": share, "recall_inside": share})
+    rows += [dict(rows[0], name=group, group=group, label=f"a {group} $x$") for group in ("baseline", "routing")]
+    results = {"rows": rows, "training_free": [{"group": "other models", "name": "six scalars", "bpc_ratio": 0.97,
+                                                "recall": 0.95}],
+               "curve": {"steps": [5_000, 10_000, 20_000], "baseline": [1.7, 1.65, 1.6], "ratio": [0.97] * 3,
+                         "with_ltm": [1.65, 1.6, 1.55], "baseline_reaches": reaches},
+               "detail": {name: detail[name] for name in ("data", "run")}
+               | {"arms": {"baseline": {"parameters": 71_598_080}}, "chance": 0.125, "distances": [160, 384]}}
+    root.mkdir(exist_ok=True)
+    (root / "results_study.json").write_text(json.dumps(results))
+    return results
+
+
+def test_the_study_is_drawn_from_its_file_alone(tmp_path, capsys):
+    of_study(tmp_path)
+    plot_eval.main(["--root", str(tmp_path), "--study"])
+    assert imread(tmp_path / "results_study.png")[:, :, :3].std() > 0.1
+    assert [path.name for path in tmp_path.glob("*.png")] == ["results_study.png"]
+    before = (tmp_path / "results_study.png").read_bytes()
+    plot_eval.main(["--root", str(tmp_path), "--study"])
+    assert (tmp_path / "results_study.png").read_bytes() == before
+
+
+def test_the_study_says_what_the_baseline_takes(tmp_path):
+    words = {reaches: [text.get_text() for text in plot_eval.draw_study(of_study(tmp_path, reaches)).texts]
+             for reaches in (25_000.0, None)}
+    assert any("take 25,000 steps" in word for word in words[25_000.0])
+    assert any("in none of these trainings" in word for word in words[None])
+
+
+def test_a_study_that_is_missing_or_damaged_is_named_with_its_command(tmp_path):
+    with pytest.raises(StageError, match="results_study.json is missing; make it with: python eval.py --study --report"):
+        plot_eval.main(["--root", str(tmp_path), "--study"])
+    results = of_study(tmp_path)
+    del results["curve"]["ratio"]
+    (tmp_path / "results_study.json").write_text(json.dumps(results))
+    with pytest.raises(StageError, match="lacks a field or has a wrong one .*ratio"):
+        plot_eval.main(["--root", str(tmp_path), "--study"])
+    assert not (tmp_path / "results_study.png").exists()
+
+
+def test_documents_that_settings_were_chosen_on_are_not_for_the_readme(published, capsys):
+    results = json.loads((published / "results.json").read_text())
+    results["detail"]["data"]["part"] = "choosing"
+    (published / "results.json").write_text(json.dumps(results))
+    before = table(published, "results")
+    plot_eval.main(["--root", str(published), "--readme"])
+    assert table(published, "results") == before and "on which settings were chosen" in capsys.readouterr().out

@@ -19,7 +19,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 
 STAGES = [
     "download_models.py", "prepare_data.py", "add_memory.py --seed 0", "train.py --baseline --seed 0",
-    "train.py --with-ltm --seed 0", "eval.py", "plot_eval.py",
+    "train.py --with-ltm --seed 0", "eval.py --report", "plot_eval.py",
 ]
 PATIENCE = 300          # seconds: what takes so long, also on a busy machine, never ends
 FURTHER = [arm for arm, about in stages.ARMS.items() if not about.control and arm not in stages.SPECIFIED]
@@ -49,7 +49,12 @@ made = {
     "eval.py": ["results.json"],
     "plot_eval.py": ["results.png", "results_memory.png", "results_controls.png"],
 }
-if "--seed" in flags:
+if "--study" in flags:
+    made |= {"eval.py": ["results_study.json"], "plot_eval.py": ["results_study.png"]}
+if flags[0] == "--study" and "--seed" in flags:
+    arm = f"init_{flags[1]}" if name == "add_memory.py" else flags[1]
+    made[name] = [f"trained/{arm}/{file}" for file in ("model.safetensors", "config.json")]
+elif "--seed" in flags:
     seed = flags[flags.index("--seed") + 1]
     arm = flags[0].strip("-").replace("-", "_")
     further = arm not in ("seed", "baseline", "with_ltm")
@@ -182,7 +187,7 @@ def test_stage_that_makes_nothing_is_a_failure(project):
 
 
 @pytest.mark.parametrize("change, rerun", [
-    (lambda folder: (folder / "eval.py").write_text(STUB + "# changed"), ["eval.py"]),
+    (lambda folder: (folder / "eval.py").write_text(STUB + "# changed"), ["eval.py --report"]),
     (lambda folder: (folder / "models.py").write_text("# changed"), STAGES[2:6]),
     (lambda folder: (folder / "stages.py").open("a").write("# changed"), STAGES[2:]),
     (lambda folder: (folder / "memories.py").write_text("# changed"), []),
@@ -219,12 +224,12 @@ def test_seeds(project):
     assert project.called() == STAGES[:2] + per_seed + STAGES[5:]
     assert (project.folder / "trained/seed2/with_ltm/model.safetensors").is_file()
     assert project.run("--seeds", 4).returncode == 0
-    assert project.called() == [c.replace("--seed 0", "--seed 3") for c in STAGES[2:5]] + ["eval.py"]
+    assert project.called() == [c.replace("--seed 0", "--seed 3") for c in STAGES[2:5]] + ["eval.py --report"]
 
 
 def test_controls_are_measured_when_asked_for(finished):
     assert finished.run("--controls").returncode == 0
-    assert finished.called() == ["eval.py --controls", "plot_eval.py"]
+    assert finished.called() == ["eval.py --report --controls", "plot_eval.py"]
     done = finished.run("--controls")
     assert finished.called() == [] and "results_controls.png" in done.stdout
     (finished.folder / "results_controls.png").unlink()
@@ -236,7 +241,7 @@ def test_every_seed_is_an_input_of_the_evaluation(project):
     project.run("--quick", "--seeds", 2)
     (project.folder / "quick/trained/seed1/with_ltm/config.json").write_text("{}")
     assert project.run("--quick").returncode == 0       # one seed now, but the evaluation takes all that it finds
-    assert project.called("quick") == ["eval.py --quick"]
+    assert project.called("quick") == ["eval.py --report --quick"]
 
 
 def test_quick_has_a_root_of_its_own(project):
@@ -311,7 +316,7 @@ def commands(seeds=1, further=FURTHER, more=""):
         found += [f"add_memory.py {how}"]
         found += [f"add_memory.py {stages.arm_flag(arm)} {how}" for arm in further]
         found += [f"train.py {stages.arm_flag(arm)} --chained {how}{more}" for arm in [*stages.SPECIFIED, *further]]
-    return found + ["eval.py", "plot_eval.py"]
+    return found + ["eval.py --report", "plot_eval.py"]
 
 
 @pytest.fixture
@@ -351,6 +356,29 @@ def test_memories_lie_in_the_root(project, tmp_path, flags, base):
     assert not (base / "trained").exists() and not (project.folder / "memories").exists()
 
 
+def test_the_study_trains_each_of_its_arms_in_a_root_of_its_own(project):
+    """The data are those of the seven stages; a second run does what the first did not come to."""
+    done = project.run("--study")
+    assert done.returncode == 0, done.stderr
+    wanted = ["add_memory.py --seed 0"]
+    for name, arm in stages.STUDY.items():
+        wanted += [f"add_memory.py --study {name} --seed 0"] if arm.backbone else []
+        wanted += [f"train.py --study {name} --seed 0"]
+    wanted += ["eval.py --study --report", "plot_eval.py --study"]
+    assert project.called_anywhere() == [(".", "download_models.py"), (".", "prepare_data.py"),
+                                         *(("study", command) for command in wanted)]
+    assert "study/results_study.json" in done.stdout and not (project.folder / "trained").exists()
+    (project.folder / "study/trained/window_512/model.safetensors").unlink()
+    assert project.run("--study").returncode == 0
+    assert [command for _, command in project.called_anywhere()] == ["train.py --study window_512 --seed 0"]
+
+
+@pytest.mark.parametrize("flags", [["--memories"], ["--controls"], ["--steps", 5], ["--seeds", 2]])
+def test_the_study_takes_no_other_experiments_flags(project, flags):
+    done = project.run("--study", *flags)
+    assert done.returncode == 2 and "--study has arms, steps and seeds of its own" in done.stderr
+
+
 def test_seeds_and_steps_of_all_arms(compared):
     assert compared.run("--memories", "--seeds", 2, "--steps", 40000).returncode == 0
     called = [command for _, command in compared.called_anywhere()]
@@ -373,7 +401,7 @@ def test_arms_come_from_the_table(compared):
 
 @pytest.mark.parametrize("change, rerun", [
     (lambda base: (base / "memories.py").write_text("# changed"),
-     [command for command in commands() if any(stages.arm_flag(arm) in command for arm in FURTHER)] + ["eval.py"]),
+     [command for command in commands() if any(stages.arm_flag(arm) in command for arm in FURTHER)] + ["eval.py --report"]),
     (lambda base: (base / "memories/trained/with_store/model.safetensors").unlink(),
      ["train.py --with-store --chained --seed 0"]),
     (lambda base: (base / "memories/trained/init_with_gru/config.json").write_text("{}"),
@@ -694,7 +722,7 @@ def test_variables_that_are_meant_for_others(project, tmp_path, name, value):
     (tmp_path / "profile").write_text("set -o noclobber -o noglob; shopt -s failglob; echo hello from a profile >&2\n")
     (project.folder / "eval.py").write_text(NOTICES + STUB)
     command = [project.folder.name + "/run_all.sh"]
-    for expected in (STAGES, ["eval.py"]):
+    for expected in (STAGES, ["eval.py --report"]):
         project.calls.write_text("")
         done = subprocess.run(command, cwd=tmp_path, env=project.environment | {name: value}, capture_output=True,
                               text=True, timeout=PATIENCE)

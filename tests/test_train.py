@@ -520,6 +520,63 @@ def test_every_arm_has_its_flag():
     assert [train.parse(list(flags)).chained for flags in REGIMES.values()] == [0.0, 0.5, 1.0]
 
 
+def test_the_study_names_what_else_would_have_bought_it():
+    """Each arm of it differs from the usual one in what its name says, and has a flag, and weights to start from."""
+    study = stages.STUDY
+    assert not set(study) & set(stages.ARMS) and len(study) == 25
+    for name, arm in study.items():
+        assert train.parse(arm_flag(name).split()).arm == name and arm.group and arm.label
+        assert (stages.init_name(name) == "init") == (not arm.backbone)
+        assert not arm.backbone or add_memory.parse(arm_flag(name).split()).arm == name
+    curve = {(arm.memory, arm.share) for arm in study.values() if arm.group == "steps"}
+    assert curve == {(memory, share) for memory in (None, "ltm") for share in (0.25, 0.5, 1, 2, 4)}
+    routing = [arm.config for arm in study.values() if arm.group == "routing"]
+    assert sorted(config["ltm_slots"] for config in routing) == [256, 256, 1024, 1024, 1024]
+    rates = [(arm.memory, arm.training["lr"]) for arm in study.values() if arm.training]
+    assert sorted(rate for memory, rate in rates if memory) == sorted(rate for memory, rate in rates if not memory)
+
+
+@pytest.mark.parametrize("name", ["more_steps", "window_512", "store_random_256", "with_ltm_lr_0.001", "with_ltm_x0.25"])
+def test_an_arm_of_the_study_is_trained_as_its_entry_says(root, here, monkeypatch, name):
+    about = stages.STUDY[name]
+    if about.config.get("stm_window"):
+        about = about._replace(config=dict(stm_window=32))          # twice the window of this root's rows
+        monkeypatch.setitem(stages.STUDY, name, about)
+    code, out, err = here(root, "--study", name)
+    assert code == 0, err
+    folder = root / "trained" / name
+    settings = json.loads((folder / "manifest.json").read_text())["settings"]
+    model = load_model(folder)
+    assert settings["steps"] == round(12 * about.share) and "python eval.py --study" in out
+    assert settings["lr"] == about.training.get("lr", SETTINGS.lr) and settings["config"] == about.config
+    assert model.config.memory_enabled == (about.memory is not None)
+    assert {key: getattr(model.config, key) for key in about.config} == about.config
+    wider = about.config.get("stm_window", 16) // 16
+    assert settings["batch"] * wider == SETTINGS.batch
+    assert f"of {settings['batch']} x {16 * wider} tokens" in out
+
+
+def test_rows_are_recut_as_they_are_cut(source):
+    rows, _ = load_split(source, "train")
+    wider = stages.recut(rows, 32)
+    assert wider.shape[1] == 32 and wider.dtype == np.uint16
+    assert [text.tolist() for text in stages.documents(wider)] == [text.tolist() for text in stages.documents(rows)]
+    assert (stages.recut(rows, 16) == rows).all()
+
+
+def test_tokens_stored_at_random_are_so_whatever_their_surprisal():
+    config = models.RevenaConfig(**{**TINY, "ltm_random": 0.4})
+    memory, draw = models.LongTermMemory(config), torch.Generator().manual_seed(0)
+    log_p = -16 * torch.rand(4_000, generator=draw)
+    targets = torch.where(torch.rand(4_000, generator=draw) < 0.1, EOT, 7)
+    bits, stored = memory.route(log_p, targets)
+    real = targets != EOT
+    assert not stored[~real].any() and abs(stored[real].float().mean() - 0.4) < 0.03
+    for part in (bits > 10, bits < 10):
+        assert abs(stored[real & part].float().mean() - 0.4) < 0.05
+    assert torch.equal(memory.route(log_p, targets)[1], stored)
+
+
 def test_learning_rate_warms_up_and_falls_along_a_cosine():
     rates, s = train.learning_rates(10_000, train.FULL), train.FULL
     assert rates[0] == pytest.approx(s.lr / 500) and rates[499] == pytest.approx(s.lr)
