@@ -1435,8 +1435,8 @@ def finding_of_targets(results):
     arm, words = best_arm(results), []
     for name, kind in results["detail"]["targets"].items():
         gap = kind["arms"][arm] - kind["arms"][REFERENCE]
-        words.append(f"Tokens {name} ({kind['share_of_tokens']:.0%} of all) cost "
-                     f"{short(results, arm)} {gap:+.2f} bits each.")
+        words.append(f"Tokens {name} ({kind['share_of_tokens']:.0%} of all) cost {abs(gap):.2f} bits "
+                     f"{'more' if gap > 0 else 'less'} each with {short(results, arm)} than without.")
     return words
 
 
@@ -1672,7 +1672,8 @@ legend, .bar > label > span { font-size: .8125rem; color: var(--quiet); padding:
 .key b { font-weight: normal; padding: 0 .35rem; }
 .look { display: grid; grid-template-columns: minmax(0, 1fr) 25rem; gap: 1.5rem; align-items: start; }
 .sheet { position: relative; }
-.sheet svg { position: absolute; inset: 0; width: 100%; height: 100%; pointer-events: none; }
+.sheet svg { position: absolute; inset: 0; width: 100%; height: 100%; pointer-events: none; overflow: visible; }
+.sheet path { fill: none; stroke: var(--blue); stroke-width: 1.6px; }
 #words { line-height: 2.05; font-size: 1rem; white-space: pre-wrap; overflow-wrap: anywhere; cursor: pointer;
          padding: .3rem .4rem; border: 1px solid var(--line); border-radius: 4px; }
 #words span { border-bottom: 3px solid transparent; padding: .1rem 0; border-radius: 2px; scroll-margin: 8rem 0 50vh; }
@@ -1681,10 +1682,12 @@ legend, .bar > label > span { font-size: .8125rem; color: var(--quiet); padding:
 #words .hit { font-weight: bold; }
 #words .hit::before { content: "\\25BC"; font-size: .65em; }
 #words .hit.lost::before { content: "\\25B2"; }
-#words .source { outline: 2px solid var(--blue); outline-offset: 1px; }
-#words .source::after { content: attr(data-rank); font-size: .65em; font-weight: bold; vertical-align: super; color: #fff;
-                        background: var(--blue); border-radius: 50%; padding: 0 .35em; margin-left: 2px; }
-#words .at { outline: 3px solid #000; outline-offset: 1px; box-shadow: 0 0 0 6px #fff; position: relative; }
+/* what changes under the pointer takes no room: else the text would move away from it */
+#words .source { outline: 2px solid var(--blue); outline-offset: 1px; position: relative; }
+#words .source::after { content: attr(data-rank); font: bold .65rem/1.4 system-ui, sans-serif; color: #fff;
+                        background: var(--blue); border-radius: 50%; padding: 0 .35em; pointer-events: none;
+                        position: absolute; right: -.6em; top: -.8em; z-index: 1; }
+#words .at { outline: 3px solid #000; outline-offset: 1px; }
 #facts { position: sticky; top: .5rem; max-height: calc(100vh - 1rem); overflow: auto; background: #fff;
          border: 2px solid var(--ink); border-radius: 4px; padding: .4rem .9rem .8rem; font-size: .9375rem; }
 #facts h3 { margin: .8rem 0 .2rem; }
@@ -1706,7 +1709,7 @@ kbd { border: 1px solid var(--quiet); border-radius: 3px; padding: 0 .3rem; font
 @media (max-width: 46rem) {
   h1 { font-size: 1.4rem; }
   .cards thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
-  .cards, .cards tbody, .cards tr, .cards td, .cards th { display: block; }
+  .cards, .cards caption, .cards tbody, .cards tr, .cards td, .cards th { display: block; }
   .cards tr { border-bottom: 2px solid var(--ink); padding: .4rem 0; }
   .cards td, .cards tbody th { border: 0; padding: .1rem 0; }
   .cards td:empty { display: none; }
@@ -1724,7 +1727,7 @@ TEMPLATE = """<!DOCTYPE html>
 <style>{{ style | safe }}</style>
 </head>
 <body>
-{% macro table(header, rows, kind="", caption="") %}
+{% macro table(header, rows, caption="", kind="") %}
 <div class="scroll" tabindex="0" role="region" aria-label="table: {{ caption or header | join(', ') }}">
 <table class="{{ kind }}">
 {% if caption %}<caption>{{ caption }}</caption>{% endif %}
@@ -1748,7 +1751,7 @@ beyond its attention window of {{ window }} tokens: same initial weights, same d
 </header>
 <main>
 <h2 id="answer">The answer, arm by arm</h2>
-{{ table(header, arms, "cards", how ~ "; in brackets 95% intervals; recall of what stood " ~ reach) }}
+{{ table(header, arms, how ~ "; in brackets 95% intervals; recall of what stood " ~ reach, "cards") }}
 <h2 id="findings">Findings</h2>
 {% for finding in findings %}
 <section>
@@ -1762,7 +1765,7 @@ beyond its attention window of {{ window }} tokens: same initial weights, same d
 {% endfor %}
 </div>
 {% endif %}
-{% if finding.table %}{{ table(finding.table[0], finding.table[1], "cards", finding.title) }}{% endif %}
+{% if finding.table %}{{ table(finding.table[0], finding.table[1]) }}{% endif %}
 </section>
 {% endfor %}
 <h2 id="explorer">Look into the memory</h2>
@@ -1817,7 +1820,7 @@ what its prediction drew on and what the memory held at that moment. Keys: <kbd>
 <script type="application/json" id="thresholds">{{ threshold | tojson }}</script>
 {% endif %}
 {% for group, rows in controls %}
-{{ table(["change", "bits per character, x no memory", "recall", "top-1", "share stored"], rows, "cards", group) }}
+{{ table(["change", "bits per character, x no memory", "recall", "top-1", "share stored"], rows, group) }}
 {% endfor %}
 {% else %}
 <p>Not measured in this run: {{ control_command }}</p>
@@ -1964,15 +1967,10 @@ function explore(data) {
     const x1 = one.left + one.width / 2 - frame.left, y1 = one.bottom - frame.top;
     const x2 = other.left + other.width / 2 - frame.left, y2 = other.top - frame.top;
     const bend = Math.max(18, (y2 - y1) / 2);
-    for (const [color, width] of [["#fff", 5], ["#17497a", 2]]) {
-      const path = document.createElementNS("http://www.w3.org/2000/svg", "path");
-      path.setAttribute("d", `M${x1} ${y1} C${x1} ${y1 + bend} ${x2} ${y2 - bend} ${x2} ${y2}`);
-      path.setAttribute("fill", "none");
-      path.setAttribute("stroke", color);
-      path.setAttribute("stroke-width", width);
-      if (!exact && width === 2) path.setAttribute("stroke-dasharray", "7 4");
-      lines.append(path);
-    }
+    const path = document.createElementNS("http://www.w3.org/2000/svg", "path");
+    path.setAttribute("d", `M${x1} ${y1} C${x1} ${y1 + bend} ${x2} ${y2 - bend} ${x2} ${y2}`);
+    if (!exact) path.setAttribute("stroke-dasharray", "7 4");
+    lines.append(path);
   }
 
   function show() {
@@ -2038,8 +2036,8 @@ function explore(data) {
       class: number > 1 ? "number" : "" }, name || make("span", { class: "unseen" }, "rank")));
     return [make("h3", {}, `Drew on: ${share}% of the probability is the memory's`), make("table", {},
       make("thead", {}, make("tr", {}, ...head)), make("tbody", {}, ...rows)), make("p", { class: "small" },
-        "back: tokens from there to here. exact: the last token or tokens were the same (full lines); "
-        + "cosine: of the learned addresses (dashed).")];
+        "The heaviest items. back: tokens from there to here. exact: the last token or tokens were the same "
+        + "(full lines); cosine: of the learned addresses (dashed).")];
   }
 
   function contents(memory) {
@@ -2153,8 +2151,9 @@ function explore(data) {
     view = viewOf(text, arm);
     view.words = kept;
     by("against").disabled = arm === "baseline" || !view.baseline;
-    if (fresh) {
-      [at, pinned] = [-1, false];
+    if (fresh) {                              // the most telling place is shown at first
+      const gains = view.on.map((_, place) => gain(place)), most = Math.max(...gains);
+      [at, pinned] = [most > 0 ? gains.indexOf(most) : -1, false];
       drawText();
     }
     paint();
