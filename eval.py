@@ -92,7 +92,7 @@ class Settings:
     reads: int = 4              # .. what it read in how many places, ..
     sources: int = 3            # .. and how many items of each
     explored: int = 8           # the page's explorer: documents, ..
-    seen: int = 640             # .. tokens of each: more than the LTM has slots for, ..
+    seen: int = 512             # .. tokens of each: more than the LTM has slots for, ..
     own: int = 2_048            # .. or of a text of the user's; ..
     drawn: int = 6              # .. items of each prediction, ..
     moment: int = 64            # .. what a further memory holds once in so many tokens, ..

@@ -143,6 +143,10 @@ class Told:
     def looked_at(self):
         return int(self.page.get_attribute("#words", "aria-activedescendant")[1:])
 
+    def height(self, place):
+        """How far down in the text a token stands, in pixels."""
+        return self.page.evaluate(f"t{place}.getBoundingClientRect().top - words.getBoundingClientRect().top")
+
     def text(self, number):
         self.page.select_option("#text", str(number))
 
@@ -204,7 +208,7 @@ def test_ten_random_tokens_by_mouse_are_the_models(opened, made):
                 told.arm(arm)
                 compare(told, made, arm, at, number)
             told.arm("with_ltm")
-    assert sum(len(made.cache("with_ltm", at).retrieved()) > 0 for at in range(20, 119, 10)) > 5
+    assert sum(len(made.cache("with_ltm", at).retrieved()) > 0 for at in range(20, 119, 10)) > 2
 
 
 @in_browser
@@ -218,12 +222,11 @@ def test_a_token_by_keyboard_shows_the_same(opened, made):
     compare(told, made, "with_ltm", 60, 0)
     keys.press("ArrowLeft")
     compare(told, made, "with_ltm", 59, 0)
-    place = told.page.locator("#t59").bounding_box()
+    here = told.height(59)
     keys.press("ArrowDown")
-    below = told.page.locator(f"#t{told.looked_at()}").bounding_box()
-    assert told.looked_at() > 59 and below["y"] > place["y"]
+    assert told.looked_at() > 59 and told.height(told.looked_at()) > here + 20
     keys.press("ArrowUp")
-    assert abs(told.page.locator(f"#t{told.looked_at()}").bounding_box()["y"] - place["y"]) < 2
+    assert abs(told.height(told.looked_at()) - here) < 6
     keys.press("End")
     compare(told, made, "with_ltm", len(made.texts[0]) - 2, 0)
     told.page.hover("#t3")                                  # a place that was chosen is held ..
@@ -331,23 +334,28 @@ def test_the_palette_is_legible_and_falls_in_grey():
         assert plot_eval.contrast(ink, "#ffffff") >= 4.5
 
 
-def full_size(draw, count=8, length=640):
-    """detail.explorer as large as it gets: six arms, each token drawing on six items."""
+def full_size(draw, count=8, length=512):
+    """detail.explorer as large as it gets: six arms, two places of each, each token drawing on six items."""
     def line(most, digits=3):
         return evaluation.numbers_of(draw.random(length) * most, digits)
 
     items = ";".join(" ".join(f"{place},{draw.random():.4f},{draw.random():.3f}" for place in
                               draw.integers(0, max(1, at), 6)) for at in range(length))
-    row = "8\tgovernment\t123\t0.456\t0.123\t0.456"
-    moment = {"after": 62, "held": " ".join(f"{n}-{n}" for n in range(0, 300, 2)), "of": 1_000}
+    def stated(row, rows):
+        moment = {"after": 62, "held": " ".join(f"{n}-{n + 9}" for n in range(0, rows, 20)), "of": 1_000}
+        return plain | {"columns": "a b c d e f", "rows": "\n".join([row] * rows), "moments": [moment] * 10}
+
     plain = {"bits": line(20), "bits_off": line(20)}
     parts = {"baseline": {"bits": line(20)},
-             "with_ltm": plain | {"share": line(1, 4), "stored": "1" * length, "items": items}}
-    stated = plain | {"columns": "a b c d e f", "rows": "\n".join([row] * 2 * length), "moments": [moment] * 10}
+             "with_ltm": plain | {"share": line(1, 4), "stored": "1" * length, "items": items},
+             "with_store": stated("8\t position\t123\t0.456\t12", 2 * length),
+             "with_bank": stated("1023\t15\t0.345\t12.3\t the, of, in, and, a", 10 * SMALL.slots),
+             "with_mag": stated("8\t position\t0.123\t0.456\t0.789\t0.00123\t0.123", 2 * length),
+             "with_gru": stated("8\t12.3\t the, of, in, and, a\t1.23, 12.3, 123\t0.123", 30)}
     about = {"slots": 256, "threshold": 4.5, "window": 128}
     return {"texts": [{"name": f"document {n}", "text": "words " * length, "lengths": " ".join(["6"] * length)}
                       for n in range(count)],
-            "arms": {arm: about | {"texts": [parts.get(arm, stated)] * count} for arm in list(stages.ARMS)[:6]}}
+            "arms": {arm: about | {"texts": [part] * count} for arm, part in parts.items()}}
 
 
 def test_the_largest_page_is_small(tmp_path, monkeypatch):
