@@ -1406,6 +1406,12 @@ HEADER = ("arm", "bits per character", "change from no memory", "long-range reca
           "difference from no memory", "speed", "state of a sequence", "parameters")
 
 
+def designs_of(results):
+    """The arms that are compared in words: all but the controls, if there are any but these."""
+    others = others_of(results)
+    return [arm for arm in others if not ARMS[arm].control] or others
+
+
 def best_arm(results):
     """The arm of the fewest bits, and of a single one that one."""
     return min(others_of(results), key=lambda arm: results["detail"]["bpc"][arm]["ratio"])
@@ -1414,20 +1420,20 @@ def best_arm(results):
 def finding_of_bpc(results):
     """What the memories are worth in bits, in a sentence each."""
     words = []
-    for arm in others_of(results):
+    for arm in designs_of(results):
         part = results["detail"]["bpc"][arm]
         low, high = percent_bounds(results, results["detail"]["bpc"], arm)
         alone = results["detail"]["bpc_windows"][arm]
         words.append(f"{label_of(results, arm)} {VERDICTS[part['verdict']]} compression: "
-                     f"{per_cent(part['ratio']):+.1f}% bits per character ({low:+.1f} to {high:+.1f}); "
-                     f"{per_cent(alone['ratio']):+.1f}% where no text comes before the window.")
+                     f"{per_cent(part['ratio']):+.2f}% bits per character ({low:+.2f} to {high:+.2f}); "
+                     f"{per_cent(alone['ratio']):+.2f}% where no text comes before the window.")
     return words
 
 
 def finding_of_reach(results):
     """How far back the best of the arms recalls, against chance."""
     recall, words = results["detail"]["recall"], []
-    for arm in others_of(results):
+    for arm in designs_of(results):
         part = recall["arms"][arm]
         beyond = [(distance, value) for distance, value, (low, _) in zip(
             recall["distances"], part["forced_choice"], part["forced_choice_ci95"])
@@ -1500,13 +1506,24 @@ def findings(results):
     return found
 
 
+ASKED = {                       # by each group of detail.controls
+    "reads": "Is it what is read? Without reading, or reading something else, the gain has to go.",
+    "what is stored": "Is surprise what should decide on what is kept?",
+    "cosine threshold": "How near has a learned address to be?",
+    "surprisal threshold, bits": "How surprising has a token to be?",
+    "slots": "How many items does it take?",
+    "look-ups": "Which of its two kinds of address does the work: exact, or learned?",
+    "other models": "How far do simpler means come on the model that was trained without?",
+}
+
+
 def page_controls(results):
-    """[(group, rows)] of detail.controls as cells."""
+    """[(group, what it asks, rows)] of detail.controls as cells."""
     def told(row, key):
         return "" if row.get(key) is None else f"{row[key]:.3f}"
 
     rows = results["detail"].get("controls") or []
-    return [(name or "", [[row["name"], *(told(row, key) for key in (
+    return [(name or "", ASKED.get(name, ""), [[row["name"], *(told(row, key) for key in (
         "bpc_ratio", "recall", "top1", "stored"))] for row in part])
         for name, part in itertools.groupby(rows, lambda row: row.get("group"))]
 
@@ -1632,7 +1649,7 @@ def draw_page(results, gone, own, again):
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True,
                                      undefined=jinja2.StrictUndefined)
     controls = page_controls(results)
-    threshold = next((rows for name, rows in controls if name.startswith("surprisal threshold")), [])
+    threshold = next((rows for name, _, rows in controls if name.startswith("surprisal threshold")), [])
     return environment.from_string(TEMPLATE).render(
         title=title, sentence=sentence, quick=detail["data"]["quick"], how=how_trained(results),
         window=detail["recall"]["window"], reach=reach_said(detail["recall"]), header=HEADER,
@@ -1652,44 +1669,55 @@ LOOK = """
 body { margin: 0 auto; max-width: 78rem; padding: 1rem; color: var(--ink); background: #fff;
        font: 1rem/1.5 system-ui, "Segoe UI", Roboto, "Liberation Sans", sans-serif; }
 h1 { font-size: 1.75rem; line-height: 1.2; margin: .4rem 0; }
-h2 { font-size: 1.3rem; margin: 2.4rem 0 .6rem; border-top: 2px solid var(--ink); padding-top: .5rem; }
+h2 { font-size: 1.3rem; margin: 2.4rem 0 .6rem; border-top: 2px solid var(--ink);
+     padding-top: .5rem; }
 h3 { font-size: 1.05rem; margin: 1.4rem 0 .3rem; }
 p, ul { margin: .4rem 0; max-width: 70ch; }
 ul { padding-left: 1.2rem; }
 a { color: var(--blue); }
 nav a { margin-right: 1rem; display: inline-block; padding: .25rem 0; }
 .small, caption, figcaption { color: var(--quiet); font-size: .875rem; }
-.badge { background: var(--ink); color: #fff; padding: .25rem .6rem; font-weight: bold; display: inline-block; }
+.badge { background: var(--ink); color: #fff; padding: .25rem .6rem; font-weight: bold;
+         display: inline-block; }
 .lead { font-size: 1.1rem; }
 table { border-collapse: collapse; margin: .6rem 0; font-variant-numeric: tabular-nums; }
 caption { text-align: left; }
-th, td { text-align: left; vertical-align: top; padding: .3rem .7rem .3rem 0; border-bottom: 1px solid var(--line); }
+th, td { text-align: left; vertical-align: top; padding: .3rem .7rem .3rem 0;
+         border-bottom: 1px solid var(--line); }
 thead th { font-size: .8125rem; color: var(--quiet); font-weight: 600; }
 .scroll { overflow-x: auto; max-width: 100%; }
-.pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: .5rem 1.5rem; }
+.pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr));
+            gap: .5rem 1.5rem; }
 .pictures img { width: 100%; max-width: 34rem; height: auto; display: block; }
 .pictures .wide { grid-column: 1 / -1; overflow-x: auto; }
 .pictures .wide img { min-width: 42rem; max-width: 60rem; }
 :focus-visible { outline: 3px solid var(--blue); outline-offset: 2px; }
 select, button, input { font: inherit; color: inherit; }
-button, select { background: #fff; border: 1px solid var(--quiet); border-radius: 4px; padding: .25rem .6rem;
+button, select { background: #fff; border: 1px solid var(--quiet); border-radius: 4px;
+                 padding: .25rem .6rem;
                  min-height: 2.25rem; max-width: 100%; }
 fieldset { border: 0; margin: 0; padding: 0; min-width: 0; }
-legend, .bar > label > span { font-size: .8125rem; color: var(--quiet); padding: 0; display: block; }
+legend, .bar > label > span { font-size: .8125rem; color: var(--quiet); padding: 0; display: block;
+                              }
 .bar { display: flex; flex-wrap: wrap; gap: .6rem 1.4rem; align-items: end; margin: .8rem 0; }
-.choice label { display: inline-block; border: 1px solid var(--quiet); border-radius: 4px; padding: .25rem .55rem;
+.choice label { display: inline-block; border: 1px solid var(--quiet); border-radius: 4px;
+                padding: .25rem .55rem;
                 margin: 0 .25rem .25rem 0; min-height: 2.25rem; cursor: pointer; }
 .choice input { margin: 0 .35rem 0 0; accent-color: var(--blue); }
 .choice label:has(:checked) { background: var(--blue); color: #fff; border-color: var(--blue); }
 .key { display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; font-size: .875rem; align-items: center; }
 .key b { font-weight: normal; padding: 0 .35rem; }
-.look { display: grid; grid-template-columns: minmax(0, 1fr) 25rem; gap: 1.5rem; align-items: start; }
+.look { display: grid; grid-template-columns: minmax(0, 1fr) 25rem; gap: 1.5rem;
+        align-items: start; }
 .sheet { position: relative; }
-.sheet svg { position: absolute; inset: 0; width: 100%; height: 100%; pointer-events: none; overflow: visible; }
+.sheet svg { position: absolute; inset: 0; width: 100%; height: 100%; pointer-events: none;
+             overflow: visible; }
 .sheet path { fill: none; stroke: var(--blue); stroke-width: 1.6px; }
-#words { line-height: 2.05; font-size: 1rem; white-space: pre-wrap; overflow-wrap: anywhere; cursor: pointer;
+#words { line-height: 2.05; font-size: 1rem; white-space: pre-wrap; overflow-wrap: anywhere;
+         cursor: pointer;
          padding: .3rem .4rem; border: 1px solid var(--line); border-radius: 4px; }
-#words span { border-bottom: 3px solid transparent; padding: .1rem 0; border-radius: 2px; scroll-margin: 8rem 0 50vh; }
+#words span { border-bottom: 3px solid transparent; padding: .1rem 0; border-radius: 2px;
+              scroll-margin: 8rem 0 50vh; }
 #words .held { border-bottom-color: var(--blue); }
 #words .gone { border-bottom: 3px dotted var(--quiet); }
 #words .hit { font-weight: bold; }
@@ -1697,11 +1725,13 @@ legend, .bar > label > span { font-size: .8125rem; color: var(--quiet); padding:
 #words .hit.lost::before { content: "\\25B2"; }
 /* what changes under the pointer takes no room: else the text would move away from it */
 #words .source { outline: 2px solid var(--blue); outline-offset: 1px; position: relative; }
-#words .source::after { content: attr(data-rank); font: bold .65rem/1.4 system-ui, sans-serif; color: #fff;
+#words .source::after { content: attr(data-rank); font: bold .65rem/1.4 system-ui, sans-serif;
+                        color: #fff;
                         background: var(--blue); border-radius: 50%; padding: 0 .35em; pointer-events: none;
                         position: absolute; right: -.6em; top: -.8em; z-index: 1; }
 #words .at { outline: 3px solid #000; outline-offset: 1px; }
-#facts { position: sticky; top: .5rem; max-height: calc(100vh - 1rem); overflow: auto; background: #fff;
+#facts { position: sticky; top: .5rem; max-height: calc(100vh - 1rem); overflow: auto;
+         background: #fff;
          border: 2px solid var(--ink); border-radius: 4px; padding: .4rem .9rem .8rem; font-size: .9375rem; }
 #facts h3 { margin: .8rem 0 .2rem; }
 #facts h3:first-child { font-size: 1.15rem; margin-top: .2rem; overflow-wrap: anywhere; }
@@ -1717,16 +1747,19 @@ kbd { border: 1px solid var(--quiet); border-radius: 3px; padding: 0 .3rem; font
 .unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
 @media (max-width: 58rem) {
   .look { display: block; }
-  #facts { top: auto; bottom: 0; max-height: 42vh; margin-top: .6rem; border-width: 2px 0 0; border-radius: 0; }
+  #facts { top: auto; bottom: 0; max-height: 42vh; margin-top: .6rem; border-width: 2px 0 0;
+           border-radius: 0; }
 }
 @media (max-width: 46rem) {
   h1 { font-size: 1.4rem; }
-  .cards thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+  .cards thead { position: absolute; width: 1px; height: 1px; overflow: hidden;
+                 clip-path: inset(50%); }
   .cards, .cards caption, .cards tbody, .cards tr, .cards td, .cards th { display: block; }
   .cards tr { border-bottom: 2px solid var(--ink); padding: .4rem 0; }
   .cards td, .cards tbody th { border: 0; padding: .1rem 0; }
   .cards td:empty { display: none; }
-  .cards td::before { content: attr(data-label); color: var(--quiet); font-size: .8125rem; display: block; }
+  .cards td::before { content: attr(data-label); color: var(--quiet); font-size: .8125rem;
+                      display: block; }
 }
 """
 
@@ -1783,9 +1816,9 @@ beyond its attention window of {{ window }} tokens: same initial weights, same d
 {% endfor %}
 <h2 id="explorer">Look into the memory</h2>
 {% if explorer %}
-<p>Each token is shaded by what it cost the model: -log2 of the probability it was given. Point at one, or tap it, and see
-what its prediction drew on and what the memory held at that moment. Keys: <kbd>&larr;</kbd> <kbd>&rarr;</kbd>
-<kbd>&uarr;</kbd> <kbd>&darr;</kbd> move, <kbd>N</kbd> <kbd>P</kbd> go to the next or previous marked token,
+<p>Each token is shaded by what it cost the model: -log2 of the probability it was given. Point at
+one, or tap it, and see what its prediction drew on and what the memory held at that moment.
+Keys: <kbd>&larr;</kbd> <kbd>&rarr;</kbd> <kbd>&uarr;</kbd> <kbd>&darr;</kbd> move, <kbd>N</kbd> <kbd>P</kbd> go to the next or previous marked token,
 <kbd>Enter</kbd> or a click holds the place, <kbd>Esc</kbd> lets it go.</p>
 <form class="bar" id="choices" autocomplete="off">
 <label><span>Text</span><select id="text">
@@ -1806,7 +1839,8 @@ what its prediction drew on and what the memory held at that moment. Keys: <kbd>
 <label><input type="radio" name="mark" value="gained">gained more than a bit (<span id="gained">0</span>)</label>
 <label><input type="radio" name="mark" value="lost">lost more than a bit (<span id="lost">0</span>)</label>
 </fieldset>
-<span><button type="button" id="previous">&larr; previous</button> <button type="button" id="next">next &rarr;</button></span>
+<span><button type="button" id="previous">&larr; previous</button>
+<button type="button" id="next">next &rarr;</button></span>
 </form>
 <p class="key">
 <span>{% for ground, ink in key %}<b style="background:{{ ground }};color:{{ ink }}">
@@ -1832,8 +1866,10 @@ what its prediction drew on and what the memory held at that moment. Keys: <kbd>
 <output for="threshold" id="said"></output></p>
 <script type="application/json" id="thresholds">{{ threshold | tojson }}</script>
 {% endif %}
-{% for group, rows in controls %}
-{{ table(["change", "bits per character, x no memory", "recall", "top-1", "share stored"], rows, group) }}
+{% for group, asked, rows in controls %}
+<h3>{{ group }}</h3>
+{% if asked %}<p>{{ asked }}</p>{% endif %}
+{{ table(["change", "bits per character, x no memory", "recall", "top-1", "share stored"], rows) }}
 {% endfor %}
 {% else %}
 <p>Not measured in this run: {{ control_command }}</p>
@@ -2120,8 +2156,8 @@ function explore(data) {
     if (moves[event.key]) {
       pinned = true;
       go(moves[event.key](), true);
-    } else if (event.key === "n" || event.key === "p") {
-      step(event.key === "n" ? 1 : -1);
+    } else if ("nNpP".includes(event.key)) {
+      step("nN".includes(event.key) ? 1 : -1);
     } else if (event.key === "Enter" || event.key === " ") {
       pinned = !pinned;
     } else if (event.key === "Escape") {
