@@ -5,6 +5,7 @@ reads   data/val.bin, data/meta.json; with --on NAME data/NAME.bin, data/NAME.js
         trained/baseline/, trained/with_ltm/, .. (and trained/seedN/ where there are more)
 writes  trained/<arm>/evaluation.safetensors   what was measured of an arm, and of which weights, code and data
         results.json                           the tables, assembled from these files alone
+        trained/explored.json                  with --explore: what each arm makes of a text of yours
 
     python eval.py --report         what the README reports: three quarters of the validation documents
     python eval.py                  the fourth quarter: on it anything may be chosen, nothing is reported
@@ -12,6 +13,8 @@ writes  trained/<arm>/evaluation.safetensors   what was measured of an arm, and 
     python eval.py --controls       also what the gain depends on (first seed)
     python eval.py --study          the trainings of ./run_all.sh --study: results_study.json
     python eval.py --quick          the small models under quick/
+    python eval.py --explore FILE   a text of your own, with the arms that are trained; - is
+                                    standard input. plot_eval.py shows it first in results.html
 
 Every fourth document of val.bin is the choosing part. Settings are searched on it alone; its words
 and formats of facts are never those of the reported part. Each part has files of its own
@@ -41,6 +44,7 @@ import json
 import math
 import platform
 import statistics
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,6 +114,12 @@ class Settings:
     shown: int = 420            # the picture of a memory: tokens of a document, ..
     reads: int = 4              # .. what it read in how many places, ..
     sources: int = 3            # .. and how many items of each
+    explored: int = 8           # the page's explorer: documents, ..
+    seen: int = 512             # .. tokens of each: more than the LTM has slots for, ..
+    own: int = 2_048            # .. or of a text of the user's; ..
+    drawn: int = 6              # .. items of each prediction, ..
+    moment: int = 64            # .. what a further memory holds once in so many tokens, ..
+    slots: int = 32             # .. and, of one that has slots instead of tokens, so many of them
     seed: int = 0               # of questions, bootstrap and controls: the same for every model
     bootstrap: int = 10_000     # resamples of seeds and documents
     control_trials: int = 96    # questions per distance and format for each control
@@ -1081,7 +1091,10 @@ def measure(model, exam, note=None):
     seen = None
     if isinstance(model.active, LongTermMemory):
         seen = observe(model, exam.texts, tally, exam.tokenizer, settings)
-    return tensors, {"observation": seen}
+    full = copy.deepcopy(model).float()
+    shown = [explored_text(full, exam.texts[i][:settings.seen + 1], exam.tokenizer, settings)
+             for i in explored_documents(exam.texts, settings)]
+    return tensors, {"observation": seen, "exploration": about_explored(model) | {"texts": shown}}
 
 
 def measured_arm(found, exam, place):
@@ -2002,6 +2015,7 @@ def assemble(evidence, meta, root):
               "targets": targets_of_gain(evidence)}
     if "with_ltm" in arms:
         detail["memory"] = evidence.first("with_ltm").facts["observation"]
+    detail["explorer"] = summarise_explorer(evidence)
     return results | {"detail": detail}
 
 
@@ -2092,6 +2106,206 @@ def observe(model, texts, tally, tokenizer, settings):
             for word, without, mixed in zip(words, alone, mixture)]
     return {"document": number, "window": window, "threshold": threshold, "tokens": said,
             "reads": sorted(chosen.values(), key=lambda read: read["at"])}
+
+
+# ------------------------------------------------------------ what the page's explorer shows
+
+# Numbers of a text stand in one string, a word for each token: a list would take a line each
+
+def explored_documents(texts, settings):
+    """Numbers of the documents that the explorer shows: those of most tokens, as far as tokens
+    are shown, and of equals the first."""
+    longest = sorted(range(len(texts)), key=lambda i: -min(len(texts[i]) - 1, settings.seen))
+    return sorted(longest[:settings.explored])
+
+
+def brief(number, digits=3):
+    """A number in as few characters as hold so many decimals."""
+    text = f"{number:.{digits}f}"
+    text = text.rstrip("0").rstrip(".")
+    return "0" if text == "-0" else text
+
+
+def numbers_of(values, digits=3):
+    """Numbers in one string."""
+    return " ".join(brief(value, digits) for value in np.asarray(values).tolist())
+
+
+def words_explored(tokenizer, tokens):
+    """A text and how many characters of it (Unicode's, not JavaScript's) each token adds."""
+    parts = pieces(tokenizer, tokens)
+    return {"text": "".join(parts), "lengths": " ".join(str(len(part)) for part in parts)}
+
+
+def about_explored(model):
+    """What the explorer says of an arm beside its texts."""
+    config, memory = model.config, model.active
+    if isinstance(memory, LongTermMemory):
+        return {"kind": "items", "slots": config.ltm_slots, "threshold": config.ltm_surprisal_bits,
+                "cosine": config.ltm_cosine, "window": config.stm_window}
+    return {"kind": "contents" if config.memory_enabled else "none", "window": config.stm_window}
+
+
+def pack_of(text, model):
+    """One text alone as a Pack."""
+    width = model.config.stm_window
+    pack, = packs([text], width, model.device, FULL, (1, rows_of(text, width)))
+    return pack
+
+
+@torch.no_grad()
+def bits_explored(model, text):
+    """Bits of each target of one text."""
+    scores, = score(pack_of(text, model), model)
+    return bits(scores.log_p.flatten()[:len(text) - 1].cpu().numpy())
+
+
+@torch.no_grad()
+def draws_of(model, text, most):
+    """What an LTM draws on for each target of one text: {"stored", "share", "items"}.
+
+    As one row, whatever its length: then the item that position i files is candidate i. An item
+    is said as at,share,cosine, where `at` counts targets and a cosine may be "exact".
+    """
+    pack, length = pack_of(text, model), len(text) - 1
+    h, _ = states(model, pack)
+    log_p, log_z = model.log_p(h, pack.targets)
+    parts = [x.flatten(0, 1)[None, :length] for x in (h, pack.tokens, pack.targets, log_p, log_z)]
+    read, _, stored, odds = model.memory.read(Final(*parts, model.embed_detached, None))
+    weight = read.weights(odds)[0]                          # (T, T)
+    share = weight / (1 + weight.sum(-1, keepdim=True))
+    best = share.topk(min(most, length))
+    cosine = read.cosine[0].amax(0).gather(1, best.indices).tolist()
+    exact = (read.exact[0] > 0).gather(1, best.indices).tolist()
+    items = []
+    for row in zip(best.indices.tolist(), best.values.tolist(), cosine, exact):
+        said = [f"{at},{brief(part, 4)},{'exact' if same else brief(near)}"
+                for at, part, near, same in zip(*row) if part >= 0.0005]
+        items.append(" ".join(said))
+    return {"stored": "".join(str(int(flag)) for flag in stored[0].tolist()),
+            "share": numbers_of(share.sum(-1).cpu(), 4), "items": ";".join(items)}
+
+
+def cell_of(value):
+    """A value of `contents` as a cell of a table."""
+    if isinstance(value, list):
+        return ", ".join(cell_of(one) for one in value)
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    return str(value).replace("\n", "\u00b6").replace("\t", "\u21e5").replace("\r", "\u00b6")
+
+
+def ranges_of(numbers):
+    """Ascending numbers as ranges: "0-3 7-9"."""
+    found = []
+    for number in numbers:
+        if found and number == found[-1][1] + 1:
+            found[-1][1] = number
+        else:
+            found.append([number, number])
+    return " ".join(f"{low}-{high}" for low, high in found)
+
+
+def listed(rows, settings):
+    """What is shown of `contents`: all rows that speak of the text; of slots, which there are as
+    many of as there are settings, those that are chosen most."""
+    if len(rows) <= settings.slots or any("token" in row for row in rows):
+        return rows
+    return sorted(rows, key=lambda row: (-row.get("chosen", 0), -row.get("norm", 0)))[:settings.slots]
+
+
+@torch.no_grad()
+def contents_of(model, text, tokenizer, settings):
+    """What a further memory's `contents` says at moments of one text: {"columns", "rows",
+    "moments": [{"after", "held", "of"}]}.
+
+    A row that is the same at several moments stands there once. The memory of a moment is that
+    of the predictions from target `after` on; `held` are the numbers of its rows, `of` is how
+    many `contents` gave.
+    """
+    ids = torch.from_numpy(text[None]).to(model.device)
+    cache, moments, numbers = model.new_cache(), [], {}
+    stops = [*range(settings.moment - 1, len(text) - 1, settings.moment), len(text) - 1]
+    for stop in stops:
+        model(ids[:, cache.length:stop], past_key_values=cache, logits_to_keep=1)
+        rows = cache.contents(tokenizer)
+        shown = []
+        for row in listed(rows, settings):
+            row = tuple((name, cell_of(value)) for name, value in row.items() if name != "token")
+            shown.append(numbers.setdefault(row, len(numbers)))
+        moments.append({"after": stop - 1, "held": ranges_of(sorted(set(shown))), "of": len(rows)})
+    columns = list(dict.fromkeys(name for row in numbers for name, _ in row))
+    lines = ["\t".join(dict(row).get(name, "") for name in columns) for row in numbers]
+    return {"columns": " ".join(columns), "rows": "\n".join(lines), "moments": moments}
+
+
+def explored_text(model, text, tokenizer, settings):
+    """What the explorer shows of one text, EOT before it, by one arm in float32."""
+    shown = {"bits": numbers_of(bits_explored(model, text))}
+    if not model.config.memory_enabled:
+        return shown
+    shown["bits_off"] = numbers_of(bits_explored(memory_off(model), text))
+    if isinstance(model.active, LongTermMemory):
+        return shown | draws_of(model, text, settings.drawn)
+    return shown | contents_of(model, text, tokenizer, settings)
+
+
+def summarise_explorer(evidence):
+    """detail.explorer: the texts, and what each arm's first seed makes of them; controls are left
+    out."""
+    exam, settings = evidence.exam, evidence.exam.settings
+    texts = []
+    for i in explored_documents(exam.texts, settings):
+        tokens = exam.texts[i][1:settings.seen + 1].tolist()
+        texts.append({"name": f"validation document {i:,}", **words_explored(exam.tokenizer, tokens)})
+    arms = {arm: evidence.first(arm).facts["exploration"] for arm in evidence.seeds
+            if not about(arm).control}
+    return {"texts": texts, "arms": arms}
+
+
+def own_text(name, most):
+    """The first characters of a file, or of standard input (-)."""
+    try:
+        if name == "-":
+            text = sys.stdin.read(most)
+        else:
+            with open(name, encoding="utf-8") as file:
+                text = file.read(most)
+    except UnicodeDecodeError:
+        raise StageError(f"{name} is not UTF-8 text; save it as that and run again") from None
+    if not text.strip():
+        raise StageError(f"there is no text in {name}; write some and run again")
+    return text
+
+
+def explore(name, place, settings):
+    """What the trained arms make of a text of the user's, for plot_eval.py."""
+    began, arms = time.time(), {}
+    text = own_text(name, 50 * settings.own)
+    tokenizer = load_tokenizer(place.root, place.quick)
+    tokens = tokenizer.encode(text, add_special_tokens=False)
+    if len(tokens) > settings.own:
+        print(f"note: the first {settings.own:,} tokens are taken")
+    tokens = tokens[:settings.own]
+    if len(tokens) < 2:
+        raise StageError(f"{name} has one token; the explorer needs two or more")
+    for arm, seeds in trained_arms(place.root).items():
+        if about(arm).control:
+            continue
+        if find_arm(seeds[0], arm, place).source is None:
+            print(f"note: the weights of {arm} are elsewhere; it is left out")
+            continue
+        model, found = load_arm(seeds[0], arm, place)
+        shown = explored_text(model.float(), np.array([model.config.pad_token_id, *tokens]), tokenizer, settings)
+        arms[arm] = about_explored(model) | {"weights": found.weights, "text": shown}
+    if not arms:
+        raise StageError(f"no arm of {place.root}/trained has its weights here; train one with: "
+                         f"{train_command(0, 'with_ltm', place)}")
+    path = place.root / "trained" / "explored.json"
+    title = "standard input" if name == "-" else Path(name).name
+    write_json(path, {"name": title, **words_explored(tokenizer, tokens), "arms": arms})
+    print(f"wrote {path} ({len(tokens):,} tokens; {', '.join(arms)}) in {time.time() - began:.0f} s; "
+          f"next: {command('plot_eval.py', place.root, place.quick)}")
 
 
 # ------------------------------------------------------------ controls
@@ -2790,12 +3004,19 @@ def main(argv=None):
                        help="the reported part of val.bin, for publication (default: the choosing part)")
     asked.add_argument("--on", type=own_name, metavar="NAME",
                        help="documents of your own (prepare_data.py --into NAME)")
+    asked.add_argument("--explore", metavar="FILE",
+                       help="show what the trained arms make of this text instead; -: standard input")
     parser.add_argument("--study", action="store_true",
                         help="what else would have bought the gain: the trainings of ./run_all.sh --study")
     args = parser.parse_args(argv)
-    if args.study and (args.controls or args.on):
-        parser.error("--study goes without --controls and --on")
+    if args.study and (args.controls or args.on or args.explore):
+        parser.error("--study goes without --controls, --on and --explore")
+    if args.explore and args.controls:
+        parser.error("--explore measures nothing: it goes without --controls")
     began, root = time.time(), default_root(args.root, args.quick)
+    if args.explore:
+        explore(args.explore, Place(root, args.quick, pick_device()), QUICK if args.quick else FULL)
+        return
     tokenizer = load_tokenizer(root, args.quick)
     rows, meta, settings, place = open_documents(args, root)
     if args.study:

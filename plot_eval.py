@@ -1,7 +1,9 @@
 """Draw results.json: one look tells which memory helps, at what cost, and where.
 
-reads   results.json (eval.py); model.safetensors (its hash) and history.jsonl of the checkpoints it names
-writes  results.png; where results.json holds them, results_controls.png (detail.controls) and
+reads   results.json (eval.py); model.safetensors (its hash) and history.jsonl of the checkpoints it names;
+        trained/explored.json (eval.py --explore), where there is one
+writes  results.html, a page that needs no network: the answer, the pictures, a look into the memory;
+        results.png; where results.json holds them, results_controls.png (detail.controls) and
         results_memory.png (detail.memory: what the memory did on one document)
 
     python plot_eval.py
@@ -16,6 +18,7 @@ settings are. The pictures also go to wandb: offline unless you are logged in, a
 WANDB_MODE=disabled.
 """
 
+import base64
 import collections
 import functools
 import io
@@ -57,6 +60,7 @@ STYLE = {
     "grid.linewidth": 0.6,
     "hatch.linewidth": 0.8,
     "text.parse_math": False,   # a $ in a name is a $
+    "svg.hashsalt": "results",  # the names in an SVG are the same every time
 }
 
 REFERENCE = "baseline"          # what every other arm is compared with
@@ -271,7 +275,7 @@ def stroke(look):
 
 def inches(axes):
     """How wide a panel is."""
-    return axes.get_position().width * WIDTH
+    return axes.get_position().width * axes.get_figure().get_figwidth()
 
 
 def beside(axes, place, *lines):
@@ -1374,6 +1378,950 @@ def write_readme(root):
     print(f"wrote {path}: {', '.join(made) or 'nothing'}")
 
 
+# ----------------------------------------------------------------------------------- results.html
+
+LINE = (WIDTH - 0.4) / 2        # inches of a picture that stands beside another
+ASKED_AGAIN = ("results.json holds nothing of what the explorer shows: it was made by an earlier "
+               "eval.py, or without its text. To fill it: ")
+
+
+class Finding(NamedTuple):
+    """A part of the page: a question, what was found in sentences, pictures and a table."""
+
+    title: str
+    words: list = []
+    pictures: list = []         # names of pictures_of_page
+    table: tuple = ()           # header, rows
+
+
+def luminance(color):
+    """The relative luminance of a colour #rrggbb, as WCAG 2 defines it."""
+    parts = [int(color[at:at + 2], 16) / 255 for at in (1, 3, 5)]
+    linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in parts]
+    return float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
+
+
+def contrast(one, other):
+    """The contrast of two colours, 1 to 21; WCAG AA asks for 4.5."""
+    low, high = sorted(map(luminance, (one, other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def palette():
+    """[(ground, ink)] of a token that cost 0, 1, .. MOST_BITS bits: the ink that is told best."""
+    from matplotlib.colors import to_hex
+
+    grounds = [to_hex(surprisal_colors()(bits / MOST_BITS)) for bits in range(MOST_BITS + 1)]
+    inks = ("#000000", "#ffffff")
+    return [(ground, max(inks, key=functools.partial(contrast, ground))) for ground in grounds]
+
+
+def as_picture(figure):
+    """A figure as the address of an SVG that an <img> shows: what it names is its own.
+
+    Its coordinates, of 72 to an inch, come to two decimals, and its hatches are as wide as they
+    look on paper: together this is a quarter of its size.
+    """
+    from matplotlib.patches import Patch
+
+    def rounded(path):
+        return re.sub(r"(\.\d\d)\d+", r"\1", path[0])
+
+    for patch in figure.findobj(Patch):
+        patch.set_hatch((patch.get_hatch() or "")[:2])
+    file = io.StringIO()
+    figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+    text = re.sub(r' d="[^"]*"', rounded, file.getvalue()).encode()
+    return "data:image/svg+xml;base64," + base64.b64encode(text).decode()
+
+
+def panel_of(draw, results, arms, wide=LINE, high=2.4, left=0.5, right=0.12):
+    """One panel with its legend as a picture; draw(axes) fills it. Inches."""
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    columns = max(1, int(wide / 1.6))
+    rows = -(-len(arms) // columns)
+    top, bottom = 0.6, 0.62 + 0.19 * rows
+    figure = Figure((wide, top + high + bottom))
+    height = figure.get_figheight()
+    axes = figure.add_axes((left / wide, bottom / height, (wide - left - right) / wide, high / height))
+    draw(axes)
+    if arms:
+        handles = [Line2D([], [], **stroke(look_of(arm))) for arm in arms]
+        labels = [textwrap.shorten(short(results, arm), 24, placeholder="\u2026") for arm in arms]
+        figure.legend(handles, labels, loc="lower left", ncols=columns, frameon=False, fontsize=8,
+                      handlelength=3)
+    return as_picture(figure)
+
+
+def rows_of_arms(axes, results, arms):
+    """The names of arms at a panel's rows."""
+    names = [textwrap.fill(short(results, arm), 17, max_lines=2, placeholder="\u2026") for arm in arms]
+    axes.set(ylim=(len(arms) - 0.5, -0.5))
+    axes.set_yticks(range(len(arms)), names, fontsize=8.5)
+    axes.tick_params(axis="y", length=0)
+
+
+def panel_in_rows(draw, results, arms, right):
+    """A panel with a row for each arm."""
+    def filled(axes):
+        draw(axes, results, arms)
+        rows_of_arms(axes, results, arms)
+
+    return panel_of(filled, results, [], high=ROW * len(arms), left=1.3, right=right)
+
+
+def pictures_of_page(results):
+    """{name: address} of the page's pictures."""
+    detail, arms = results["detail"], arms_of(results)
+    recall = detail["recall"]
+    found = {"bpc": panel_in_rows(draw_changes, results, arms, 1.15),
+             "recall": panel_in_rows(draw_recalls, results, arms, 1.0),
+             "distance": panel_of(lambda axes: draw_curve(axes, recall, arms), results, arms)}
+    if all("value_nats" in recall["arms"][arm] for arm in arms):
+        found["nats"] = panel_of(lambda axes: draw_nats(axes, recall, arms), results, arms)
+    if detail.get("targets"):
+        found["targets"] = panel_of(lambda axes: draw_targets(axes, detail["targets"], arms[1:]),
+                                    results, arms, wide=WIDTH)
+    return found
+
+
+def interval_said(value, bounds, form):
+    """A value and its interval."""
+    return f"{value:{form}} ({from_to(bounds, form)})"
+
+
+def page_row(results, arm):
+    """An arm of the page's table: [cell], as HEADER names them."""
+    detail = results["detail"]
+    about, bpc = detail["arms"][arm], detail["bpc"][arm]
+    far = detail["recall"]["long_range"]["arms"][arm]
+    recall = interval_said(results[arm]["long_range_recall"], far["ci95"], ".3f")
+    row = [about["label"], interval_said(results[arm]["bpc"], bpc["ci95"], ".4f")]
+    if arm == REFERENCE:
+        return [*row, "reference", recall, "reference", "", "", f"{about['parameters']:,}"]
+    low, high = percent_bounds(results, detail["bpc"], arm)
+    change = f"{per_cent(bpc['ratio']):+.2f}% ({low:+.2f} to {high:+.2f}), {bpc['verdict']}"
+    gap = interval_said(far["difference"]["mean"], far["difference"]["ci95"], "+.3f")
+    rate = training_ratio(results, arm)
+    speed = f"\u00d7{evaluation_ratio(results, arm):.2f} evaluation"
+    speed += f", \u00d7{rate:.2f} training" if rate else ""
+    state = bytes_said(about["state_bytes"]) if about["state_bytes"] else "none"
+    return [*row, change, recall, f"{gap}, {far['verdict']}", speed, state, added(results, arm)]
+
+
+HEADER = ("arm", "bits per character", "change from no memory", "long-range recall",
+          "difference from no memory", "speed", "state of a sequence", "parameters")
+
+
+def designs_of(results):
+    """The arms that are compared in words: all but the controls, if there are any but these."""
+    others = others_of(results)
+    return [arm for arm in others if not ARMS[arm].control] or others
+
+
+def best_arm(results):
+    """The arm of the fewest bits, and of a single one that one."""
+    return min(others_of(results), key=lambda arm: results["detail"]["bpc"][arm]["ratio"])
+
+
+def finding_of_bpc(results):
+    """What the memories are worth in bits, in a sentence each."""
+    words = []
+    for arm in designs_of(results):
+        part = results["detail"]["bpc"][arm]
+        low, high = percent_bounds(results, results["detail"]["bpc"], arm)
+        alone = results["detail"]["bpc_windows"][arm]
+        words.append(f"{label_of(results, arm)} {VERDICTS[part['verdict']]} compression: "
+                     f"{per_cent(part['ratio']):+.2f}% bits per character ({low:+.2f} to {high:+.2f}); "
+                     f"{per_cent(alone['ratio']):+.2f}% where no text comes before the window.")
+    return words
+
+
+def finding_of_reach(results):
+    """How far back the best of the arms recalls, against chance."""
+    recall, words = results["detail"]["recall"], []
+    for arm in designs_of(results):
+        part = recall["arms"][arm]
+        beyond = [(distance, value) for distance, value, (low, _) in zip(
+            recall["distances"], part["forced_choice"], part["forced_choice_ci95"])
+            if low > recall["chance"]]
+        told = "at no distance clearly more often than by chance"
+        if beyond:
+            distance, value = beyond[-1]
+            told = f"above chance as far as {distance:,} tokens back ({value:.2f} there)"
+        words.append(f"{label_of(results, arm)} finds the right one of {1 / recall['chance']:.0f} "
+                     f"values {told}.")
+    words.append(f"Attention reaches {recall['window']:,} tokens back; chance is "
+                 f"{recall['chance']:.3g}; {recall['trials_per_distance']:,} questions a distance.")
+    return words
+
+
+def finding_of_targets(results):
+    """On which tokens the best arm saves and loses."""
+    arm, words = best_arm(results), []
+    for name, kind in results["detail"]["targets"].items():
+        gap = kind["arms"][arm] - kind["arms"][REFERENCE]
+        words.append(f"Tokens {name} ({kind['share_of_tokens']:.0%} of all) cost {abs(gap):.2f} bits "
+                     f"{'more' if gap > 0 else 'less'} each with {short(results, arm)} than without.")
+    return words
+
+
+def table_of_positions(results):
+    """Bits per character by the place in the document."""
+    part, arms = results["detail"]["position"], arms_of(results)
+    edges = list(itertools.pairwise(part["edges"]))
+    rows = [[label_of(results, arm), *(f"{value:.3f}" for value in part["arms"][arm])]
+            for arm in arms]
+    return ["bits per character of tokens", *(f"{low:,} to {high:,}" for low, high in edges)], rows
+
+
+def table_of_turns(results):
+    """What is recalled two turns later, the memory kept or cleared between turns."""
+    part = results["detail"]["turns"]
+    rows = [[label_of(results, arm), *(
+        interval_said(part[arm][how]["forced_choice"], part[arm][how]["forced_choice_ci95"], ".2f")
+        for how in ("persistent", "ephemeral"))] for arm in arms_of(results)]
+    return ["share right", "memory kept between turns", "memory cleared"], rows
+
+
+def table_of_streams(results, kind):
+    """Recall through the cache, of needles or chains."""
+    part = results["detail"]["streamed"][kind]
+    rows = [[label_of(results, arm), *(interval_said(value, bounds, ".2f") for value, bounds in zip(
+        part["arms"][arm]["forced_choice"], part["arms"][arm]["ci95"]))] for arm in arms_of(results)]
+    unit = "tokens" if kind == "needle" else "facts"
+    return ["share right", *(f"{number:,} {unit}" for number in part["at"])], rows
+
+
+def findings(results):
+    """The page's Findings, of what results.json holds."""
+    detail = results["detail"]
+    found = [Finding("Does it compress better?", finding_of_bpc(results), ["bpc"]),
+             Finding("Does it recall what the window has lost?", finding_of_reach(results),
+                     ["recall", "distance", "nats"])]
+    if detail.get("targets"):
+        found.append(Finding("On which words does it help, and where does it hurt?",
+                             finding_of_targets(results), ["targets"]))
+    if detail.get("position"):
+        found.append(Finding("Early or late in a document?", table=table_of_positions(results)))
+    if detail.get("turns"):
+        found.append(Finding("Across the turns of a dialogue", table=table_of_turns(results)))
+    for kind, title in (("needle", "A fact at the start of a long text"),
+                        ("hops", "Facts that have to be joined")):
+        if (detail.get("streamed") or {}).get(kind):
+            found.append(Finding(title, table=table_of_streams(results, kind)))
+    return found
+
+
+ASKED = {                       # by each group of detail.controls
+    "reads": "Is it what is read? Without reading, or reading something else, the gain has to go.",
+    "what is stored": "Is surprise what should decide on what is kept?",
+    "cosine threshold": "How near has a learned address to be?",
+    "surprisal threshold, bits": "How surprising has a token to be?",
+    "slots": "How many items does it take?",
+    "look-ups": "Which of its two kinds of address does the work: exact, or learned?",
+    "other models": "How far do simpler means come on the model that was trained without?",
+}
+
+
+def page_controls(results):
+    """[(group, what it asks, rows)] of detail.controls as cells."""
+    def told(row, key):
+        return "" if row.get(key) is None else f"{row[key]:.3f}"
+
+    rows = results["detail"].get("controls") or []
+    return [(name or "", ASKED.get(name, ""), [[row["name"], *(told(row, key) for key in (
+        "bpc_ratio", "recall", "top1", "stored"))] for row in part])
+        for name, part in itertools.groupby(rows, lambda row: row.get("group"))]
+
+
+def limits(results):
+    """What the numbers do not say, each beside those it rests on."""
+    detail = results["detail"]
+    data, run, recall = detail["data"], detail["run"], detail["recall"]
+    seeds, window = len(run["seeds"]), recall["window"]
+    spread = ("One seed: the intervals speak of documents, not of runs." if seeds == 1 else
+              f"{seeds} seeds: the intervals resample seeds and documents together.")
+    said = [f"One corpus: {data['source']}; {data['val_documents']:,} validation documents of it, "
+            f"{data['val_characters']:,} characters.",
+            f"One size: {detail['arms'][REFERENCE]['parameters']:,} parameters, trained for "
+            f"{run['steps']:,} steps of {run['settings']['batch']} x {window} tokens.",
+            spread,
+            f"Measured on {run['device']} with torch {run['torch']}; speeds are of that machine.",
+            f"Recall is synthetic: single words planted in real text, {reach_said(recall)}.",
+            "The memory is emptied before each document: a longer context with an address, not "
+            "knowledge that lasts."]
+    unclear = [label_of(results, arm) for arm in others_of(results)
+               if detail["bpc"][arm]["verdict"] == "inconclusive"]
+    if unclear:
+        said.append(f"Not told apart from no memory by these data: {and_list(unclear)}.")
+    if data["quick"]:
+        said.insert(0, "This is a quick run: it shows that all works, not what a memory is worth.")
+    return said
+
+
+def settings_of_page(results):
+    """[(title, [(name, value)])]: data, hardware, commit and all settings."""
+    detail = results["detail"]
+    data, run = detail["data"], detail["run"]
+    tables = [("Data", list(data.items())),
+              ("Run", [(name, value) for name, value in run.items() if name != "settings"]),
+              ("Training", list(run["settings"].items()))]
+    for arm in arms_of(results):
+        about = detail["arms"][arm]
+        rows = list((about.get("settings") or {}).items())
+        rows += [(f"weights of seed {one['seed']}, step {one['step']:,}", one["sha256"])
+                 for one in about["checkpoints"]]
+        tables.append((about["label"], rows))
+    return [(title, [(name, said_value(value)) for name, value in rows]) for title, rows in tables]
+
+
+def said_value(value):
+    """A setting as it is printed."""
+    if isinstance(value, list):
+        return ", ".join(map(said_value, value))
+    return f"{value:,}" if type(value) is int else str(value)
+
+
+def check_explored(texts, arms):
+    """Raise ValueError where a text and what an arm makes of it are not of one length."""
+    for number, text in enumerate(texts):
+        lengths = list(map(int, text["lengths"].split()))
+        if sum(lengths) != len(text["text"]) or min(lengths, default=0) < 0:
+            raise ValueError("detail.explorer: a text is not cut where its tokens end")
+        for name, arm in arms.items():
+            part = arm["texts"][number]
+            if part is None:
+                continue
+            for key in {"bits", "bits_off", "share"} & part.keys():
+                if len(list(map(float, part[key].split()))) != len(lengths):
+                    raise ValueError(f"detail.explorer: {key} of {name} is not of a text's length")
+            for item in filter(None, re.split("[ ;]", part.get("items", ""))):
+                at, share, _ = item.split(",")
+                if not (0 <= int(at) < len(lengths) and 0 <= float(share) <= 1):
+                    raise ValueError(f"detail.explorer: an item of {name} is outside of its text")
+
+
+def explorer_of(results, own):
+    """What the page's explorer shows: results.json's texts and, before them, the user's own; None
+    where there are none."""
+    part = results["detail"].get("explorer") or {"texts": [], "arms": {}}
+    texts, arms = list(part["texts"]), {}
+    known = own["arms"] if own else {}
+    for arm in arms_of(results):
+        its = part["arms"].get(arm) or known.get(arm)
+        if its is None:
+            continue
+        shown = its["texts"] if arm in part["arms"] else [None] * len(texts)
+        if own:
+            shown = [known[arm]["text"] if arm in known else None, *shown]
+        about = {name: value for name, value in its.items() if name not in ("texts", "text", "weights")}
+        arms[arm] = about | {"label": label_of(results, arm), "texts": shown}
+    if own:
+        texts.insert(0, {"name": f"your text: {own['name']}", "text": own["text"],
+                         "lengths": own["lengths"]})
+    check_explored(texts, arms)
+    return {"texts": texts, "arms": arms, "palette": palette()} if texts and arms else None
+
+
+def own_text(root, results, again):
+    """What `eval.py --explore` made of a text of the user's, of the arms whose weights results.json
+    is of; None where there is none."""
+    path = root / "trained" / "explored.json"
+    if not path.is_file():
+        return None
+    own = read_json(path, f"{again} --explore FILE")
+    try:
+        there = results["detail"]["arms"]
+        known = {arm: {one["sha256"] for one in there[arm]["checkpoints"]} for arm in there}
+        arms = {arm: its for arm, its in own["arms"].items() if its["weights"] in known.get(arm, ())}
+        lacking = sorted(own["arms"].keys() - arms.keys())
+        explorer_of({"detail": {"arms": there}}, own | {"arms": arms})
+    except DAMAGE as error:
+        raise StageError(f"{path} lacks a field or has a wrong one ({why(error)}); make it again with: "
+                         f"{again} --explore FILE, or remove it") from None
+    if lacking:
+        print(f"warning: {path} is of other weights of {', '.join(lacking)} than results.json; "
+              f"these are left out; make it again with: {again} --explore FILE")
+    return own | {"arms": arms} if arms else None
+
+
+def draw_page(results, gone, own, again):
+    """results.html."""
+    import jinja2
+
+    detail = results["detail"]
+    title, sentence = headline(results)
+    explorer = explorer_of(results, own)
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True,
+                                     undefined=jinja2.StrictUndefined)
+    controls = page_controls(results)
+    threshold = next((rows for name, _, rows in controls if name.startswith("surprisal threshold")), [])
+    return environment.from_string(TEMPLATE).render(
+        title=title, sentence=sentence, quick=detail["data"]["quick"], how=how_trained(results),
+        window=detail["recall"]["window"], reach=reach_said(detail["recall"]), header=HEADER,
+        parameters=f"{detail['arms'][REFERENCE]['parameters'] / 1e6:.1f}M",
+        arms=[page_row(results, arm) for arm in arms_of(results)], findings=findings(results),
+        pictures=pictures_of_page(results), explorer=explorer, refill=ASKED_AGAIN + again,
+        most_bits=MOST_BITS, key=palette()[::4], controls=controls, threshold=threshold,
+        control_command=f"{again} --controls", limits=limits(results), script=SCRIPT, style=LOOK,
+        settings=settings_of_page(results), provenance=provenance(results, gone, ""))
+
+
+# the page: its look, its text (filled by jinja2) and what moves on it
+
+LOOK = """
+:root { --ink: #1a1a1a; --quiet: #595959; --line: #c9c9c9; --shade: #f1f1f1; --blue: #17497a; }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 78rem; padding: 1rem; color: var(--ink); background: #fff;
+       font: 1rem/1.5 system-ui, "Segoe UI", Roboto, "Liberation Sans", sans-serif; }
+h1 { font-size: 1.75rem; line-height: 1.2; margin: .4rem 0; }
+h2 { font-size: 1.3rem; margin: 2.4rem 0 .6rem; border-top: 2px solid var(--ink);
+     padding-top: .5rem; }
+h3 { font-size: 1.05rem; margin: 1.4rem 0 .3rem; }
+p, ul { margin: .4rem 0; max-width: 70ch; }
+ul { padding-left: 1.2rem; }
+a { color: var(--blue); }
+nav a { margin-right: 1rem; display: inline-block; padding: .25rem 0; }
+.small, caption, figcaption { color: var(--quiet); font-size: .875rem; }
+.badge { background: var(--ink); color: #fff; padding: .25rem .6rem; font-weight: bold;
+         display: inline-block; }
+.lead { font-size: 1.1rem; }
+table { border-collapse: collapse; margin: .6rem 0; font-variant-numeric: tabular-nums; }
+caption { text-align: left; }
+th, td { text-align: left; vertical-align: top; padding: .3rem .7rem .3rem 0;
+         border-bottom: 1px solid var(--line); }
+thead th { font-size: .8125rem; color: var(--quiet); font-weight: 600; }
+.scroll { overflow-x: auto; max-width: 100%; }
+.pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr));
+            gap: .5rem 1.5rem; }
+.pictures img { width: 100%; max-width: 34rem; height: auto; display: block; }
+.pictures .wide { grid-column: 1 / -1; overflow-x: auto; }
+.pictures .wide img { min-width: 42rem; max-width: 60rem; }
+:focus-visible { outline: 3px solid var(--blue); outline-offset: 2px; }
+select, button, input { font: inherit; color: inherit; }
+button, select { background: #fff; border: 1px solid var(--quiet); border-radius: 4px;
+                 padding: .25rem .6rem;
+                 min-height: 2.25rem; max-width: 100%; }
+fieldset { border: 0; margin: 0; padding: 0; min-width: 0; }
+legend, .bar > label > span { font-size: .8125rem; color: var(--quiet); padding: 0; display: block;
+                              }
+.bar { display: flex; flex-wrap: wrap; gap: .6rem 1.4rem; align-items: end; margin: .8rem 0; }
+.choice label { display: inline-block; border: 1px solid var(--quiet); border-radius: 4px;
+                padding: .25rem .55rem;
+                margin: 0 .25rem .25rem 0; min-height: 2.25rem; cursor: pointer; }
+.choice input { margin: 0 .35rem 0 0; accent-color: var(--blue); }
+.choice label:has(:checked) { background: var(--blue); color: #fff; border-color: var(--blue); }
+.key { display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; font-size: .875rem; align-items: center; }
+.key b { font-weight: normal; padding: 0 .35rem; }
+.look { display: grid; grid-template-columns: minmax(0, 1fr) 25rem; gap: 1.5rem;
+        align-items: start; }
+.sheet { position: relative; }
+.sheet svg { position: absolute; inset: 0; width: 100%; height: 100%; pointer-events: none;
+             overflow: visible; }
+.sheet path { fill: none; stroke: var(--blue); stroke-width: 1.6px; }
+#words { line-height: 2.05; font-size: 1rem; white-space: pre-wrap; overflow-wrap: anywhere;
+         cursor: pointer;
+         padding: .3rem .4rem; border: 1px solid var(--line); border-radius: 4px; }
+#words span { border-bottom: 3px solid transparent; padding: .1rem 0; border-radius: 2px;
+              scroll-margin: 8rem 0 50vh; }
+#words .held { border-bottom-color: var(--blue); }
+#words .gone { border-bottom: 3px dotted var(--quiet); }
+#words .hit { font-weight: bold; }
+#words .hit::before { content: "\\25BC"; font-size: .65em; }
+#words .hit.lost::before { content: "\\25B2"; }
+/* what changes under the pointer takes no room: else the text would move away from it */
+#words .source { outline: 2px solid var(--blue); outline-offset: 1px; position: relative; }
+#words .source::after { content: attr(data-rank); font: bold .65rem/1.4 system-ui, sans-serif;
+                        color: #fff;
+                        background: var(--blue); border-radius: 50%; padding: 0 .35em; pointer-events: none;
+                        position: absolute; right: -.6em; top: -.8em; z-index: 1; }
+#words .at { outline: 3px solid #000; outline-offset: 1px; }
+#facts { position: sticky; top: .5rem; max-height: calc(100vh - 1rem); overflow: auto;
+         background: #fff;
+         border: 2px solid var(--ink); border-radius: 4px; padding: .4rem .9rem .8rem; font-size: .9375rem; }
+#facts h3 { margin: .8rem 0 .2rem; }
+#facts h3:first-child { font-size: 1.15rem; margin-top: .2rem; overflow-wrap: anywhere; }
+#facts table { width: 100%; margin: .2rem 0; }
+#facts td, #facts th { padding: .2rem .5rem .2rem 0; }
+#facts td.number, #facts th.number { text-align: right; white-space: nowrap; }
+#facts .meter { display: block; height: .55rem; background: var(--blue); min-width: 1px; }
+#facts .meter.off { background: #fff; border: 1.5px solid var(--quiet); }
+#facts details { margin-top: .4rem; }
+#facts .list { max-height: 16rem; overflow: auto; font-size: .875rem; }
+mark { background: none; color: inherit; font-weight: bold; }
+kbd { border: 1px solid var(--quiet); border-radius: 3px; padding: 0 .3rem; font-size: .8125rem; }
+.unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+@media (max-width: 58rem) {
+  .look { display: block; }
+  #facts { top: auto; bottom: 0; max-height: 42vh; margin-top: .6rem; border-width: 2px 0 0;
+           border-radius: 0; }
+}
+@media (max-width: 46rem) {
+  h1 { font-size: 1.4rem; }
+  .cards thead { position: absolute; width: 1px; height: 1px; overflow: hidden;
+                 clip-path: inset(50%); }
+  .cards, .cards caption, .cards tbody, .cards tr, .cards td, .cards th { display: block; }
+  .cards tr { border-bottom: 2px solid var(--ink); padding: .4rem 0; }
+  .cards td, .cards tbody th { border: 0; padding: .1rem 0; }
+  .cards td:empty { display: none; }
+  .cards td::before { content: attr(data-label); color: var(--quiet); font-size: .8125rem;
+                      display: block; }
+}
+"""
+
+TEMPLATE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:,">
+<title>{{ title }}</title>
+<style>{{ style | safe }}</style>
+</head>
+<body>
+{% macro table(header, rows, caption="", kind="") %}
+<div class="scroll" tabindex="0" role="region" aria-label="table: {{ caption or header | join(', ') }}">
+<table class="{{ kind }}">
+{% if caption %}<caption>{{ caption }}</caption>{% endif %}
+<thead><tr>{% for name in header %}<th scope="col">{{ name }}</th>{% endfor %}</tr></thead>
+<tbody>
+{% for row in rows %}
+<tr><th scope="row">{{ row[0] }}</th>
+{% for cell in row[1:] %}<td data-label="{{ header[loop.index] }}">{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}
+</tbody></table></div>
+{% endmacro %}
+<header>
+<p class="small">Does a memory help a small GPT? The same {{ parameters }} model is trained with and without a memory
+beyond its attention window of {{ window }} tokens: same initial weights, same data, same steps.</p>
+{% if quick %}<p class="badge">QUICK RUN: shows that it runs, not what it is worth</p>{% endif %}
+<h1>{{ title }}</h1>
+<p class="lead">{{ sentence }}</p>
+<nav aria-label="parts of this page">
+<a href="#findings">Findings</a><a href="#explorer">Look into the memory</a><a href="#controls">Controls</a>
+<a href="#limits">Limits</a><a href="#made">Data and settings</a></nav>
+</header>
+<main>
+<h2 id="answer">The answer, arm by arm</h2>
+{{ table(header, arms, how ~ "; in brackets 95% intervals; recall of what stood " ~ reach, "cards") }}
+<h2 id="findings">Findings</h2>
+{% for finding in findings %}
+<section>
+<h3>{{ finding.title }}</h3>
+{% if finding.words %}<ul>{% for said in finding.words %}<li>{{ said }}</li>{% endfor %}</ul>{% endif %}
+{% if finding.pictures %}
+<div class="pictures">
+{% for name in finding.pictures if name in pictures %}
+<div {% if name == "targets" %}class="wide" tabindex="0" role="region" aria-label="picture"{% endif %}>
+<img src="{{ pictures[name] }}" alt="{{ finding.title }} The numbers stand in the text and the table above."></div>
+{% endfor %}
+</div>
+{% endif %}
+{% if finding.table %}{{ table(finding.table[0], finding.table[1]) }}{% endif %}
+</section>
+{% endfor %}
+<h2 id="explorer">Look into the memory</h2>
+{% if explorer %}
+<p>Each token is shaded by what it cost the model: -log2 of the probability it was given. Point at
+one, or tap it, and see what its prediction drew on and what the memory held at that moment.
+Keys: <kbd>&larr;</kbd> <kbd>&rarr;</kbd> <kbd>&uarr;</kbd> <kbd>&darr;</kbd> move, <kbd>N</kbd> <kbd>P</kbd> go to the next or previous marked token,
+<kbd>Enter</kbd> or a click holds the place, <kbd>Esc</kbd> lets it go.</p>
+<form class="bar" id="choices" autocomplete="off">
+<label><span>Text</span><select id="text">
+{% for text in explorer.texts %}<option value="{{ loop.index0 }}">{{ text.name }}</option>{% endfor %}
+</select></label>
+<fieldset class="choice" id="arms"><legend>Arm</legend>
+{% for name, arm in explorer.arms.items() %}
+<label><input type="radio" name="arm" value="{{ name }}">{{ arm.label }}</label>
+{% endfor %}
+</fieldset>
+<label><span>Compared with</span><select id="against">
+<option value="off">the same model, its memory off</option>
+<option value="baseline">no memory: the arm trained without</option></select></label>
+<label><span>Shaded by the cost</span><select id="shade">
+<option value="on">with the memory</option><option value="off">without it</option></select></label>
+<fieldset class="choice" id="marks"><legend>Mark tokens that</legend>
+<label><input type="radio" name="mark" value="none" checked>none</label>
+<label><input type="radio" name="mark" value="gained">gained more than a bit (<span id="gained">0</span>)</label>
+<label><input type="radio" name="mark" value="lost">lost more than a bit (<span id="lost">0</span>)</label>
+</fieldset>
+<span><button type="button" id="previous">&larr; previous</button>
+<button type="button" id="next">next &rarr;</button></span>
+</form>
+<p class="key">
+<span>{% for ground, ink in key %}<b style="background:{{ ground }};color:{{ ink }}">
+{{- loop.index0 * 4 }}{{ " bits or more" if loop.last }}</b>{% endfor %}</span>
+<span><b style="border-bottom: 3px solid var(--blue)">held</b> in memory</span>
+<span><b style="border-bottom: 3px dotted var(--quiet)">evicted</b> by then</span>
+<span><b style="outline: 2px solid var(--blue)">drawn on</b></span>
+<span><b style="outline: 3px solid #000">looked at</b></span></p>
+<div class="look">
+<div class="sheet"><div id="words" role="listbox" tabindex="0" aria-label="the text, token by token"></div>
+<svg id="lines" aria-hidden="true"></svg></div>
+<aside id="facts" tabindex="0" aria-label="the token looked at"><p>Point at a token.</p></aside>
+</div>
+<script type="application/json" id="data">{{ explorer | tojson }}</script>
+{% else %}
+<p>{{ refill }}</p>
+{% endif %}
+<h2 id="controls">Controls: what the gain depends on</h2>
+{% if controls %}
+{% if threshold %}
+<p><label for="threshold">Surprisal threshold, measured at {{ threshold | length }} values:</label>
+<input type="range" id="threshold" min="0" max="{{ threshold | length - 1 }}" value="0" step="1">
+<output for="threshold" id="said"></output></p>
+<script type="application/json" id="thresholds">{{ threshold | tojson }}</script>
+{% endif %}
+{% for group, asked, rows in controls %}
+<h3>{{ group }}</h3>
+{% if asked %}<p>{{ asked }}</p>{% endif %}
+{{ table(["change", "bits per character, x no memory", "recall", "top-1", "share stored"], rows) }}
+{% endfor %}
+{% else %}
+<p>Not measured in this run: {{ control_command }}</p>
+{% endif %}
+<h2 id="limits">Limits</h2>
+<ul>{% for limit in limits %}<li>{{ limit }}</li>{% endfor %}</ul>
+<h2 id="made">Data, hardware, commit, settings</h2>
+<p class="small">{{ provenance }}</p>
+{% for name, rows in settings %}
+<details><summary>{{ name }}</summary><div class="scroll" tabindex="0" role="region" aria-label="{{ name }}">
+<table><tbody>{% for key, value in rows %}
+<tr><th scope="row">{{ key }}</th><td>{{ value }}</td></tr>{% endfor %}
+</tbody></table></div></details>
+{% endfor %}
+</main>
+<script>{{ script | safe }}</script>
+</body>
+</html>
+"""
+
+SCRIPT = r"""
+"use strict";
+const by = id => document.getElementById(id);
+const numbers = text => text === "" ? [] : text.split(" ").map(Number);
+const make = (name, attributes = {}, ...inside) => {
+  const element = document.createElement(name);
+  for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
+  element.append(...inside);
+  return element;
+};
+const shown = text => text.replace(/\n/g, "\u00b6").replace(/^ +$/, s => "\u2423".repeat(s.length)) || "\u25af";
+
+if (by("thresholds")) {
+  const rows = JSON.parse(by("thresholds").textContent), slider = by("threshold");
+  const say = () => {
+    const [name, ratio, recall, top, stored] = rows[slider.value];
+    by("said").textContent = `${name} bits: \u00d7${ratio} bits per character, recall ${recall}, ${stored} stored`;
+    slider.setAttribute("aria-valuetext", by("said").textContent);
+  };
+  slider.addEventListener("input", say);
+  say();
+}
+
+if (by("data")) explore(JSON.parse(by("data").textContent));
+
+function explore(data) {
+  const words = by("words"), facts = by("facts"), lines = by("lines");
+  let text, arm, spans = [], at = -1, pinned = false, view = {};
+
+  const chosen = name => document.querySelector(`input[name=${name}]:checked`).value;
+
+  // ---- what is known of a text by an arm
+
+  function cut(one) {
+    const letters = Array.from(one.text);
+    let place = 0;
+    return numbers(one.lengths).map(length => letters.slice(place, place += length).join(""));
+  }
+
+  function itemsOf(line) {
+    return line.split(";").map(items => items === "" ? [] : items.split(" ").map(item => {
+      const [place, share, cosine] = item.split(",");
+      return { place: +place, share: +share, cosine };
+    }));
+  }
+
+  function viewOf(number, name) {
+    const its = data.arms[name], part = its.texts[number], base = data.arms.baseline;
+    if (!part) return null;
+    const found = { its, part, on: numbers(part.bits) };
+    found.off = part.bits_off === undefined ? found.on : numbers(part.bits_off);
+    found.baseline = base && base.texts[number] ? numbers(base.texts[number].bits) : null;
+    if (part.items !== undefined) {
+      found.items = itemsOf(part.items);
+      found.share = numbers(part.share);
+      found.stored = Array.from(part.stored, Number);
+      found.order = found.stored.flatMap((flag, place) => flag ? [place] : []);
+    }
+    if (part.rows !== undefined) {
+      found.columns = part.columns === "" ? [] : part.columns.split(" ");
+      found.rows = part.rows === "" ? [] : part.rows.split("\n").map(row => row.split("\t"));
+    }
+    return found;
+  }
+
+  const without = () => by("against").value === "baseline" && view.baseline ? view.baseline : view.off;
+  const gain = place => without()[place] - view.on[place];
+  const marked = (place, mark) => mark === "gained" ? gain(place) > 1 : mark === "lost" && gain(place) < -1;
+
+  // ---- drawing
+
+  function drawText() {
+    const one = data.texts[text];
+    view.words = cut(one);
+    words.replaceChildren();
+    spans = view.words.map((word, place) => {
+      const lead = /^ +\S/.test(word) ? word.match(/^ +/)[0] : "";
+      const span = make("span", { id: `t${place}`, role: "option", "aria-selected": "false" });
+      span.textContent = shown(word.slice(lead.length));
+      span.dataset.at = place;
+      words.append(lead, span);
+      if (word.includes("\n")) words.append("\n");
+      return span;
+    });
+  }
+
+  function paint() {
+    const mark = chosen("mark"), costs = by("shade").value === "on" ? view.on : without();
+    spans.forEach((span, place) => {
+      const hit = marked(place, mark), shaded = mark === "none" || hit;
+      const [ground, ink] = data.palette[Math.min(data.palette.length - 1, Math.round(costs[place]))];
+      span.style.background = shaded ? ground : "";
+      span.style.color = shaded ? ink : "";
+      span.className = hit ? `hit ${mark}` : "";
+    });
+    for (const name of ["gained", "lost"]) {
+      by(name).textContent = view.on.filter((_, place) => marked(place, name)).length;
+    }
+    for (const id of ["previous", "next"]) by(id).disabled = mark === "none";
+    show();
+  }
+
+  function memoryAt(place) {
+    if (view.order) {
+      const slots = view.its.slots, until = place < 0 ? Infinity : place;
+      const before = view.order.filter(item => item < until), cutoff = Math.max(0, before.length - slots);
+      return { held: before.slice(cutoff), gone: before.slice(0, cutoff) };
+    }
+    if (!view.rows) return { held: [], gone: [] };
+    const until = place < 0 ? Infinity : place, moments = view.part.moments.filter(one => one.after <= until);
+    const moment = moments[moments.length - 1], column = view.columns.indexOf("position");
+    if (!moment) return { held: [], gone: [], rows: [] };
+    const rows = moment.held.split(" ").filter(Boolean).flatMap(range => {
+      const [low, high] = range.split("-").map(Number);
+      return view.rows.slice(low, high + 1);
+    });
+    const held = column < 0 ? [] : [...new Set(rows.map(row => row[column] - 1))].filter(item => item >= 0);
+    return { held, gone: [], rows, moment };
+  }
+
+  function curve(from, to, exact) {
+    const frame = words.getBoundingClientRect();
+    const one = from.getBoundingClientRect(), other = to.getBoundingClientRect();
+    const x1 = one.left + one.width / 2 - frame.left, y1 = one.bottom - frame.top;
+    const x2 = other.left + other.width / 2 - frame.left, y2 = other.top - frame.top;
+    const bend = Math.max(18, (y2 - y1) / 2);
+    const path = document.createElementNS("http://www.w3.org/2000/svg", "path");
+    path.setAttribute("d", `M${x1} ${y1} C${x1} ${y1 + bend} ${x2} ${y2 - bend} ${x2} ${y2}`);
+    if (!exact) path.setAttribute("stroke-dasharray", "7 4");
+    lines.append(path);
+  }
+
+  function show() {
+    const memory = memoryAt(at), held = new Set(memory.held), gone = new Set(memory.gone);
+    lines.replaceChildren();
+    spans.forEach((span, place) => {
+      span.classList.toggle("held", held.has(place));
+      span.classList.toggle("gone", gone.has(place));
+      span.classList.toggle("at", place === at);
+      span.classList.remove("source");
+      span.setAttribute("aria-selected", place === at);
+    });
+    if (at < 0) {
+      words.removeAttribute("aria-activedescendant");
+      facts.replaceChildren(make("p", {}, "Point at a token. Underlined is what the memory holds at the end."));
+      return;
+    }
+    (view.items ? view.items[at] : []).forEach((item, rank) => {
+      spans[item.place].classList.add("source");
+      spans[item.place].dataset.rank = rank + 1;
+      curve(spans[item.place], spans[at], item.cosine === "exact");
+    });
+    words.setAttribute("aria-activedescendant", `t${at}`);
+    facts.replaceChildren(...costs(), ...draws(), ...contents(memory));
+    spans[at].setAttribute("aria-label", `${view.words[at]}: ${view.on[at]} bits with the memory, `
+      + `${without()[at]} without`);
+  }
+
+  // ---- the facts of a token
+
+  function costs() {
+    const rows = [], most = Math.max(16, view.on[at], view.off[at]);
+    if (view.baseline && arm !== "baseline") rows.push(["no memory (arm)", view.baseline[at], "baseline", "off"]);
+    if (view.part.bits_off !== undefined) rows.push(["memory off", view.off[at], "off", "off"]);
+    rows.push([view.part.bits_off === undefined ? "no memory" : "memory on", view.on[at], "on", ""]);
+    const body = rows.map(([name, bits, key, kind]) => make("tr", {}, make("th", { scope: "row" }, name),
+      make("td", { class: "number", "data-is": key }, bits.toFixed(3)), make("td", { style: "width:45%" },
+        make("span", { class: `meter ${kind}`, style: `width:${100 * bits / most}%` }))));
+    const change = gain(at), said = Math.abs(change) < 0.05 ? "nothing gained or lost"
+      : `${change > 0 ? "\u25bc gained" : "\u25b2 lost"} ${Math.abs(change).toFixed(2)} bits`;
+    const note = view.stored ? (view.stored[at] ? "; then stored" : "; then not stored") : "";
+    return [make("h3", {}, `\u201c${shown(view.words[at]).trim()}\u201d`),
+      make("p", { class: "small" }, `token ${at + 1} of ${view.words.length}: `, make("mark", {}, said), note),
+      make("table", {}, make("thead", {}, make("tr", {}, make("th", { scope: "col" }, "what it cost"),
+        make("th", { scope: "col", class: "number" }, "bits"), make("th", { scope: "col" },
+          make("span", { class: "unseen" }, "bar")))), make("tbody", {}, ...body))];
+  }
+
+  function draws() {
+    if (!view.items) return [];
+    const items = view.items[at], share = (100 * view.share[at]).toFixed(1);
+    if (!items.length) return [make("h3", {}, "Drew on nothing"),
+      make("p", {}, "The memory had no say in this prediction.")];
+    const rows = items.map((item, rank) => {
+      const before = view.words.slice(Math.max(0, item.place - 3), item.place).map(shown).join("");
+      return make("tr", { "data-item": item.place }, make("td", {}, String(rank + 1)), make("td", {},
+        `${before}`, make("mark", {}, shown(view.words[item.place]))),
+        make("td", { class: "number", "data-is": "back" }, String(at - item.place)),
+        make("td", { class: "number", "data-is": "cosine" }, item.cosine),
+        make("td", { class: "number", "data-is": "share" }, (100 * item.share).toFixed(2) + "%"));
+    });
+    const head = ["", "item", "back", "cosine", "share"].map((name, number) => make("th", { scope: "col",
+      class: number > 1 ? "number" : "" }, name || make("span", { class: "unseen" }, "rank")));
+    return [make("h3", {}, `Drew on: ${share}% of the probability is the memory's`), make("table", {},
+      make("thead", {}, make("tr", {}, ...head)), make("tbody", {}, ...rows)), make("p", { class: "small" },
+        "The heaviest items. back: tokens from there to here. exact: the last token or tokens were the same "
+        + "(full lines); cosine: of the learned addresses (dashed).")];
+  }
+
+  function contents(memory) {
+    if (view.order) {
+      const held = memory.held.slice().reverse(), oldest = memory.held[0];
+      const list = held.map(place => `${shown(view.words[place]).trim()} (${at - place})`).join("  \u00b7  ");
+      const found = [make("h3", {}, "The memory at that moment"), make("p", {}, make("span", { "data-is": "held" },
+        String(held.length)), ` of ${view.its.slots} slots held, `, make("span", { "data-is": "gone" },
+          String(memory.gone.length)), " evicted so far. ", held.length ? "The oldest, \u201c"
+          + `${shown(view.words[oldest]).trim()}\u201d, stood ${at - oldest} tokens back.` : "")];
+      if (held.length) found.push(make("details", {}, make("summary", {}, "all that is held, and how far back"),
+        make("p", { class: "list", tabindex: "0" }, list)));
+      return found;
+    }
+    if (!view.rows) return [make("h3", {}, "No memory"), make("p", {}, "What left the window is gone: attention "
+      + `reaches ${view.its.window} tokens back.`)];
+    if (!memory.moment || !memory.rows.length) return [make("h3", {}, "The memory at that moment"),
+      make("p", {}, "It holds nothing that can be put into words, or was not asked yet.")];
+    const rows = memory.rows.slice().reverse().slice(0, 400);
+    const head = make("tr", {}, ...view.columns.map(name => make("th", { scope: "col" }, name.replace("_", " "))));
+    const body = rows.map(row => make("tr", {}, ...row.map(cell => make("td", {}, cell))));
+    return [make("h3", {}, "The memory at that moment"), make("p", { class: "small" },
+      `As it was before token ${memory.moment.after + 1}; ${memory.rows.length} of ${memory.moment.of} entries`
+      + `${rows.length < memory.rows.length ? `, the newest ${rows.length}` : ""}:`), make("div", { class:
+        "list", tabindex: "0" }, make("table", {}, make("thead", {}, head), make("tbody", {}, ...body)))];
+  }
+
+  // ---- what the user does
+
+  function go(place, scroll) {
+    at = Math.max(-1, Math.min(spans.length - 1, place));
+    show();
+    if (scroll && at >= 0) spans[at].scrollIntoView({ block: "nearest" });
+  }
+
+  function step(direction) {
+    const mark = chosen("mark");
+    for (let place = at + direction; place >= 0 && place < spans.length; place += direction) {
+      if (marked(place, mark)) {
+        pinned = true;
+        go(place, true);
+        return;
+      }
+    }
+  }
+
+  function line(direction) {                  // the token above or below
+    if (at < 0) return 0;
+    const here = spans[at].getBoundingClientRect(), middle = here.left + here.width / 2;
+    let best = at, least = Infinity, level = null;
+    for (let place = at + direction; place >= 0 && place < spans.length; place += direction) {
+      const box = spans[place].getBoundingClientRect();
+      if (Math.abs(box.top - here.top) < 6) continue;
+      if (level === null) level = box.top;
+      if (Math.abs(box.top - level) > 6) break;
+      const far = Math.abs(box.left + box.width / 2 - middle);
+      if (far < least) [best, least] = [place, far];
+    }
+    return best;
+  }
+
+  function key(event) {
+    const moves = { ArrowRight: () => at + 1, ArrowLeft: () => Math.max(0, at - 1), ArrowDown: () => line(1),
+      ArrowUp: () => line(-1), Home: () => 0, End: () => spans.length - 1, PageDown: () => at + 50,
+      PageUp: () => Math.max(0, at - 50) };
+    if (event.ctrlKey || event.metaKey || event.altKey) return;
+    if (moves[event.key]) {
+      pinned = true;
+      go(moves[event.key](), true);
+    } else if ("nNpP".includes(event.key)) {
+      step("nN".includes(event.key) ? 1 : -1);
+    } else if (event.key === "Enter" || event.key === " ") {
+      pinned = !pinned;
+    } else if (event.key === "Escape") {
+      pinned = false;
+      go(-1);
+    } else return;
+    event.preventDefault();
+  }
+
+  const placeOf = event => event.target.dataset && event.target.dataset.at;
+  words.addEventListener("keydown", key);
+  words.addEventListener("pointerover", event => {
+    const place = placeOf(event);
+    if (place !== undefined && event.pointerType === "mouse" && !pinned) go(+place);
+  });
+  words.addEventListener("click", event => {
+    const place = placeOf(event);
+    if (place === undefined) return;
+    pinned = !(pinned && +place === at);
+    go(+place);
+  });
+  by("previous").addEventListener("click", () => step(-1));
+  by("next").addEventListener("click", () => step(1));
+  by("choices").addEventListener("change", choose);
+  by("choices").addEventListener("submit", event => event.preventDefault());
+  window.addEventListener("resize", () => show());
+
+  function choose() {
+    const number = +by("text").value, fresh = number !== text;
+    for (const input of document.querySelectorAll("input[name=arm]")) {
+      input.disabled = !data.arms[input.value].texts[number];
+    }
+    let box = document.querySelector("input[name=arm]:checked");
+    if (!box || box.disabled) box = document.querySelector("input[value=with_ltm][name=arm]:enabled")
+      || document.querySelector("input[name=arm]:enabled");
+    box.checked = true;
+    arm = box.value;
+    text = number;
+    const kept = view.words;
+    view = viewOf(text, arm);
+    view.words = kept;
+    by("against").disabled = arm === "baseline" || !view.baseline;
+    if (fresh) {                              // the most telling place is shown at first
+      const gains = view.on.map((_, place) => gain(place)), most = Math.max(...gains);
+      [at, pinned] = [most > 0 ? gains.indexOf(most) : -1, false];
+      drawText();
+    }
+    paint();
+  }
+
+  choose();
+}
+"""
+
+
 # ------------------------------------------------------------------------------------ the stage
 
 def own_settings():
@@ -1395,8 +2343,8 @@ def own_settings():
     return matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE})
 
 
-def draw(root, results, folders, gone):
-    """{path: PNG} of all pictures."""
+def draw(root, results, folders, gone, again):
+    """{path: its bytes} of all pictures and of the page."""
     detail, figures, pictures = results["detail"], {}, {}
     with own_settings(), warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)              # the mean of nothing, a division by zero
@@ -1413,6 +2361,8 @@ def draw(root, results, folders, gone):
             file = io.BytesIO()
             figure.savefig(file, format="png", dpi=DPI, metadata={"Software": None})
             pictures[path] = file.getvalue()
+        page = draw_page(results, gone, own_text(root, results, again), again)
+        pictures[root / "results.html"] = page.encode("utf-8", "backslashreplace")
     return pictures
 
 
@@ -1426,7 +2376,7 @@ def warn(root, pictures, gone, again):
 
 
 def plot(root, quick):
-    """Draw all pictures of a root, and give them to wandb."""
+    """Draw all pictures of a root and its page, and give them to wandb."""
     start, again = time.monotonic(), command("eval.py --report", root, quick)
     results = read_json(root / "results.json", again)
     try:
@@ -1434,7 +2384,8 @@ def plot(root, quick):
         seed = results["detail"]["run"]["seeds"][0]
         config = {**results["detail"]["run"], "data": results["detail"]["data"]}
         folders, gone = verify(root, results, again)
-        pictures, sentence = draw(root, results, folders, gone), headline(results)[1]
+        pictures = draw(root, results, folders, gone, again)
+        sentence = headline(results)[1]
     except DAMAGE as error:
         raise StageError(f"{root}/results.json lacks a field or has a wrong one ({why(error)}); "
                          f"make it again with: {again}") from None

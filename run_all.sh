@@ -383,7 +383,7 @@ weights() { echo "$1/model.safetensors $1/config.json"; }
 # quoted, a * is left for contents() to expand under the root
 models="$(weights "trained/*") $(weights "trained/seed*/*")"
 history="trained/*/history.jsonl trained/seed*/*/history.jsonl"
-pictures="results.png results_memory.png${controls:+ results_controls.png}"
+pictures="results.html results.png results_memory.png${controls:+ results_controls.png}"
 
 # The modules that shape a result; memories.py shapes only those of further memories. What stages
 # 1 and 2 take from stages.py is checked, by hash or format, by whoever reads what they made: for

@@ -774,9 +774,15 @@ class Wandb:
             self.tasks.put(task)
 
     def log_pictures(self, paths):
-        """Log picture files, to be looked at and, as one artefact, to be fetched."""
+        """Log picture files and pages (.html), to be looked at and, as one artefact, to be fetched."""
+        def panel(wandb, path):
+            if path.suffix == ".html":
+                return wandb.Html(path.read_text(encoding="utf-8"), inject=False)
+            return wandb.Image(str(path))
+
         def task(wandb, run):
-            run.log({path.stem: wandb.Image(str(path)) for path in paths})
+            # a page is of the name of its picture
+            run.log({path.stem + "_page" * (path.suffix == ".html"): panel(wandb, path) for path in paths})
             artifact = wandb.Artifact(f"pictures-{run.group}", type="pictures")
             for path in paths:
                 artifact.add_file(str(path))

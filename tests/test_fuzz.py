@@ -104,7 +104,7 @@ MAKES = {           # what a stage may change, and no other file
     "download_models": ("data/tokenizer/",), "prepare_data": ("data/train.bin", "data/val.bin", "data/meta.json"),
     "add_memory": ("trained/init/", "trained/seed"), "train": ("trained/baseline/", "trained/with_ltm/"),
     "eval": ("results.json", "trained/baseline/evaluation.", "trained/with_ltm/evaluation."),
-    "plot_eval": ("results.png", "results_memory.png", "results_controls.png")}
+    "plot_eval": ("results.html", "results.png", "results_memory.png", "results_controls.png")}
 # one of these a line must have: a command to run, or what is to be done by hand
 ADVICE = r"python \w+\.py|run_all\.sh|run \S+ again|--resume|--fresh|--text|mend it|rename one|another name|read from \.jsonl"
 

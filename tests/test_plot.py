@@ -327,7 +327,7 @@ def test_the_picture_of_several_arms_says_what_each_is_worth_and_costs():
 
 def test_the_same_results_give_the_same_bytes(root, tmp_path):
     plot(root)
-    hashes = {path.name: sha256(path) for path in root.glob("*.png")}
+    hashes = {path.name: sha256(path) for path in root.glob("results*.*")}
     # with other settings of matplotlib's and in another process, too
     (tmp_path / "matplotlibrc").write_text("font.size: 20\naxes.facecolor: red\n")
     environment = {name: value for name,
@@ -337,12 +337,13 @@ def test_the_same_results_give_the_same_bytes(root, tmp_path):
                           stdin=subprocess.DEVNULL,
                           capture_output=True, text=True, cwd=tmp_path, env=environment,
                           timeout=120)
-    assert hashes == {path.name: sha256(path) for path in root.glob("*.png")} and len(hashes) == 3
+    assert hashes == {path.name: sha256(path) for path in root.glob("results*.*")} and len(hashes) == 5
     # there with the real wandb, without an account: no question, no network, no word
     pytest.importorskip("wandb")
     assert done.returncode == 0 and len(done.stdout.splitlines()) == 2 and done.stderr == "", done.stdout + done.stderr
     assert len(list(root.glob("wandb/offline-run-*/*.wandb"))) == 1
     assert len(list(root.glob("wandb/offline-run-*/files/media/images/results*.png"))) == 3
+    assert len(list(root.glob("wandb/offline-run-*/files/media/html/results*.html"))) == 1
     assert not (tmp_path / "wandb").exists()
 
 
@@ -679,7 +680,7 @@ def test_wandb_gets_the_pictures(root, monkeypatch, capsys):
             self.files.append(path)
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(
-        Settings=dict, Image=str, Artifact=Artifact,
+        Settings=dict, Image=str, Artifact=Artifact, Html=lambda text, inject: (text, inject),
         init=lambda **named: (told.append(named), run)[1]))
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setattr(plot_eval, "DPI", 10)
@@ -691,8 +692,10 @@ def test_wandb_gets_the_pictures(root, monkeypatch, capsys):
                                                                                               2]
     assert named["config"]["code"]["plot_eval.py"] == sha256(PROJECT / "plot_eval.py")
     paths = [str(root / f"results{what}.png") for what in ("", "_controls", "_memory")]
+    page = images.pop("results_page")
     assert images == dict(zip(("results", "results_controls", "results_memory"), paths))
-    assert artifact == ["pictures-seed0", *paths] and finished == "finished"
+    assert page == ((root / "results.html").read_text(), False)
+    assert artifact == ["pictures-seed0", *paths, str(root / "results.html")] and finished == "finished"
     assert "warning" not in capsys.readouterr().out
 
 

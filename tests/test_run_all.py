@@ -47,7 +47,7 @@ made = {
     "download_models.py": ["data/tokenizer/vocab.json", "data/tokenizer/merges.txt"],
     "prepare_data.py": ["data/train.bin", "data/val.bin", "data/meta.json"],
     "eval.py": ["results.json"],
-    "plot_eval.py": ["results.png", "results_memory.png", "results_controls.png"],
+    "plot_eval.py": ["results.html", "results.png", "results_memory.png", "results_controls.png"],
 }
 if "--study" in flags:
     made |= {"eval.py": ["results_study.json"], "plot_eval.py": ["results_study.png"]}
@@ -336,7 +336,7 @@ def test_memories_compares_all_arms_in_a_root_of_their_own(project):
     for file in ("tokenizer/vocab.json", "train.bin", "val.bin", "meta.json"):
         assert (project.folder / "memories/data" / file).read_bytes() == (project.folder / "data" / file).read_bytes()
     assert not (project.folder / "trained").exists()
-    assert "memories/results.json, results.png" in done.stdout
+    assert "memories/results.json, results.html, results.png" in done.stdout
     assert project.run("--memories").returncode == 0 and project.called_anywhere() == []
 
 
