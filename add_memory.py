@@ -32,7 +32,7 @@ from pathlib import Path
 import torch
 
 from models import GPT, SIZES, RevenaConfig
-from stages import (ARMS, EOT, SPECIFIED, STUDY, StageError, about, arm_flag, arm_folder, command,
+from stages import (ARMS, SPECIFIED, STUDY, StageError, about, arm_flag, arm_folder, command,
                     default_root, init_name, is_hosted, load_model, load_tokenizer, model_class, one_line,
                     parser_of, run_stage, save_model, seed_number, write_manifest)
 
@@ -132,7 +132,7 @@ def on_host(theirs, settings, args, eot):
     if own and (args.window or own + 1) > own:
         raise ValueError(f"some of its layers see {own} tokens: ask for --window {own} or less")
     config = kind.config_class.of(theirs.config, eot, attention_window=args.window,
-                                  lora=ARMS[args.arm].lora, **of_the_memory(settings, args.arm))
+                                  lora=about(args.arm).lora, **of_the_memory(settings, args.arm))
     torch.manual_seed(MEMORY_SEED + args.seed)
     hybrid = kind(config)
     hybrid.backbone.take(theirs)
@@ -351,8 +351,8 @@ def main(argv=None):
     start = time.time()
     root, settings = default_root(args.root, args.quick), QUICK if args.quick else FULL
     tokenizer = load_tokenizer(root, args.quick)
-    if ARMS[args.arm].lora and not args.to:
-        raise StageError(f"{ARMS[args.arm].label} changes a model that is trained already; name it: "
+    if about(args.arm).lora and not args.to:
+        raise StageError(f"{about(args.arm).label} changes a model that is trained already; name it: "
                          + command(f"add_memory.py {arm_flag(args.arm)} --to MODEL", root, args.quick))
     facts = dict(size=settings.size)
     if args.to:

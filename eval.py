@@ -1917,7 +1917,7 @@ def about_arm(evidence, arm):
     """What an arm is, and which checkpoints were measured."""
     facts = evidence.first(arm).facts
     measured = zip(evidence.seeds[arm], evidence.of(arm))
-    return {"label": ARMS[arm].label,
+    return {"label": about(arm).label,
             "parameters": facts["parameters"],
             "memory_parameters": facts["memory_parameters"],
             "trained_parameters": facts.get("trained_parameters", facts["parameters"]),
@@ -2905,9 +2905,9 @@ def open_documents(args, root):
     they are missing or damaged."""
     settings, device = QUICK if args.quick else FULL, pick_device()
     if args.on:
-        rows, about = load_own(root, args.on, args.quick)
+        rows, own = load_own(root, args.on, args.quick)
         meta = read_meta(root, command("prepare_data.py", root, args.quick))
-        meta = meta | {"source": about["source"], "splits": meta["splits"] | {"val": about["split"]}}
+        meta = meta | {"source": own["source"], "splits": meta["splits"] | {"val": own["split"]}}
         place = Place(root, args.quick, device, f" --on {args.on}", f"_on_{args.on}")
         return rows, meta, settings.of_part(REPORTED), place
     rows, meta = load_split(root, "val", args.quick)

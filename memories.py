@@ -526,7 +526,7 @@ class Store(RowMemory, kind="store"):
     # ---- a few tokens
 
     def step(self, place, x, y, state, came, notes):
-        i, p, (B, n) = self.places.index(place), place, x.shape[:2]
+        i, p = self.places.index(place), place
         M, C, real = self.set["slots"], self.row_length, came.real
         q, k, v, gates, gate, importance = self.project(i, x)
         before = torch.cat((state[f"last.{p}"][:, None], k[:, :-1]), 1)

@@ -728,7 +728,7 @@ class LongTermMemory(Memory, kind="ltm"):
         return ring | last | dict(count=zeros(dtype=torch.long))
 
     def predict(self, logits, h, tokens, real, state, embed):
-        E, M, (B, n) = self.config.ltm_ngrams, self.config.ltm_slots, tokens.shape
+        E, M, n = self.config.ltm_ngrams, self.config.ltm_slots, tokens.size(1)
         log_z = logits.logsumexp(-1)
 
         # write: the tokens that came, under the states that should have predicted them (one

@@ -68,7 +68,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from stages import (
-    EOT, TOKENIZER_SHA256, StageError, characters_per_token, command,
+    TOKENIZER_SHA256, StageError, characters_per_token, command,
     default_root, documents, encoded, load_split, load_tokenizer, lock,
     one_line, own_name, parser_of, read_json, read_meta, run_stage, seal,
     settled, sha256, spaced_words, write_atomic, write_json, write_manifest,
