@@ -1218,10 +1218,14 @@ class GPT(PreTrainedModel, GenerationMixin):
         given = super().prepare_inputs_for_generation(
             input_ids, next_sequence_length=next_sequence_length, past_key_values=past_key_values,
             is_first_iteration=is_first_iteration, **kwargs)
-        positions = given.get("position_ids")
         read = 0 if past_key_values is None else past_key_values.get_seq_length()
-        if positions is not None and read:                  # of what is new alone, generate counts from 0
-            given["position_ids"] = positions - positions[..., :1] + read if positions.size(-1) > 1 else None
+        if read:                    # of what is new alone generate counts from 0, and its mask may begin there
+            positions, mask = given.get("position_ids"), given.get("attention_mask")
+            given.pop("cache_position", None)
+            if positions is not None:
+                given["position_ids"] = positions - positions[..., :1] + read if positions.size(-1) > 1 else None
+            if mask is not None:
+                given["attention_mask"] = mask[:, mask.size(1) - given["input_ids"].size(1):]
         return given
 
 
