@@ -1230,11 +1230,14 @@ class GPT(PreTrainedModel, GenerationMixin):
         given = super().prepare_inputs_for_generation(
             input_ids, next_sequence_length=next_sequence_length, past_key_values=past_key_values,
             is_first_iteration=is_first_iteration, **kwargs)
-        positions = given.get("position_ids")
         read = 0 if past_key_values is None else past_key_values.get_seq_length()
-        if positions is not None and read:
-            # of what is new alone, generate counts from 0
-            given["position_ids"] = positions - positions[..., :1] + read
+        if read:                    # of what is new alone generate counts from 0, and its mask may begin there
+            positions, mask = given.get("position_ids"), given.get("attention_mask")
+            given.pop("cache_position", None)
+            if positions is not None:
+                given["position_ids"] = positions - positions[..., :1] + read if positions.size(-1) > 1 else None
+            if mask is not None:
+                given["attention_mask"] = mask[:, mask.size(1) - given["input_ids"].size(1):]
         return given
 
 
@@ -1275,7 +1278,6 @@ def check_shards(model):
                          "go on within FSDP.summon_full_params(..)")
 
 
-@torch.compiler.disable(reason="it asks for numbers")
 def check_inputs(ids, mask, labels, keep, read, vocabulary):
     """Which of the tokens (B, T) are text, bool (B, T); ValueError where shapes do not fit each other,
     given how many tokens a cache has `read`, or a mask says more than yes and no.
@@ -1286,7 +1288,7 @@ def check_inputs(ids, mask, labels, keep, read, vocabulary):
     if ids.numel() == 0 and not read:
         raise ValueError("no tokens: a text is at least one, tokenizer.bos_token_id where it is empty")
     ask = ids.size(1) > 1 or not ids.is_cuda                # a GPU is not kept waiting at each token
-    if ask and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
+    if ask and ((ids < 0) | (ids >= vocabulary)).any():
         raise ValueError(f"a token is not among the {vocabulary} of this model; after tokenizer.add_tokens(..) "
                          f"call model.resize_token_embeddings(len(tokenizer))")
     if labels is not None and (labels.shape != ids.shape or not isinstance(keep, int)):
