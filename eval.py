@@ -1831,7 +1831,7 @@ def draws_of(model, text, most):
 def cell_of(value):
     """A value of `contents` as a cell of a table."""
     if isinstance(value, list):
-        return ", ".join(cell_of(one) for one in value)
+        return " \u00b7 ".join(cell_of(one) for one in value)
     if isinstance(value, float):
         return f"{value:.3g}"
     return str(value).replace("\n", "\u00b6").replace("\t", "\u21e5").replace("\r", "\u00b6")
