@@ -118,7 +118,8 @@ class Settings:
     seen: int = 512             # .. tokens of each: more than the LTM has slots for, ..
     own: int = 2_048            # .. or of a text of the user's; ..
     drawn: int = 6              # .. items of each prediction, ..
-    moment: int = 64            # .. what a further memory holds once in so many tokens, ..
+    moment: int = 64            # .. what a further memory holds once in so many tokens, or ..
+    moments: int = 8            # .. in as many more as make so many moments of a text, ..
     slots: int = 32             # .. and, of one that has slots instead of tokens, so many of them
     seed: int = 0               # of questions, bootstrap and controls: the same for every model
     bootstrap: int = 10_000     # resamples of seeds and documents
@@ -2189,7 +2190,7 @@ def draws_of(model, text, most):
 def cell_of(value):
     """A value of `contents` as a cell of a table."""
     if isinstance(value, list):
-        return ", ".join(cell_of(one) for one in value)
+        return " \u00b7 ".join(cell_of(one) for one in value)
     if isinstance(value, float):
         return f"{value:.3g}"
     return str(value).replace("\n", "\u00b6").replace("\t", "\u21e5").replace("\r", "\u00b6")
@@ -2224,12 +2225,16 @@ def contents_of(model, text, tokenizer, settings):
     many `contents` gave.
     """
     ids = torch.from_numpy(text[None]).to(model.device)
-    cache, moments, numbers = model.new_cache(), [], {}
-    stops = [*range(settings.moment - 1, len(text) - 1, settings.moment), len(text) - 1]
+    cache, moments, numbers, same = model.new_cache(), [], {}, False
+    step = settings.moment * -(-len(text) // (settings.moment * settings.moments))
+    stops = [*range(step - 1, len(text) - 1, step), len(text) - 1]
     for stop in stops:
         model(ids[:, cache.length:stop], past_key_values=cache, logits_to_keep=1)
-        rows = cache.contents(tokenizer)
-        shown = []
+        if same and stop != stops[-1]:
+            continue
+        rows, shown = cache.contents(tokenizer), []
+        # slots that any text has, and each costs a look at the vocabulary: asked twice
+        same = len(rows) > settings.slots and not any("token" in row for row in rows)
         for row in listed(rows, settings):
             row = tuple((name, cell_of(value)) for name, value in row.items() if name != "token")
             shown.append(numbers.setdefault(row, len(numbers)))

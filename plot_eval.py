@@ -1927,7 +1927,8 @@ beyond its attention window of {{ window }} tokens: same initial weights, same d
 {% if explorer %}
 <p>Each token is shaded by what it cost the model: -log2 of the probability it was given. Point at
 one, or tap it, and see what its prediction drew on and what the memory held at that moment.
-Keys: <kbd>&larr;</kbd> <kbd>&rarr;</kbd> <kbd>&uarr;</kbd> <kbd>&darr;</kbd> move, <kbd>N</kbd> <kbd>P</kbd> go to the next or previous marked token,
+Keys: <kbd>&larr;</kbd> <kbd>&rarr;</kbd> <kbd>&uarr;</kbd> <kbd>&darr;</kbd> move,
+<kbd>N</kbd> <kbd>P</kbd> go to the next or previous marked token,
 <kbd>Enter</kbd> or a click holds the place, <kbd>Esc</kbd> lets it go.</p>
 <form class="bar" id="choices" autocomplete="off">
 <label><span>Text</span><select id="text">

@@ -931,6 +931,47 @@ def test_pieces_join_to_the_text(tokenizer):
     assert "".join(words) == text and len(words) == len(tokens) and "" in words
 
 
+def test_documents_explored_are_those_of_most_tokens():
+    draw = np.random.default_rng(0)
+    texts = [text_of(length, draw) for length in (10, 90, 60, 52, 40, 70, 51)]
+    settings = dataclasses.replace(SMALL, explored=3, seen=50)
+    assert evaluation.explored_documents(texts, settings) == [1, 2, 3]      # of equals the first
+    assert evaluation.explored_documents(texts, dataclasses.replace(settings, seen=80)) == [1, 2, 5]
+    assert evaluation.explored_documents(texts[:2], settings) == [0, 1]
+
+
+def test_what_is_explored_of_an_ltm_is_what_it_does(tokenizer):
+    """Against the streaming form: the items that a prediction drew on, in their order, and all costs."""
+    model, text = tiny(seed=3, bits=15.2), text_of(110, np.random.default_rng(1))
+    shown = evaluation.explored_text(model, text, tokenizer, SMALL)
+    ids, cache = torch.from_numpy(text[None]), model.new_cache()
+    items, shares = shown["items"].split(";"), shown["share"].split()
+    drew = 0
+    for at in range(len(text) - 1):
+        with torch.no_grad():
+            log_p = model(ids[:, at:at + 1], past_key_values=cache).logits[0, -1, text[at + 1]].item()
+        found = cache.retrieved()
+        assert float(shown["bits"].split()[at]) == pytest.approx(-log_p / math.log(2), abs=1e-3)
+        assert float(shares[at]) == pytest.approx(sum(item["share"] for item in found), abs=1e-3)
+        by_place = {item["position"] - 1: item for item in found}
+        for said in items[at].split():
+            place, share, cosine = said.split(",")
+            assert float(share) == pytest.approx(by_place[int(place)]["share"], abs=1e-3)
+            near = 1.0 if cosine == "exact" else float(cosine)
+            assert near == pytest.approx(by_place[int(place)]["cosine"], abs=1e-3)
+            drew += 1
+    assert drew > 20 and "exact" in shown["items"]
+    off, _ = bits_of(evaluation.memory_off(model), [text])
+    assert list(map(float, shown["bits_off"].split())) == pytest.approx(off.tolist(), abs=1e-3)
+    stored = [place for place, flag in enumerate(shown["stored"][:-1]) if flag == "1"]
+    assert stored[-24:] == [item["position"] - 1 for item in cache.contents()]
+
+
+def test_numbers_are_brief_and_ranges_join():
+    assert evaluation.numbers_of([0.0, 12.3456, 3.0, 0.5, -0.0001]) == "0 12.346 3 0.5 0"
+    assert evaluation.ranges_of([0, 1, 2, 5, 7, 8]) == "0-2 5-5 7-8" and evaluation.ranges_of([]) == ""
+
+
 @torch.no_grad()
 def test_what_is_observed_is_what_a_memory_does(tokenizer):
     """Token by token in the streaming form; the first document of those with something to see in them."""
@@ -1213,6 +1254,44 @@ def evaluate(stage, small):
 def test_bad_flags(stage, flags):
     code, _, err = stage(evaluation.main, *flags)
     assert code == 2 and "usage:" in err and "Traceback" not in err
+
+
+def test_a_text_of_ones_own_is_explored(one_seed, evaluate, tmp_path, monkeypatch, tokenizer):
+    """By all arms, from a file or from standard input; nothing is measured."""
+    path = tmp_path / "mine.txt"
+    path.write_text("A caf\u00e9 of my own,\nof my own.", encoding="utf-8")
+    code, out, _ = evaluate(one_seed, "--explore", path)
+    shown = json.loads((one_seed / "trained/explored.json").read_text())
+    assert code == 0 and f"python plot_eval.py --root {one_seed}" in out
+    assert shown["name"] == "mine.txt" and shown["text"] == path.read_text(encoding="utf-8")
+    lengths = list(map(int, shown["lengths"].split()))
+    assert sum(lengths) == len(shown["text"]) and list(shown["arms"]) == list(ARMS)
+    for arm, its in shown["arms"].items():
+        assert its["weights"] == sha256(one_seed / "trained" / arm / "model.safetensors")
+        assert len(its["text"]["bits"].split()) == len(lengths)
+    text = np.array([EOT, *tokenizer.encode(shown["text"])])
+    expected, _ = bits_of(load(one_seed)[0].float(), [text])
+    assert list(map(float, shown["arms"]["with_ltm"]["text"]["bits"].split())) == pytest.approx(
+        expected.tolist(), abs=1e-3)
+    monkeypatch.setattr("sys.stdin", io.StringIO(shown["text"]))
+    assert evaluate(one_seed, "--explore", "-")[0] == 0
+    again = json.loads((one_seed / "trained/explored.json").read_text())
+    assert again["name"] == "standard input" and again["arms"] == shown["arms"]
+    assert not list(one_seed.rglob("evaluation.safetensors"))
+
+
+def test_a_text_that_cannot_be_explored_is_one_line(one_seed, evaluate, tmp_path):
+    path = tmp_path / "mine.txt"
+    assert refused(evaluate(one_seed, "--explore", path), "mine.txt", "run ")
+    path.write_bytes(b"caf\xe9 \xff")
+    assert refused(evaluate(one_seed, "--explore", path), "mine.txt is not UTF-8")
+    path.write_text(" \n ")
+    assert refused(evaluate(one_seed, "--explore", path), "there is no text in", "mine.txt")
+    assert evaluate(one_seed, "--explore", path, "--controls")[0] == 2
+    path.write_text("words of mine")
+    shutil.rmtree(one_seed / "trained/with_ltm")
+    assert refused(evaluate(one_seed, "--explore", path), "python train.py --with-ltm")
+    assert not (one_seed / "trained/explored.json").exists()
 
 
 @pytest.mark.parametrize("missing, command", [
