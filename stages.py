@@ -99,6 +99,7 @@ def study():
                               backbone=dict(n_inner=2_664))
     found["more_steps"] = Arm(None, "the LTM's time in steps", group="baseline", share=1.05)
     stored = {"surprisal": {}, "random": dict(ltm_random=0.576), "every": dict(ltm_surprisal_bits=-1.0)}
+    # an isolated row never fills 256 slots: 1,024 of them change what is evaluated, not what is trained
     labels = {"surprisal": "surprising tokens", "random": "random ones, same rate", "every": "every token"}
     for what, config in stored.items():
         for slots in (256, 1_024):
