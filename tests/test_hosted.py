@@ -391,3 +391,45 @@ def test_what_cannot_be_is_one_line(trained, tmp_path, stage):
     host("gpt2", vocabulary=50).save_pretrained(tmp_path / "small")
     code, _, said = stage(add_memory.main, "--to", tmp_path / "small", *say)
     assert code == 1 and "prepare_data.py --tokenizer" in said
+
+
+# ------------------------------------------------------------------------------------ on a checkpoint of this project's
+
+def test_on_a_checkpoint_of_ones_own_the_backbone_stays(make_root, tmp_path, monkeypatch):
+    """The LTM on what train.py made: proved, trained for two steps, isolated and chained; not a bit of the rest moves."""
+    monkeypatch.setattr(train, "QUICK", train.Settings(steps=2, batch=2, lane=2, warmup=1, log_every=1))
+    monkeypatch.setattr(stages.signal, "signal", lambda *_: None)
+    root, folder = make_root(), tmp_path / "checkpoint"
+    folder.mkdir()
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"{i} " + line * 40}) + "\n"
+                                                 for i, line in enumerate(SENTENCES * 2)))
+    say = ["--root", str(root), "--quick"]
+    prepare_data.main(["--text", str(tmp_path / "text.jsonl"), *say])
+    _, theirs = add_memory.make_models(add_memory.QUICK, 3)
+    theirs.config.memory_enabled = False
+    stages.save_model(theirs, stages.load_tokenizer(root), folder)
+    add_memory.main(["--to", str(folder), *say])
+    wanted = theirs.backbone.state_dict()
+    with torch.enable_grad():
+        for arm, flags in (("baseline", []), ("with_ltm", ["--chained", "0.5"])):
+            train.main([stages.arm_flag(arm), *flags, *say])
+    for name in ("init", "baseline", "with_ltm"):
+        model = stages.load_model(root / "trained" / name)
+        own = model.backbone.state_dict()
+        assert all(torch.equal(own[key], x) for key, x in wanted.items())
+        if name == "with_ltm":
+            before = stages.load_model(root / "trained" / "init").memory.state_dict()
+            assert all(not torch.equal(before[key], x) for key, x in model.memory.state_dict().items())
+    with pytest.raises(stages.StageError, match="another arm"):
+        add_memory.main(["--to", str(folder), "--with-lora", *say])
+    with pytest.raises(stages.StageError, match="leave --window out"):
+        add_memory.main(["--to", str(folder), "--window", "32", *say])
+
+
+def test_in_bfloat16_it_generates(tmp_path):
+    _, model = hosted("qwen3", "gru, window")
+    model.save_pretrained(tmp_path)
+    half = RevenaHosted.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    ids = text(20, batch=1)
+    out = half.generate(ids, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    assert out.shape == (1, 24) and (half(ids).logits.exp().sum(-1) - 1).abs().max() < 1e-3
