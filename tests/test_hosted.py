@@ -4,6 +4,7 @@ tokenizers, and the pipeline from --tokenizer to a folder that loads by itself.
 The models are tiny and random, their weights drawn large, so that what a position sees has a say in what it predicts.
 """
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -366,8 +367,9 @@ def test_the_folder_alone_loads_and_generates(trained, tmp_path):
 def test_all_four_are_compared(trained, monkeypatch):
     root, _ = trained
     small = evaluation.QUICK
-    monkeypatch.setattr(evaluation, "QUICK", small.__class__(**{**small.__dict__, "trials": 2, "needles": (), "hops": (),
-                                                                "dialogues": 2, "bootstrap": 50}))
+    monkeypatch.setattr(evaluation, "QUICK", dataclasses.replace(
+        small, trials=2, forms=("pair",), distances=(160,), long_range=(160,), distractors=(0,), needles=(), hops=(1,),
+        streamed=2, dialogues=2, bootstrap=50, repeats=1, shown=140))
     evaluation.main(["--root", str(root), "--quick"])
     results = json.loads((root / "results.json").read_text())
     arms = results["detail"]["arms"]
@@ -391,6 +393,13 @@ def test_what_cannot_be_is_one_line(trained, tmp_path, stage):
     host("gpt2", vocabulary=50).save_pretrained(tmp_path / "small")
     code, _, said = stage(add_memory.main, "--to", tmp_path / "small", *say)
     assert code == 1 and "prepare_data.py --tokenizer" in said
+    of_tokens = dict(vocab_size=len(stages.load_tokenizer(root)), num_key_value_heads=2)
+    others = {"its memory off it must equal": transformers.GraniteConfig(**SIZES, **of_tokens, logits_scaling=2.0),
+              "--window 8 or less": transformers.MistralConfig(**SIZES, **of_tokens, sliding_window=8)}
+    for words, config in others.items():
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / config.model_type)
+        code, _, said = stage(add_memory.main, "--to", tmp_path / config.model_type, *say)
+        assert code == 1 and words in said and len(said.strip().splitlines()) == 1, said
 
 
 # ------------------------------------------------------------------------------------ on a checkpoint of this project's
