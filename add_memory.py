@@ -170,9 +170,14 @@ def host_models(args, settings, tokenizer, root):
     except StageError:
         raise
     except Exception as error:                      # of the hub, or of a model that is built otherwise
-        raise StageError(f"no memory can be put on {name} ({one_line(error)}); families tried: {FAMILIES}; "
-                         f"name such a one: python add_memory.py --to MODEL") from None
+        raise refusal(name, error) from None
     return Alone(theirs), hybrid
+
+
+def refusal(name, error):
+    """The StageError for a model that takes no memory."""
+    return StageError(f"no memory can be put on {name} ({one_line(error).partition('; nothing')[0]}); families tried: "
+                      f"{FAMILIES}; name such a one: python add_memory.py --to MODEL")
 
 
 def is_own(folder):
@@ -360,9 +365,14 @@ def main(argv=None):
         facts = dict(to=args.to, attention_window=args.window)
     else:
         gpt, hybrid = make_models(settings, args.seed, args.arm)
-    prove(gpt, hybrid)
-    if hybrid.config.memory == "ltm":
-        prove_ltm(hybrid)
+    try:
+        prove(gpt, hybrid)
+        if hybrid.config.memory == "ltm":
+            prove_ltm(hybrid)
+    except Exception as error:
+        if not args.to:
+            raise
+        raise refusal(args.to, error) from None
     print("proved: memory off = the model bit for bit; sequences share nothing; token by token = at once; "
           "nothing of the future is seen"
           + "; the LTM starts empty and is first in, first out" * (hybrid.config.memory == "ltm"))

@@ -1254,7 +1254,7 @@ def trained_arms(root):
 # what trainings that are compared may differ in
 OWN = ("arm", "seed", "memory", "memory_settings", "backbone", "config", "replay", "init",
        "init_config", "lora")
-REGIME = ("steps", "chained", "planted")        # what train.py has flags for
+REGIME = ("steps", "chained", "planted", "train_backbone")      # what train.py has flags for
 
 
 def shared_settings(found):
@@ -1268,7 +1268,8 @@ def retrain(one, like, differing, place):
     if not set(differing) <= set(REGIME):
         memories = "" if one.arm in SPECIFIED else " --memories"
         return command(f"./run_all.sh{memories} --fresh", place.root, place.quick)
-    flags = "".join(f" --{name} {like[name]}" for name in REGIME if like.get(name))
+    flags = "".join(f" --{name.replace('_', '-')}" + f" {like[name]}" * (like[name] is not True)
+                    for name in REGIME if like.get(name))
     return f"{train_command(one.seed, one.arm, place, flags)} --fresh"
 
 
@@ -2775,6 +2776,9 @@ def measured_controls(evidence, meta, place):
         return kept["rows"]
     print(f"measuring the controls of {path.parent.relative_to(place.root)}", flush=True)
     baseline, hybrid = (load_controlled(one, seed, arm, place) for arm, one in arms.items())
+    if is_hosted(hybrid):
+        raise StageError("--controls changes this project's own backbone, and these arms have that of "
+                         "another model; leave --controls out")
     rows, _ = load_split(place.root, "train", place.quick)
     training = [text for text in documents(rows, exam.settings.eot) if len(text) > 1][:exam.settings.fitted]
     of_baseline = bits(arms[REFERENCE].tensors["log_p"]).sum()

@@ -4,6 +4,7 @@ tokenizers, and the pipeline from --tokenizer to a folder that loads by itself.
 The models are tiny and random, their weights drawn large, so that what a position sees has a say in what it predicts.
 """
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -366,8 +367,9 @@ def test_the_folder_alone_loads_and_generates(trained, tmp_path):
 def test_all_four_are_compared(trained, monkeypatch):
     root, _ = trained
     small = evaluation.QUICK
-    monkeypatch.setattr(evaluation, "QUICK", small.__class__(**{**small.__dict__, "trials": 2, "needles": (), "hops": (),
-                                                                "dialogues": 2, "bootstrap": 50}))
+    monkeypatch.setattr(evaluation, "QUICK", dataclasses.replace(
+        small, trials=2, forms=("pair",), distances=(160,), long_range=(160,), distractors=(0,), needles=(), hops=(1,),
+        streamed=2, dialogues=2, bootstrap=50, repeats=1, shown=140))
     evaluation.main(["--root", str(root), "--quick"])
     results = json.loads((root / "results.json").read_text())
     arms = results["detail"]["arms"]
@@ -391,3 +393,52 @@ def test_what_cannot_be_is_one_line(trained, tmp_path, stage):
     host("gpt2", vocabulary=50).save_pretrained(tmp_path / "small")
     code, _, said = stage(add_memory.main, "--to", tmp_path / "small", *say)
     assert code == 1 and "prepare_data.py --tokenizer" in said
+    of_tokens = dict(vocab_size=len(stages.load_tokenizer(root)), num_key_value_heads=2)
+    others = {"its memory off it must equal": transformers.GraniteConfig(**SIZES, **of_tokens, logits_scaling=2.0),
+              "--window 8 or less": transformers.MistralConfig(**SIZES, **of_tokens, sliding_window=8)}
+    for words, config in others.items():
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / config.model_type)
+        code, _, said = stage(add_memory.main, "--to", tmp_path / config.model_type, *say)
+        assert code == 1 and words in said and len(said.strip().splitlines()) == 1, said
+
+
+# ------------------------------------------------------------------------------------ on a checkpoint of this project's
+
+def test_on_a_checkpoint_of_ones_own_the_backbone_stays(make_root, tmp_path, monkeypatch):
+    """The LTM on what train.py made: proved, trained for two steps, isolated and chained; not a bit of the rest moves."""
+    monkeypatch.setattr(train, "QUICK", train.Settings(steps=2, batch=2, lane=2, warmup=1, log_every=1))
+    monkeypatch.setattr(stages.signal, "signal", lambda *_: None)
+    root, folder = make_root(), tmp_path / "checkpoint"
+    folder.mkdir()
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"{i} " + line * 40}) + "\n"
+                                                 for i, line in enumerate(SENTENCES * 2)))
+    say = ["--root", str(root), "--quick"]
+    prepare_data.main(["--text", str(tmp_path / "text.jsonl"), *say])
+    _, theirs = add_memory.make_models(add_memory.QUICK, 3)
+    theirs.config.memory_enabled = False
+    stages.save_model(theirs, stages.load_tokenizer(root), folder)
+    add_memory.main(["--to", str(folder), *say])
+    wanted = theirs.backbone.state_dict()
+    with torch.enable_grad():
+        for arm, flags in (("baseline", []), ("with_ltm", ["--chained", "0.5"])):
+            train.main([stages.arm_flag(arm), *flags, *say])
+    for name in ("init", "baseline", "with_ltm"):
+        model = stages.load_model(root / "trained" / name)
+        own = model.backbone.state_dict()
+        assert all(torch.equal(own[key], x) for key, x in wanted.items())
+        if name == "with_ltm":
+            before = stages.load_model(root / "trained" / "init").memory.state_dict()
+            assert all(not torch.equal(before[key], x) for key, x in model.memory.state_dict().items())
+    with pytest.raises(stages.StageError, match="another arm"):
+        add_memory.main(["--to", str(folder), "--with-lora", *say])
+    with pytest.raises(stages.StageError, match="leave --window out"):
+        add_memory.main(["--to", str(folder), "--window", "32", *say])
+
+
+def test_in_bfloat16_it_generates(tmp_path):
+    _, model = hosted("qwen3", "gru, window")
+    model.save_pretrained(tmp_path)
+    half = RevenaHosted.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    ids = text(20, batch=1)
+    out = half.generate(ids, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    assert out.shape == (1, 24) and (half(ids).logits.exp().sum(-1) - 1).abs().max() < 1e-3
