@@ -6,7 +6,6 @@ are the model's, not whether they are good.
 """
 
 import contextlib
-import copy
 import dataclasses
 import io
 import itertools

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 import memories
 import stages
-from memories import Mag, RevenaHybrid, Store, decay, scan
-from models import EOT, GPT, SIZES, Memory, RevenaCache, RevenaConfig, norm
+from memories import RevenaHybrid, decay, scan
+from models import EOT, GPT, SIZES, Memory, RevenaConfig, norm
 
 WINDOW = 16                     # tokens of a row
 ROWS = 6

@@ -10,7 +10,6 @@ import dataclasses
 import errno
 import gc
 import hashlib
-import io
 import json
 import multiprocessing
 import os
