@@ -216,10 +216,10 @@ class Block(nn.Module):
 
     def forward(self, x, attention, mix=None):
         """x (N, T, D) -> (N, T, D); mix(x, y) says what a memory makes of what attention adds."""
-        added = self.attend(x, attention)
-        if mix is not None:
-            added = mix(norm(x).to(dtype_for(self.qkvg)), added)
-        x = x + added
+        if mix is None:
+            x = x + self.attend(x, attention)
+        else:
+            x = x + mix(norm(x).to(dtype_for(self.qkvg)), self.attend(x, attention))
         return x + self.feed(x)
 
 
