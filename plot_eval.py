@@ -2124,13 +2124,13 @@ function explore(data) {
   }
 
   function step(direction) {
-    const mark = chosen("mark");
-    for (let place = at + direction; place >= 0 && place < spans.length; place += direction) {
-      if (marked(place, mark)) {
-        pinned = true;
-        go(place, true);
-        return;
-      }
+    const mark = chosen("mark"), count = spans.length, start = at < 0 && direction < 0 ? 0 : at;
+    for (let far = 1; far <= count; far++) {  // around the end, too
+      const place = (start + direction * far + 2 * count) % count;
+      if (!marked(place, mark)) continue;
+      pinned = true;
+      go(place, true);
+      return;
     }
   }
 
@@ -2201,8 +2201,8 @@ function explore(data) {
     view = viewOf(text, arm);
     view.words = kept;
     by("against").disabled = arm === "baseline" || !view.baseline;
-    if (fresh) {                              // the most telling place is shown at first
-      const gains = view.on.map((_, place) => gain(place)), most = Math.max(...gains);
+    if (fresh) {                              // the most telling place in sight is shown at first
+      const gains = view.on.slice(0, 150).map((_, place) => gain(place)), most = Math.max(...gains);
       [at, pinned] = [most > 0 ? gains.indexOf(most) : -1, false];
       drawText();
     }
