@@ -1685,23 +1685,33 @@ def said_value(value):
     return f"{value:,}" if type(value) is int else str(value)
 
 
+def check_part(part, length):
+    """Raise ValueError where what an arm makes of a text is not of a text of so many tokens."""
+    for key in {"bits"} | {"bits_off", "share"} & part.keys():
+        values = np.array(part[key].split(), float)
+        if len(values) != length or not np.isfinite(values).all():
+            raise ValueError(f"detail.explorer: {key} is not of each token of its text")
+    if not set(part.get("stored", "")) <= set("01") or len(part.get("stored", "0" * length)) != length:
+        raise ValueError("detail.explorer: stored is not of each token of its text")
+    for item in filter(None, re.split("[ ;]", part.get("items", ""))):
+        at, share, _ = item.split(",")
+        if not (0 <= int(at) < length and 0 <= float(share) <= 1):
+            raise ValueError("detail.explorer: an item is outside of its text")
+    for moment in part.get("moments", ()):
+        ends = [int(end) for held in moment["held"].split() for end in held.split("-")]
+        if not (0 <= moment["after"] <= length and max(ends, default=0) <= part["rows"].count("\n")):
+            raise ValueError("detail.explorer: a moment is outside of its text")
+
+
 def check_explored(texts, arms):
-    """Raise ValueError where a text and what an arm makes of it are not of one length."""
+    """Raise ValueError where a text and what an arm makes of it do not go together."""
     for number, text in enumerate(texts):
         lengths = list(map(int, text["lengths"].split()))
-        if sum(lengths) != len(text["text"]) or min(lengths, default=0) < 0:
+        if sum(lengths) != len(text["text"]) or min(lengths, default=-1) < 0:
             raise ValueError("detail.explorer: a text is not cut where its tokens end")
-        for name, arm in arms.items():
-            part = arm["texts"][number]
-            if part is None:
-                continue
-            for key in {"bits", "bits_off", "share"} & part.keys():
-                if len(list(map(float, part[key].split()))) != len(lengths):
-                    raise ValueError(f"detail.explorer: {key} of {name} is not of a text's length")
-            for item in filter(None, re.split("[ ;]", part.get("items", ""))):
-                at, share, _ = item.split(",")
-                if not (0 <= int(at) < len(lengths) and 0 <= float(share) <= 1):
-                    raise ValueError(f"detail.explorer: an item of {name} is outside of its text")
+        for arm in arms.values():
+            if arm["texts"][number] is not None:
+                check_part(arm["texts"][number], len(lengths))
 
 
 def explorer_of(results, own):
@@ -2233,13 +2243,13 @@ function explore(data) {
   }
 
   function step(direction) {
-    const mark = chosen("mark");
-    for (let place = at + direction; place >= 0 && place < spans.length; place += direction) {
-      if (marked(place, mark)) {
-        pinned = true;
-        go(place, true);
-        return;
-      }
+    const mark = chosen("mark"), count = spans.length, start = at < 0 && direction < 0 ? 0 : at;
+    for (let far = 1; far <= count; far++) {  // around the end, too
+      const place = (start + direction * far + 2 * count) % count;
+      if (!marked(place, mark)) continue;
+      pinned = true;
+      go(place, true);
+      return;
     }
   }
 
@@ -2310,8 +2320,8 @@ function explore(data) {
     view = viewOf(text, arm);
     view.words = kept;
     by("against").disabled = arm === "baseline" || !view.baseline;
-    if (fresh) {                              // the most telling place is shown at first
-      const gains = view.on.map((_, place) => gain(place)), most = Math.max(...gains);
+    if (fresh) {                              // the most telling place in sight is shown at first
+      const gains = view.on.slice(0, 150).map((_, place) => gain(place)), most = Math.max(...gains);
       [at, pinned] = [most > 0 ? gains.indexOf(most) : -1, false];
       drawText();
     }

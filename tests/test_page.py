@@ -4,6 +4,7 @@ What is explored is a stand-in of the real thing, as in test_eval.py: one layer,
 at random weights. The browser is Debian's chromium; without one these tests are skipped, and for no other reason.
 """
 
+import functools
 import json
 import math
 import shutil
@@ -85,12 +86,14 @@ class Explored:
         plot_eval.main(["--root", str(self.root)])
         self.page = self.root / "results.html"
 
+    @functools.cache
     @torch.no_grad()
-    def bits(self, arm, at, number=0, off=False):
-        """What the model itself says that target `at` of a text cost."""
+    def costs(self, arm, number=0, off=False):
+        """What the model itself says that each target of a text cost."""
         ids, model = torch.from_numpy(self.texts[number][None]), self.models[arm]
         model = evaluation.memory_off(model) if off else model
-        return -model(ids).logits[0, at, ids[0, at + 1]].item() / math.log(2)
+        log_p = model(ids).logits[0, :-1].gather(1, ids[0, 1:, None])[:, 0]
+        return -log_p.numpy() / math.log(2)
 
     @torch.no_grad()
     def cache(self, arm, at, number=0):
@@ -175,11 +178,11 @@ def opened(chromium, made):
 def compare(told, made, arm, at, number):
     """All that the page says of a token is what the model says."""
     assert told.looked_at() == at
-    assert told.number("on") == pytest.approx(made.bits(arm, at, number), abs=1e-3)
+    assert told.number("on") == pytest.approx(made.costs(arm, number)[at], abs=1e-3)
     if arm == "baseline":
         return
-    assert told.number("off") == pytest.approx(made.bits(arm, at, number, off=True), abs=1e-3)
-    assert told.number("baseline") == pytest.approx(made.bits("baseline", at, number), abs=1e-3)
+    assert told.number("off") == pytest.approx(made.costs(arm, number, off=True)[at], abs=1e-3)
+    assert told.number("baseline") == pytest.approx(made.costs("baseline", number)[at], abs=1e-3)
     if arm != "with_ltm":
         return
     cache = made.cache(arm, at, number)
@@ -247,8 +250,8 @@ def test_a_tap_is_enough(opened, made):
 @in_browser
 def test_what_gained_and_lost_more_than_a_bit_is_marked_and_reached(opened, made):
     told = opened()
-    bits = {off: np.array([made.bits("with_ltm", at, off=off) for at in range(119)]) for off in (True, False)}
-    for mark, found in ("gained", bits[True] - bits[False] > 1), ("lost", bits[True] - bits[False] < -1):
+    gain = made.costs("with_ltm", off=True) - made.costs("with_ltm")
+    for mark, found in ("gained", gain > 1), ("lost", gain < -1):
         told.page.check(f"input[name=mark][value={mark}]")
         places = told.page.eval_on_selector_all("#words .hit", "spans => spans.map(span => +span.dataset.at)")
         assert places == np.flatnonzero(found).tolist()
