@@ -626,8 +626,12 @@ def load_model(folder, device="cpu", made_by="python add_memory.py", weights=Non
         raise StageError(f"{path} is not a whole safetensors file ({error}); make it again with: {made_by}") from None
     try:
         hosted = "host" in settings
-        kind = model_class(settings.get("memory", "ltm"), hosted)
-        config = (kind.config_class if hosted else RevenaConfig).from_dict(settings)
+        if hosted:
+            kind = model_class(None, hosted)
+            config = kind.config_class.from_dict(settings)
+        else:
+            config = RevenaConfig.from_dict(settings)
+            kind = model_class(config.memory)
         model = kind(config)
         model.load_state_dict(tensors)
     except (ImportError, RuntimeError, TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError) as error:
