@@ -876,10 +876,10 @@ def draw_steps(axes, steps, curves, what):
     for arm, values in curves.items():
         axes.plot(steps, values, **stroke(look_of(arm)))
     axes.set_xscale("log", base=2)
-    axes.set_xticks(steps, [f"{number:,}" for number in steps], fontsize=7.5)
+    axes.set_xticks(steps, [f"{number / 1_000:g}" for number in steps], fontsize=7.5)
     axes.minorticks_off()
     axes.grid(axis="y")
-    axes.set_xlabel("steps, each with its own schedule")
+    axes.set_xlabel("thousand steps")
     heading(axes, *what)
 
 
@@ -900,16 +900,16 @@ def draw_study(results):
     curve, rows = results["curve"], rows_of_study(results)
     height = 4.9 + 0.22 * len(rows)
     reaches = curve["baseline_reaches"]
-    sentence = (f"Without a memory its bits take {reaches:,.0f} steps." if reaches else
-                "Without a memory its bits are reached in none of these trainings.")
+    sentence = (f"Without a memory, the LTM's bits take {reaches:,.0f} steps." if reaches else
+                "Without a memory, the LTM's bits are reached in none of these trainings.")
     figure = new_figure(height, results, [], "What else would have bought the gain", sentence,
-                        "Recall: forced choice, beyond the window and inside it; verbatim.")
+                        "Each training has a schedule of its own. Recall: forced choice, verbatim.")
     page = Page(figure)
     bits = {arm: curve[arm] for arm in (REFERENCE, EXPLAINED)}
     panels = ((bits, ("Bits per character", "lower is better")),
-              ({EXPLAINED: curve["ratio"]}, ("By the baseline's", "of the same steps; below 1 is better")),
-              (recalls_of_study(results, "recall"), ("Recall beyond the window", "share right, higher is better")),
-              (recalls_of_study(results, "recall_inside"), ("Inside the window", "share right, higher is better")))
+              ({EXPLAINED: curve["ratio"]}, ("By the baseline's", "below 1 is better")),
+              (recalls_of_study(results, "recall"), ("Recall beyond", "the window, share right")),
+              (recalls_of_study(results, "recall_inside"), ("Recall inside", "the window, share right")))
     for number, (curves, what) in enumerate(panels):
         axes = page.panel(0.35 + 2.15 * number, 1.5, 1.7, 1.5)
         if curve["steps"]:
