@@ -1711,7 +1711,9 @@ class Indirect:
         """All of it; None where there was no text for it."""
         if not self.distances:
             return None
-        arms = {arm: {kind: self.kind(arm, kind) for kind in ("verbatim", *INDIRECT)} | {"matrix": self.matrix(arm)}
+        # of one format alone there is no other to ask in
+        kinds = [kind for kind in ("verbatim", *INDIRECT) if self.cells(kind, self.distances)]
+        arms = {arm: {kind: self.kind(arm, kind) for kind in kinds} | {"matrix": self.matrix(arm)}
                 for arm in self.evidence.seeds}
         return {"means": INDIRECT, "chance": 1 / self.exam.settings.facts, "distances": self.distances,
                 "long_range": self.far, "trials": self.exam.settings.indirect_trials, "arms": arms}
@@ -2150,8 +2152,8 @@ def about_explored(model):
 
 def pack_of(text, model):
     """One text alone as a Pack."""
-    width = model.config.stm_window
-    pack, = packs([text], width, model.device, FULL, (1, rows_of(text, width)))
+    width, settings = model.config.stm_window, dataclasses.replace(FULL, eot=model.config.pad_token_id)
+    pack, = packs([text], width, model.device, settings, (1, rows_of(text, width)))
     return pack
 
 
@@ -2972,7 +2974,9 @@ def print_indirect(detail, arms):
     indirect = detail["indirect"]
     if indirect and indirect["long_range"]:
         print(f"\nright value among {1 / indirect['chance']:.0f}, beyond the window")
-        for kind in ("verbatim", *INDIRECT):
+        for kind in next(iter(indirect["arms"].values())):
+            if kind == "matrix":
+                continue
             shares = [indirect["arms"][arm][kind]["long_range"]["forced_choice"] for arm in arms]
             print(f"{kind:20}" + "".join(f"{share:>12.3f}" for share in shares))
     for arm, part in detail["calibration"]["arms"].items():

@@ -408,10 +408,12 @@ def load_tokenizer(root, quick=False):
     """The tokenizer in `root`/data/tokenizer, GPT-2's or that of another model; raises StageError
     where a file is missing or another one.
     """
-    from transformers import AutoTokenizer, GPT2TokenizerFast
+    from transformers import GPT2TokenizerFast
 
     folder, again = Path(root) / "data" / "tokenizer", command("download_models.py", root, quick)
     if (folder / "manifest.json").exists():
+        from transformers import AutoTokenizer      # brings torch, which GPT-2's does not
+
         again = command("prepare_data.py --tokenizer MODEL", root, quick)
         read_manifest(folder, again)
         return settled(AutoTokenizer.from_pretrained(folder), folder, again)
@@ -499,7 +501,10 @@ def read_meta(root, again):
     try:
         parts = {name: meta["splits"][name] for name in ("train", "val")}
         counts = [part[name] for part in parts.values() for name in ("documents", "tokens", "bytes")]
+        whole = [meta.get("eot", EOT), meta.get("vocab_size", EOT + 1)]
         usable = (meta["format"] == 1 and {"source", "quick"} <= meta.keys()
+                  and meta.get("dtype", "uint16") in ("uint16", "uint32")
+                  and all(type(number) is int and number >= 0 for number in whole)
                   and all("sha256" in part for part in parts.values())
                   and all(type(count) is int and count > 0 for count in (meta["window"], *counts)))
     except (KeyError, TypeError):

@@ -909,9 +909,10 @@ PLUMBING = {"argparse", "netrc", "queue", "signal", "subprocess", "threading", "
     ("4.57.3", False), ("5.0.0", False), ("5.2.9", False), ("5.3.0", True), ("5.10.1", True), ("6.0.0.dev0", True)])
 def test_a_version_that_does_not_work_is_named_where_the_code_is_loaded(monkeypatch, version, taken):
     """Nothing of what came with version 5 is asked for before that; "5.10" is more than "5.3"."""
-    monkeypatch.setattr(models.transformers, "__version__", version)
+    transformers = importlib.import_module("transformers")  # as the file will find it
+    monkeypatch.setattr(transformers, "__version__", version)
     if not taken:
-        monkeypatch.delattr(models.transformers, "PreTrainedConfig")
+        monkeypatch.delattr(transformers, "PreTrainedConfig")
     again = importlib.util.module_from_spec(importlib.util.spec_from_file_location("again", models.__file__))
     with nullcontext() if taken else pytest.raises(ImportError, match=f"5.3 or later, not {version}: pip install"):
         again.__spec__.loader.exec_module(again)

@@ -324,7 +324,7 @@ def test_without_anything_to_explore_the_page_says_so(opened, tmp_path, monkeypa
     root = build(tmp_path / "run", synthetic(seeds=1))
     plot_eval.main(["--root", str(root)])
     told = opened(path=root / "results.html")
-    assert f"python eval.py --root {root}" in told.page.text_content("main")
+    assert f"python eval.py --report --root {root}" in told.page.text_content("main")
     assert told.page.locator("#words").count() == 0
 
 
@@ -345,7 +345,7 @@ def full_size(draw, count=8, length=512):
     items = ";".join(" ".join(f"{place},{draw.random():.4f},{draw.random():.3f}" for place in
                               draw.integers(0, max(1, at), 6)) for at in range(length))
     def stated(row, rows):
-        moment = {"after": 62, "held": " ".join(f"{n}-{n + 9}" for n in range(0, rows, 20)), "of": 1_000}
+        moment = {"after": 62, "held": " ".join(f"{n}-{min(n + 9, rows - 1)}" for n in range(0, rows, 20)), "of": 1_000}
         return plain | {"columns": "a b c d e f", "rows": "\n".join([row] * rows), "moments": [moment] * 10}
 
     plain = {"bits": line(20), "bits_off": line(20)}

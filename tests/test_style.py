@@ -176,8 +176,10 @@ def test_every_command_that_is_advised_is_taken(text, monkeypatch, tmp_path):
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", taken)
     script, *flags = text.split()
-    values = {"--text": "a.jsonl", "--seed": "0"}
-    flags = [word for flag in flags for word in (flag, values.get(flag)) if word]
+    values = {"--text": "a.jsonl", "--seed": "0", "--into": "mine", "--on": "mine", "--explore": "a.txt",
+              "--tokenizer": "gpt2", "--to": "gpt2"}
+    lone = [following.startswith("--") for following in [*flags[1:], "--"]]         # no value is named
+    flags = [word for flag, alone in zip(flags, lone) for word in (flag, alone and values.get(flag)) if word]
     needs_arm = script == "train.py" and not any(flag.startswith(("--baseline", "--with")) for flag in flags)
     main = importlib.import_module(script.removesuffix(".py")).main
     with pytest.raises(Taken):
