@@ -145,8 +145,8 @@ def jsonable(settings):
 
 FULL = Settings()
 QUICK = Settings(pack=16, trials=8, distances=(64, 160, 256), long_range=(160, 256), distractors=(0, 64),
-                 dialogues=6, needles=(512,), hops=(1, 2), hop_tokens=256, streamed=6, indirect=(160,),
-                 indirect_trials=1, timed=1, fitted=6)
+                 dialogues=4, needles=(512,), hops=(1, 2), hop_tokens=256, streamed=2, indirect=(160,),
+                 indirect_trials=1, repeats=2, timed=1, fitted=6)
 
 REFERENCE = "baseline"          # what every other arm is compared with
 SIGNIFICANT = 0.05

@@ -77,6 +77,9 @@ CASES = {
 BARE = [name for name, (_, settings) in CASES.items() if not settings or name in ("store", "bank", "mag")]
 every_case = pytest.mark.parametrize("name", CASES)
 every_kind = pytest.mark.parametrize("name", BARE)
+# what no setting changes the way of: each kind, and with -m slow its other settings, too
+most_cases = pytest.mark.parametrize("name", [name if name in BARE else pytest.param(name, marks=pytest.mark.slow)
+                                              for name in CASES])
 
 
 def make(name, awake=True, seed=1, **more):
@@ -164,7 +167,7 @@ def test_it_starts_as_the_baseline(name):
     assert differ(begun, model(ids).logits) < 1e-5
 
 
-@every_case
+@most_cases
 def test_awake_it_has_a_say(name):
     model, ids = make(name), text()
     on = model(ids).logits
@@ -208,7 +211,7 @@ def test_nothing_crosses_the_start_of_a_sequence_or_a_lane(name):
     assert differ(each[3:4], lone) < CLOSE
 
 
-@every_case
+@most_cases
 def test_sequences_of_a_batch_share_nothing(name):
     model, ids = make(name), text(3)
     together = model(ids).logits
@@ -216,7 +219,7 @@ def test_sequences_of_a_batch_share_nothing(name):
         assert differ(model(ids[b:b + 1]).logits, together[b:b + 1]) < CLOSE
 
 
-@every_case
+@most_cases
 @pytest.mark.parametrize("sizes", [None, [TEXT], [1], [7, 30]], ids=str)
 def test_padded_on_the_left_each_reads_as_if_alone(name, sizes):
     model, ids = make(name), text(3)
@@ -247,7 +250,7 @@ def test_the_state_is_bounded_and_what_it_was_given_is_unchanged(name):
         assert all(torch.equal(x, before[key]) for key, x in given.items())
 
 
-@every_case
+@most_cases
 def test_a_single_token_asks_the_host_for_nothing(name):
     """On the meta device there are no numbers: whoever asks for one, or for a shape that depends on one, fails."""
     model = make(name).to("meta")
@@ -271,7 +274,7 @@ def test_saved_and_loaded_it_goes_on(name, tmp_path):
     assert differ(rest, whole[:, 37:]) < CLOSE
 
 
-@every_case
+@most_cases
 def test_the_next_turn_remembers_and_a_cleared_cache_does_not(name):
     """Persistent: the cache is passed in again; ephemeral: it is cleared, or another one is taken."""
     model, ids = make(name), text()
@@ -284,7 +287,7 @@ def test_the_next_turn_remembers_and_a_cleared_cache_does_not(name):
     assert all(torch.equal(x, cache.state[key]) for key, x in model.new_cache(2).state.items()) is False
 
 
-@every_case
+@most_cases
 def test_beams_take_their_memories_along(name):
     model, ids = make(name), text()
     _, cache = streamed(model, ids[:, :45], [45])
@@ -325,7 +328,7 @@ def test_from_the_second_step_on_every_parameter_has_a_gradient(name, chained):
 
 
 @with_gradients
-@every_case
+@most_cases
 def test_in_bfloat16_it_computes_the_same_up_to_rounding(name, monkeypatch):
     """As on a GPU: every matrix is bfloat16, every vector float32."""
     model = make(name, awake=False).train()
@@ -345,7 +348,7 @@ def test_in_bfloat16_it_computes_the_same_up_to_rounding(name, monkeypatch):
 
 @with_gradients
 @every_kind
-@pytest.mark.parametrize("chained", [False, True])
+@pytest.mark.parametrize("chained", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_compiler_takes_it_whole(name, chained):
     """No graph breaks, with gradients: what training on a GPU needs."""
     model = make(name).train()
@@ -459,7 +462,7 @@ def test_in_double_precision_both_forms_are_one(name):
     assert model.generate(ids, max_new_tokens=3, min_new_tokens=3).size(1) == ids.size(1) + 3
 
 
-@every_case
+@most_cases
 def test_statistics_are_scalars_that_it_names(name):
     model = make(name).train()
     tokens, targets = rows_of()
@@ -470,7 +473,7 @@ def test_statistics_are_scalars_that_it_names(name):
         assert all(f"`{key}`" in type(model.memory).__doc__ for key in watched if not isinstance(model.memory, Mean))
 
 
-@every_case
+@most_cases
 def test_names_of_parameters_are_there(name):
     memory = make(name).memory
     names = {key for key, _ in memory.named_parameters()}
