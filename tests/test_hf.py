@@ -544,7 +544,8 @@ def test_a_prefill_in_chunks_refuses_what_one_at_once_does(any_model, ids):
 
 # ------------------------------------------------------------------------------------ compiled
 
-@pytest.mark.parametrize("how", [dict(use_cache=False), dict(num_beams=2), dict(do_sample=True)], ids=str)
+@pytest.mark.parametrize("how", [dict(use_cache=False), pytest.param(dict(num_beams=2), marks=pytest.mark.slow),
+                                 pytest.param(dict(do_sample=True), marks=pytest.mark.slow)], ids=str)
 def test_compiled_every_strategy_gives_its_text(model, ids, how):
     how = dict(max_new_tokens=3, min_new_tokens=3) | how
     torch.manual_seed(3)

@@ -272,7 +272,8 @@ with torch.no_grad():
 """
 
 
-@pytest.fixture(scope="module", params=["gpt2", "llama"])
+# the second family's tokenizer and layers have tests of their own above; its whole pipeline is slow
+@pytest.fixture(scope="module", params=["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
 def trained(request, tmp_path_factory):
     """(root, the model's folder) after tokenizer, data, two arms with and two without LoRA."""
     base = tmp_path_factory.mktemp(request.param)
