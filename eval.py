@@ -1519,26 +1519,16 @@ def summarise_bpc(evidence):
             paired_bootstrap(alone, evidence.seeds, of_windows, settings))
 
 
-class Recall:
-    """The recall part of results.json: means over formats and seeds, the same questions for
-    every arm."""
+class Said:
+    """What the arms said to the questions of some cells, {cell: [Question]}; means over formats and
+    seeds, the same questions for every arm. kind: what the names of their tensors begin with."""
 
-    def __init__(self, evidence):
+    def __init__(self, evidence, asked, kind=""):
         self.evidence, self.exam = evidence, evidence.exam
         self.outcomes, self.nats = {}, {}
         for key, one in evidence.measured.items():
-            self.outcomes[key] = self.exam.split(one.tensors["outcomes"])
-            self.nats[key] = self.exam.split(one.tensors["value_nats"])
-
-    def at(self, distances, forms=None):
-        """The cells of some distances without distractors."""
-        forms = forms or self.exam.settings.forms
-        return [(form, distance, 0) for form in forms for distance in distances]
-
-    def places(self, cells):
-        """Which questions of all are those of some cells: (n,) int64."""
-        numbers = self.exam.split(np.arange(len(self.exam.questions)))
-        return np.concatenate([numbers[cell] for cell in cells])
+            self.outcomes[key] = by_cell(asked, one.tensors[f"{kind}outcomes"])
+            self.nats[key] = by_cell(asked, one.tensors[f"{kind}value_nats"])
 
     def gather(self, arm, outcome, cells, seeds=None):
         """One of the OUTCOMES on some cells: bool (seeds, questions)."""
@@ -1552,6 +1542,28 @@ class Recall:
         seeds, count = right.shape
         return {"mean": float(right.mean()), "ci95": wilson(right.sum() / seeds, count)}
 
+    def value_nats(self, arm, cells):
+        """Mean -ln p of the right value."""
+        found = [self.nats[arm, seed][cell] for seed in self.evidence.seeds[arm] for cell in cells]
+        return float(np.mean(found, dtype=np.float64))
+
+
+class Recall(Said):
+    """The recall part of results.json."""
+
+    def __init__(self, evidence):
+        super().__init__(evidence, evidence.exam.asked)
+
+    def at(self, distances, forms=None):
+        """The cells of some distances without distractors."""
+        forms = forms or self.exam.settings.forms
+        return [(form, distance, 0) for form in forms for distance in distances]
+
+    def places(self, cells):
+        """Which questions of all are those of some cells: (n,) int64."""
+        numbers = self.exam.split(np.arange(len(self.exam.questions)))
+        return np.concatenate([numbers[cell] for cell in cells])
+
     def by_format(self, arm, outcome, distances):
         """{form: share} over some distances."""
         return {form: self.share(arm, outcome, self.at(distances, [form]))["mean"]
@@ -1561,11 +1573,6 @@ class Recall:
         """Of the questions answered rightly, the share where the right item had been retrieved."""
         right = self.gather(arm, "forced_choice", cells)
         return float(self.gather(arm, "retrieved", cells)[right].mean()) if right.any() else 0.0
-
-    def value_nats(self, arm, cells):
-        """Mean -ln p of the right value."""
-        found = [self.nats[arm, seed][cell] for seed in self.evidence.seeds[arm] for cell in cells]
-        return float(np.mean(found, dtype=np.float64))
 
     def pair(self, arm, distances):
         """Right answers of the baseline and of an arm, on the arm's seeds."""
@@ -1651,18 +1658,14 @@ class Recall:
                 "distractors": [self.distracted(*row) for row in self.exam.distractors.items()]}
 
 
-class Indirect:
+class Indirect(Said):
     """The part of results.json about questions that no string match answers: forced choice, top-1
     and -ln p of the right value over distance, for every arm; verbatim recall of the same facts
     beside it."""
 
     def __init__(self, evidence):
-        self.evidence, self.exam = evidence, evidence.exam
-        cells = self.exam.indirect
-        self.outcomes = {key: by_cell(cells, one.tensors["indirect_outcomes"])
-                         for key, one in evidence.measured.items()}
-        self.nats = {key: by_cell(cells, one.tensors["indirect_value_nats"])
-                     for key, one in evidence.measured.items()}
+        cells = evidence.exam.indirect
+        super().__init__(evidence, cells, "indirect_")
         self.distances = list(dict.fromkeys(cell[-1] for cell in cells))
         self.far = [distance for distance in self.distances if distance in self.exam.settings.long_range]
 
@@ -1676,17 +1679,6 @@ class Indirect:
             if what == kind and distance in distances:
                 found.append(cell)
         return found
-
-    def share(self, arm, outcome, cells):
-        """As Recall.share."""
-        row, seeds = OUTCOMES.index(outcome), self.evidence.seeds[arm]
-        right = np.stack([np.concatenate([self.outcomes[arm, seed][cell][row] for cell in cells]) for seed in seeds])
-        return {"mean": float(right.mean()), "ci95": wilson(right.sum() / len(seeds), right.shape[1])}
-
-    def value_nats(self, arm, cells):
-        """Mean -ln p of the right value."""
-        found = [self.nats[arm, seed][cell] for seed in self.evidence.seeds[arm] for cell in cells]
-        return float(np.mean(found, dtype=np.float64))
 
     def scores(self, arm, cells):
         """The three numbers of an arm on some cells."""
@@ -2758,6 +2750,12 @@ class Controls:
         return self.found
 
 
+def texts_to_fit(place, settings):
+    """The documents of train.bin that something is fitted to: a list of (n,) int64 arrays."""
+    rows, _ = load_split(place.root, "train", place.quick)
+    return [text for text in documents(rows, settings.eot) if len(text) > 1][:settings.fitted]
+
+
 def measured_controls(evidence, meta, place):
     """The rows of Controls of the LTM's first seed, from their file or, where that does not
     hold, measured and written."""
@@ -2781,8 +2779,7 @@ def measured_controls(evidence, meta, place):
     if is_hosted(hybrid):
         raise StageError("--controls changes this project's own backbone, and these arms have that of "
                          "another model; leave --controls out")
-    rows, _ = load_split(place.root, "train", place.quick)
-    training = [text for text in documents(rows, exam.settings.eot) if len(text) > 1][:exam.settings.fitted]
+    training = texts_to_fit(place, exam.settings)
     of_baseline = bits(arms[REFERENCE].tensors["log_p"]).sum()
     rate = float(arms["with_ltm"].tensors["stored"].mean())
     controls = Controls(hybrid, baseline, of_baseline, rate, training, exam)
@@ -2872,8 +2869,7 @@ def study(exam, meta, place):
     evidence = of_study(exam, meta, place)
     rows = rows_of_study(evidence, place)
     baseline, _ = load_arm(0, USUAL[0], place)
-    training, _ = load_split(place.root, "train", place.quick)
-    texts = [text for text in documents(training) if len(text) > 1][:exam.settings.fitted]
+    texts = texts_to_fit(place, exam.settings)
     of_baseline = bits(evidence.first(REFERENCE).tensors["log_p"]).sum()
     free = Controls(baseline, baseline, of_baseline, 0.0, texts, exam).training_free()
     return {"rows": rows, "curve": curve_of(rows), "training_free": free,
@@ -2914,14 +2910,14 @@ def documents_of(rows, part, eot=EOT):
 def open_documents(args, root):
     """(rows, meta, settings, Place) of the documents that the flags name; raises StageError where
     they are missing or damaged."""
-    settings, device = QUICK if args.quick else FULL, pick_device()
+    device, meta = pick_device(), read_meta(root, command("prepare_data.py", root, args.quick))
+    settings = dataclasses.replace(QUICK if args.quick else FULL, eot=meta["eot"])
     if args.on:
         rows, own = load_own(root, args.on, args.quick)
-        meta = read_meta(root, command("prepare_data.py", root, args.quick))
         meta = meta | {"source": own["source"], "splits": meta["splits"] | {"val": own["split"]}}
         place = Place(root, args.quick, device, f" --on {args.on}", f"_on_{args.on}")
         return rows, meta, settings.of_part(REPORTED), place
-    rows, meta = load_split(root, "val", args.quick)
+    rows, _ = load_split(root, "val", args.quick)
     part = REPORTED if args.report else CHOOSING
     if (rows[:, 0] == meta["eot"]).sum() < FOURTH:
         part = WHOLE
@@ -3043,7 +3039,6 @@ def main(argv=None):
     if args.controls and "with_ltm" not in arms:
         raise StageError(f"--controls asks about with_ltm, which is not here; train it with: "
                          f"{train_command(0, 'with_ltm', place)}")
-    settings = dataclasses.replace(settings, eot=meta["eot"])
     exam = make_exam(place.root, rows, meta, tokenizer, settings, args.quick)
     tokens = sum(len(text) - 1 for text in exam.texts)
     which = f"data/{args.on}.bin" if args.on else PARTS[settings.part]
