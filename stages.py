@@ -275,15 +275,6 @@ def sha256(path):
     return digest.hexdigest()
 
 
-def follow_umask(path):
-    """Give a file the mode that open() would have given it: safetensors writes 0600, for its
-    owner's eyes only.
-    """
-    mask = os.umask(0)
-    os.umask(mask)
-    os.chmod(path, 0o666 & ~mask)
-
-
 def fsync(path):
     """Bring a file's bytes to the disk."""
     with open(path, "rb") as file:

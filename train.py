@@ -45,7 +45,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from stages import (ARMS, EOT, STUDY, StageError, Wandb, about, arm_flag, arm_folder, command, compiled, default_root,
-                    device_name, follow_umask, fsync, has_compiler, init_name, is_hosted, load_model, load_split,
+                    device_name, fsync, has_compiler, init_name, is_hosted, load_model, load_split,
                     load_tokenizer, lock, lower_precision, one_line, parser_of, pick_device, read_json, read_manifest,
                     recut, run_stage, save_model, seed_number, sha256, write_atomic, write_json, write_manifest)
 
@@ -513,6 +513,8 @@ def save_tensors(tensors, path, **metadata):
     """Write a safetensors file that is on the disk when this returns, readable by whom the umask
     lets.
     """
+    from models import follow_umask                      # which brings transformers: not for --help
+
     save_file(tensors, path, metadata=metadata or None)
     follow_umask(path)
     fsync(path)
