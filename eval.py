@@ -835,8 +835,8 @@ def last_word(model, final, row, column, log_p_stm, truth, fact):
     """
     memory, never = model.active, torch.zeros_like(truth, dtype=torch.bool)
     if isinstance(memory, LongTermMemory):
-        read, values, stored, odds = memory.read(final)
-        weight = read.weights(odds)[row, column]
+        read, values, stored = memory.read(final)
+        weight = read.weights[row, column]
         retrieved = ((weight > 0) & (values[row] == truth[:, None])).any(1)
         log_p = mix(log_p_stm[:, None], weight[:, None], values[row])[:, 0]
         return log_p, stored.flatten()[fact], retrieved
@@ -2167,8 +2167,8 @@ def draws_of(model, text, most):
     h, _ = states(model, pack)
     log_p, log_z = model.log_p(h, pack.targets)
     parts = [x.flatten(0, 1)[None, :length] for x in (h, pack.tokens, pack.targets, log_p, log_z)]
-    read, _, stored, odds = model.memory.read(Final(*parts, model.embed_detached, None))
-    weight = read.weights(odds)[0]                          # (T, T)
+    read, _, stored = model.memory.read(Final(*parts, model.embed_detached, None))
+    weight = read.weights[0]                                # (T, T)
     share = weight / (1 + weight.sum(-1, keepdim=True))
     best = share.topk(min(most, length))
     cosine = read.cosine[0].amax(0).gather(1, best.indices).tolist()
@@ -2331,37 +2331,30 @@ def altered(model, memory_class=None, model_class=None, **settings):
 
 
 class OtherReads(LongTermMemory):
-    """What is retrieved and the odds of looking up are changed: change(Reading, odds) gives
-    both."""
+    """What is retrieved is changed: change(Reading) is another one."""
 
     def __init__(self, config, change):
         super().__init__(config)
         self.change = change
 
     def read(self, final):
-        read, values, stored, odds = super().read(final)
-        read, odds = self.change(read, odds)
-        return read, values, stored, odds
+        read, values, stored = super().read(final)
+        return self.change(read), values, stored
 
 
-def reads_off(read, odds):
+def reads_off(read):
     """Nothing is retrieved."""
-    return Reading(*map(torch.zeros_like, read)), odds
+    return Reading(*map(torch.zeros_like, read))
 
 
-def always_looked_up(read, odds):
-    """Every position looks up through the learned addresses."""
-    return read, torch.ones_like(odds)
+def exact_alone(read):
+    """Learned addresses find nothing."""
+    return read._replace(learned=torch.zeros_like(read.learned))
 
 
-def never_looked_up(read, odds):
-    """No position looks up through the learned addresses."""
-    return read, torch.zeros_like(odds)
-
-
-def learned_only(read, odds):
-    """Exact addresses find nothing."""
-    return read._replace(exact=torch.zeros_like(read.exact)), odds
+def learned_alone(read):
+    """Exact addresses and rare words find nothing."""
+    return read._replace(exact=torch.zeros_like(read.exact))
 
 
 class RandomTokens(LongTermMemory):
@@ -2409,13 +2402,12 @@ class NeuralCache(LongTermMemory):
         stored = targets != self.eot
         # only the key is asked for
         address = Address(*[targets] * len(Address._fields))._replace(key=h)
-        items, values, visible = self.candidates(address, targets, stored, final.opens)
+        items, values, age = self.candidates(address, targets, stored, final.opens)
         match = self.theta * (h.float() @ items.key.float().mT)         # (N, C, I)
         # at the start there is none
-        cache = match.masked_fill(~visible, -math.inf).softmax(-1).nan_to_num()
+        cache = match.masked_fill(~self.visible(age), -math.inf).softmax(-1).nan_to_num()
         weight = self.share / (1 - self.share) * cache
-        read = Reading(weight, torch.zeros_like(weight), None)
-        return read, values, stored, -torch.ones_like(final.log_p)
+        return Reading(weight, torch.zeros_like(weight), None), values, stored
 
 
 def neural_cache(model, slots, theta, share=0.5):
@@ -2451,13 +2443,12 @@ def fit_cache(model, texts, slots, width, settings):
 def exact_only(model, trust):
     """The LTM with no learned part, on the backbone of a model: exact addresses alone, with
     these log weights."""
-    twin = altered(model, LongTermMemory, memory="ltm", memory_enabled=True, ltm_exact_trust=0.0)
+    twin = altered(model, LongTermMemory, memory="ltm", memory_enabled=True, ltm_same=0.0, ltm_near=0.0)
     memory = twin.memory = copy.deepcopy(twin.memory)
-    for weight in memory.parameters():
+    for weight in memory.parameters():                      # vectors of zeros are similar to nothing
         weight.zero_()
-    _, trusts, _, is_open = memory.from_state.bias[:sum(memory.sizes)].split(memory.sizes)
+    _, trusts, _ = memory.from_state.bias[:sum(memory.sizes)].split(memory.sizes)
     trusts[:memory.config.ltm_ngrams] = torch.tensor(trust)
-    is_open.fill_(-1.0)
     return twin
 
 
@@ -2535,8 +2526,9 @@ class Mixture(LongTermMemory):
         grams = [lagged(final.tokens, lag, opens, self.eot) for lag in range(self.config.ltm_ngrams)]
         address = Address(*[targets] * len(Address._fields))._replace(
             grams=torch.stack(grams, -1), known=lagged(surprising, 1, opens, False), key=h)
-        items, values, visible = self.candidates(address, targets, stored, opens)
-        same, matches = visible, []
+        items, values, age = self.candidates(address, targets, stored, opens)
+        visible, matches = self.visible(age), []
+        same = visible
         for n in range(self.config.ltm_ngrams):
             same = same & (address.grams[..., n, None] == items.grams[:, None, :, n])
             matches.append(same & address.known[..., None] & items.known[:, None] if n == 0 else same)
@@ -2548,7 +2540,7 @@ class Mixture(LongTermMemory):
         weight = math.exp(cache) * (theta * products).masked_fill(~visible, -math.inf).softmax(-1).nan_to_num()
         weight = weight + sum(math.exp(one) * found for one, found in zip(trust, matches))
         weight = weight * (slope * self.entropy(final.h)).exp()[..., None]
-        return Reading(weight, torch.zeros_like(weight), None), values, stored, -torch.ones_like(final.log_p)
+        return Reading(weight, torch.zeros_like(weight), None), values, stored
 
 
 def training_free(model, slots, scalars):
@@ -2633,7 +2625,6 @@ def memory_controls(model, rate):
         return ladder(model, group, setting, values)
 
     at_random = altered(model, functools.partial(RandomTokens, rate=rate))
-    as_in_training = "matches {} as in training".format
     return [("reads", "as trained", model),
             ("reads", "reads off", reads(reads_off)),
             ("reads", "values shuffled", altered(model, ShuffledValues)),
@@ -2642,11 +2633,10 @@ def memory_controls(model, rate):
             *ladder_of("cosine threshold", "ltm_cosine", -2, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95),
             *ladder_of("surprisal threshold, bits", "ltm_surprisal_bits", 0, 2, 3, 4.5, 6, 8),
             *ladder_of("slots", "ltm_slots", 16, 64, 128, 256, 512, 1024),
-            ("look-ups", "made at every position", reads(always_looked_up)),
-            ("look-ups", "exact addresses only", reads(never_looked_up)),
-            ("look-ups", "learned addresses only", reads(learned_only)),
-            ("look-ups", f"exact {as_in_training('trusted')}", altered(model, ltm_exact_trust=0.0)),
-            ("look-ups", f"learned {as_in_training('weighed')}", altered(model, ltm_crowding=0.0))]
+            ("addresses", "exact ones only", reads(exact_alone)),
+            ("addresses", "learned ones only", reads(learned_alone)),
+            ("addresses", "no rare words", altered(model, ltm_same=0.0, ltm_near=0.0)),
+            ("addresses", "rare words in their place only", altered(model, ltm_near=0.0))]
 
 
 class Controls:

@@ -65,15 +65,14 @@ class RevenaConfig(PreTrainedConfig):
         ltm_surprisal_bits: a token is stored when -log2 p_stm(token) exceeds this.
         ltm_cosine: an item is retrieved when the cosine of its key with the query exceeds this.
         ltm_ngrams: exact addresses: one for the last token, one for the last two, ... (no parameters).
-        ltm_learned: learned addresses. ltm_dim: dimensions of an address.
+        ltm_learned: learned addresses. ltm_dim: dimensions of an address. ltm_hidden: width of their network.
         ltm_sharpness, ltm_plausibility: of an item found through a learned address, how its weight falls with the
             cosine and with log p_stm of its value.
-        ltm_price: nats that a look-up through the learned addresses must be expected to save.
+        ltm_rare_bits: a word is rare where its surprisal exceeds this. ltm_same, ltm_near: weight of an item for each
+            rare word that stands as far before it as before the query; and elsewhere among the last ltm_ngrams tokens.
+        ltm_rare_fade: power of an item's age with which those two fall.
         ltm_stm_loss: weight in training of log p_stm beside the log p of the mixture.
-        ltm_exact_trust: nats, for each token that matched, that what an exact address finds is trusted beyond what
-            training made of it: in eval mode only, so that losses of the two modes differ by it.
-        ltm_crowding, ltm_shown: of a query that sees n items, what learned addresses find weighs (ltm_shown / n) to
-            this power, where n is larger; in eval mode only, too. A training row ends with some 74.
+        ltm_share: share of the probability that comes from items where that counts as a hit.
         ltm_random: a control: this share of all tokens is stored, whatever their surprisal; 0: by surprisal.
     """
 
@@ -83,8 +82,8 @@ class RevenaConfig(PreTrainedConfig):
     def __init__(self, vocab_size=50257, n_layer=8, n_embd=640, n_head=10, n_inner=None, n_positions=2048,
                  stm_window=128, memory="ltm", memory_enabled=True, memory_settings=None,
                  ltm_slots=256, ltm_surprisal_bits=4.5, ltm_cosine=0.8, ltm_ngrams=3, ltm_learned=4, ltm_dim=64,
-                 ltm_sharpness=40.0, ltm_plausibility=0.45, ltm_price=0.024, ltm_stm_loss=0.3,
-                 ltm_exact_trust=0.5, ltm_crowding=0.6, ltm_shown=64, ltm_random=0.0, **kwargs):
+                 ltm_hidden=512, ltm_sharpness=40.0, ltm_plausibility=0.45, ltm_rare_bits=14.0, ltm_same=0.5,
+                 ltm_near=0.01, ltm_rare_fade=0.25, ltm_stm_loss=1.0, ltm_share=0.1, ltm_random=0.0, **kwargs):
         self.vocab_size = vocab_size
         self.n_layer = n_layer
         self.n_embd = n_embd
@@ -101,18 +100,20 @@ class RevenaConfig(PreTrainedConfig):
         self.ltm_ngrams = ltm_ngrams
         self.ltm_learned = ltm_learned
         self.ltm_dim = ltm_dim
+        self.ltm_hidden = ltm_hidden
         self.ltm_sharpness = ltm_sharpness
         self.ltm_plausibility = ltm_plausibility
-        self.ltm_price = ltm_price
+        self.ltm_rare_bits = ltm_rare_bits
+        self.ltm_same = ltm_same
+        self.ltm_near = ltm_near
+        self.ltm_rare_fade = ltm_rare_fade
         self.ltm_stm_loss = ltm_stm_loss
-        self.ltm_exact_trust = ltm_exact_trust
-        self.ltm_crowding = ltm_crowding
-        self.ltm_shown = ltm_shown
+        self.ltm_share = ltm_share
         self.ltm_random = ltm_random
         special = dict(bos_token_id=EOT, eos_token_id=EOT, pad_token_id=EOT, tie_word_embeddings=True)
         super().__init__(**special | kwargs)
-        if min(ltm_ngrams, ltm_learned, ltm_shown) < 1:
-            raise ValueError("ltm_ngrams, ltm_learned and ltm_shown must be at least 1")
+        if min(ltm_ngrams, ltm_learned) < 1:
+            raise ValueError("ltm_ngrams and ltm_learned must be at least 1")
 
 
 # ------------------------------------------------------------ the backbone of all arms
@@ -467,28 +468,29 @@ class Address(NamedTuple):
 
     grams: torch.Tensor         # (.., E) the tokens x_t, x_{t-1}, ..: exact addresses
     known: torch.Tensor         # (..,) bool: x_t was stored
+    rare: torch.Tensor          # (.., E) the same tokens where they are rare words, elsewhere NOT_RARE
     query: torch.Tensor         # (.., K, A) unit vectors: what t looks for
     key: torch.Tensor           # (.., K, A) what the token after t is filed under
-    trust: torch.Tensor         # (.., H) log weight of what t finds, H = E + K
-    strength: torch.Tensor      # (.., H) log weight of the item filed at t
-    open: torch.Tensor          # (..,) log odds that looking up through the learned addresses pays
+    trust: torch.Tensor         # (.., E + K) log weight of what t finds
+    strength: torch.Tensor      # (.., K) log weight of the item filed at t, through learned addresses
 
 
 class Reading(NamedTuple):
     """What the positions of some rows retrieved from I candidate items each."""
 
     exact: torch.Tensor         # (N, C, I) weights through the exact addresses; 0: not retrieved
-    learned: torch.Tensor       # (N, C, I) weights through the learned addresses, had every position looked up
+    learned: torch.Tensor       # (N, C, I) weights through the learned addresses
     cosine: torch.Tensor        # (N, K, C, I) of the learned addresses
 
-    def weights(self, odds):
-        """(N, C, I), the learned ones only where the log odds (N, C) of looking up through them are
-        above 0.
-        """
-        return self.exact + self.learned * (odds > 0)[..., None]
+    @property
+    def weights(self):
+        """(N, C, I) of all addresses."""
+        return self.exact + self.learned
 
 
-RING = ("grams", "known", "key", "strength", "value", "bits", "position")       # what the LTM keeps of an item
+RING = ("grams", "known", "rare", "key", "strength", "value", "bits", "position")      # what the LTM keeps of an item
+NOT_RARE = -1
+NEVER = 1 << 40                 # number of an item that there is not
 
 
 class LongTermMemory(Memory, kind="ltm"):
@@ -506,59 +508,71 @@ class LongTermMemory(Memory, kind="ltm"):
     Exact addresses: the one-hot vector of the last token, of the last two, of the last three. The
     cosine of two is 1 where all tokens agree and 0 elsewhere, so they are compared as tokens. The
     one-token address exists only where that token was itself stored: that "the" recurs says
-    nothing. Learned addresses: linear in the final state and the last three tokens; a key also
-    knows the token it files, and the state after reading it. Trust and strength are linear in the
+    nothing. Rare words: a word of more than 14 bits among the last three tokens is an address of
+    its own, wherever it stands among the three before the item; what such an address finds has a
+    fixed weight, since plain text, which hardly ever asks for it, would unlearn it. Learned
+    addresses: a network of the final state, and a matrix of the last three tokens; a key also
+    knows the token it files, and the state after reading it. Trust and strength come from the
     same.
 
-    The price of a look-up selects: a hard threshold gives no gradient to what lies below it. Each
-    position decides whether it consults the learned addresses at all; training computes both
-    losses, with and without, the one with it plus a price, and weighs them by the probability of
-    looking up, so the odds learn from every position.
+    Every weight falls with a power of the item's age, in items stored since: learned, but for
+    rare words. So the newest of equal matches counts most, and the sum stays small where a long
+    text fills the memory as no training row does. Nothing is switched off by a threshold that
+    training could close for good: what should not be trusted weighs little.
 
     The state: a ring of the items' fields (RING), `count` of items ever stored, and of the last
-    position `h`, `log_z`, `tail` (the last E tokens), `stored` (the last token was), `started`,
-    `place`.
+    position `h`, `log_z`, `tail` and `surprise` (the last E tokens, and their surprisal in bits),
+    `stored` (the last token was), `started`, `place`.
     """
 
-    hit_means = "predictions that retrieved at least one item"
+    hit_means = "predictions of which items gave at least a tenth (ltm_share)"
+    FADES = (0.25, 1.0)         # where the powers of exact and of learned addresses start
 
     def __init__(self, config):
         super().__init__(config)
         D, A, E, K = config.n_embd, config.ltm_dim, config.ltm_ngrams, config.ltm_learned
-        H = E + K
-        self.sizes = (K * A, H, H, 1)                                   # address, trust, strength, open
+        self.sizes = (K * A, E + K, K)                                  # address, trust, strength
         self.eot = config.pad_token_id
         self.foreign = getattr(config, "host", None) is not None        # then states come in any size
         self.width = -(-sum(self.sizes) // 16) * 16                     # aligned for tensor cores
-        # each part has room for all four, also where an address takes only the first and the
+        # each part has room for all three, also where an address takes only the first and the
         # third (of x, h at t+1)
         self.from_state = Affine(D, 2 * self.width)                     # as h_t, h_{t+1}
+        self.hidden = Affine(D, config.ltm_hidden)
+        self.from_hidden = Affine(config.ltm_hidden, 2 * self.width)    # the same
         self.from_tokens = nn.Linear(D, (1 + E) * self.width, bias=False)       # as x_{t+1}, x_t, x_{t-1}, ..
+        exact, learned = self.FADES
+        self.fade = nn.Parameter(torch.tensor([exact] * E + [learned] * K))
 
     # ---- addresses
 
-    def addresses(self, h, tokens, known, embed, shift):
+    def addresses(self, h, tokens, known, rare, embed, shift):
         """Address of each position of some lines of text, the vectors in h's dtype.
 
         Args:
             h: (N, T, D) final states. tokens: (N, T). known: (N, T) bool, the token was stored.
+            rare: (N, T) the token where it is a rare word, elsewhere NOT_RARE.
             embed: tokens -> (.., D). shift(x, lag, fill): x moved `lag` positions along its sequence.
         """
         config, used = self.config, sum(self.sizes)
-        grams = [shift(tokens, lag, self.eot) for lag in range(config.ltm_ngrams)]
-        own, after = self.from_state(norm(h) if self.foreign else h).split(self.width, dim=-1)
+        lags = range(config.ltm_ngrams)
+        grams = torch.stack([shift(tokens, lag, self.eot) for lag in lags], dim=-1)
+        words = torch.stack([shift(rare, lag, NOT_RARE) for lag in lags], dim=-1)
+        if self.foreign:
+            h = norm(h)
+        hidden = F.gelu(self.hidden(h)).to(h.dtype)
+        own, after = (self.from_state(h) + self.from_hidden(hidden)).split(self.width, dim=-1)
         ahead, *parts = self.of_tokens(tokens, embed)
         near = own + sum(shift(part, lag, 0.0) for lag, part in enumerate(parts))
         coming = shift(ahead + after, -1, 0.0)
-        query, trust, strength, is_open = near[..., :used].split(self.sizes, dim=-1)
-        value, _, value_strength, _ = coming[..., :used].split(self.sizes, dim=-1)
+        query, trust, strength = near[..., :used].split(self.sizes, dim=-1)
+        value, _, value_strength = coming[..., :used].split(self.sizes, dim=-1)
 
         def unit(x):
             heads = x.unflatten(-1, (config.ltm_learned, config.ltm_dim))
             return F.normalize(heads, dim=-1).to(h.dtype)
 
-        return Address(torch.stack(grams, dim=-1), known, unit(query), unit(query + value), trust,
-                       strength + value_strength, is_open[..., 0])
+        return Address(grams, known, words, unit(query), unit(query + value), trust, strength + value_strength)
 
     def of_tokens(self, tokens, embed):
         """What tokens (N, T) add to the addresses of the position before them, their own, and those
@@ -580,20 +594,24 @@ class LongTermMemory(Memory, kind="ltm"):
             stored = 97 * bits % 1 < self.config.ltm_random         # digits that mean nothing: no generator, no state
         return bits, ~none & stored
 
+    def rare_words(self, tokens, bits):
+        """The tokens where their surprisal, in bits, makes them rare words, elsewhere NOT_RARE."""
+        return torch.where(bits > self.config.ltm_rare_bits, tokens, NOT_RARE)
+
     def candidates(self, address, targets, stored, opens=None):
         """The items that each row may retrieve: Address (N, I, ..) of what keys have, values (N,
-        I), visible (N, C, I).
+        I), age (N, C, I).
 
         Item i (value: the target of position i) is visible to t iff it was stored, i < t in the
-        same sequence, and fewer than `ltm_slots` items were stored after it before t. Stored
-        items are numbered; a row's candidates are the slots' worth of numbers before it and those
-        stored in it, so the cost is linear in the length.
+        same sequence, and fewer than `ltm_slots` items were stored after it before t: see
+        `visible`. Stored items are numbered; a row's candidates are the slots' worth of numbers
+        before it and those stored in it, so the cost is linear in the length.
         """
         M, (N, C) = self.config.ltm_slots, targets.shape
         if opens is None:                                   # every row is a sequence: its own tokens are candidates
             count = stored.cumsum(1)
             before = count - stored.long()                  # items stored before t
-            return address, targets, self.in_reach(before, torch.where(stored, count - 1, -1))
+            return address, targets, self.ages(before, torch.where(stored, count - 1, NEVER))
         count = stored.flatten().cumsum(0)
         before = count.view(N, C) - stored.long()
         row = torch.arange(N, device=stored.device)
@@ -602,8 +620,8 @@ class LongTermMemory(Memory, kind="ltm"):
         oldest = (before[:, 0] - M).maximum(first)
         span = torch.arange(M + C, device=stored.device)
         number = oldest[:, None] + span                     # (N, I)
-        # where the item of each number stands; a number not given out stands at 0, which in_reach
-        # hides
+        # where the item of each number stands; a number not given out stands at 0, and is too young
+        # to be visible
         given = torch.where(stored.flatten(), count - 1, N * C)
         place = torch.arange(N * C, device=stored.device)
         stands = given.new_zeros(N * C + M + C).index_copy(0, given, place)[number]
@@ -611,103 +629,112 @@ class LongTermMemory(Memory, kind="ltm"):
         def line(x):
             return x.flatten(0, 1)[stands]
 
-        items = Address(line(address.grams), line(address.known), None, line(address.key), None,
-                        line(address.strength), None)
-        return items, line(targets), self.in_reach(before, number)
+        items = Address(line(address.grams), line(address.known), line(address.rare), None, line(address.key),
+                        None, line(address.strength))
+        return items, line(targets), self.ages(before, number)
 
-    def in_reach(self, before, number):
-        """Which items, numbered `number` (N, I), -1: none, are in memory where `before` (N, C) have
-        been stored: bool (N, C, I), false for what was pushed out or is yet to come.
+    @staticmethod
+    def ages(before, number):
+        """(N, C, I): how many items were stored from the item numbered `number` (N, I) on, itself
+        included, where `before` (N, C) have been stored; below 1: it is yet to come, or never.
         """
-        low = (before - self.config.ltm_slots).clamp(min=0)
-        return (number[:, None] < before[..., None]) & (number[:, None] >= low[..., None])
+        return before[..., None] - number[:, None]
+
+    def visible(self, age):
+        """Which items of an age (N, C, I) are in memory: bool; not what was pushed out or is yet to
+        come.
+        """
+        return (age >= 1) & (age <= self.config.ltm_slots)
 
     # ---- read
 
-    def weigh(self, address, items, log_p, visible):
-        """Weights of the retrieved: exp(trust + strength + n exact_trust) through the exact address
-        of n tokens, through a learned one exp(trust + strength + sharpness (cosine - 1) +
-        plausibility log p_stm(value)) times min(1, shown / seen)^crowding; no exponent above 10.
-
-        exact_trust is a choice, and not there in training: likelihood alone often leaves a fact
-        that stood once just below what is likely anywhere. Nor is crowding: the more items a
-        query sees, the more of them an address finds, and the weights add up; a row of training
-        never shows as many as a long text does.
+    def weigh(self, address, items, log_p, age):
+        """Weights of the retrieved, times age^-fade: exp(trust) through an exact address, ltm_same
+        or ltm_near for each rare word, through a learned address exp(trust + strength +
+        sharpness (cosine - 1) + plausibility log p_stm(value)); no exponent above 10.
 
         Args:
             address: of the queries, (N, C, ..). items: Address of the candidates, (N, I, ..), as far as they have it.
-            log_p: (N, C, I) log p_stm of each candidate's value at each query. visible: (N, C, I) bool.
+            log_p: (N, C, I) log p_stm of each candidate's value at each query. age: (N, C, I), as of `ages`.
         """
         config, E = self.config, self.config.ltm_ngrams
-        same, exact, more = visible, 0.0, 0.0 if self.training else config.ltm_exact_trust
+        visible, old = self.visible(age), age.clamp(min=1).float().log()
+        same, exact = visible, 0.0
         for n in range(E):                                  # the last n + 1 tokens
             same = same & (address.grams[..., n, None] == items.grams[:, None, :, n])
             found = same & address.known[..., None] & items.known[:, None] if n == 0 else same
-            score = address.trust[..., n, None] + items.strength[:, None, :, n] + (n + 1) * more        # (N, C, I)
+            score = address.trust[..., n, None] - self.fade[n] * old                    # (N, C, I)
             exact = exact + torch.where(found, score.clamp(max=10).exp(), 0.0)
+        exact = exact + torch.where(visible, self.through_words(address.rare, items.rare), 0.0) * (
+            -config.ltm_rare_fade * old).exp()
 
         def by_head(x):
             return x.transpose(1, 2).flatten(0, 1)          # (N K, .., A)
 
-        def of_learned(x):
-            return x[..., E:].transpose(1, 2)               # (N, K, ..)
+        def of_heads(x):
+            return x.transpose(1, 2)                        # (N, K, ..)
 
         cosine = by_head(address.query) @ by_head(items.key).mT
         cosine = cosine.unflatten(0, (-1, config.ltm_learned)).float()                  # (N, K, C, I)
         retrieved = visible[:, None] & (cosine > config.ltm_cosine)
-        score = of_learned(address.trust)[..., None] + of_learned(items.strength)[..., None, :]
+        score = of_heads(address.trust[..., E:])[..., None] + of_heads(items.strength)[..., None, :]
         score = score + config.ltm_sharpness * (cosine - 1) + config.ltm_plausibility * log_p[:, None]
+        score = score - self.fade[E:, None, None] * old[:, None]
         learned = torch.where(retrieved, score.clamp(max=10).exp(), 0.0).sum(1)
-        if not self.training:
-            crowd = (visible.sum(-1, keepdim=True) / config.ltm_shown).clamp(min=1)
-            learned = learned * crowd ** -config.ltm_crowding
         return Reading(exact, learned, cosine)
 
-    def read(self, final):
-        """The parallel form: what every position of the rows retrieves.
+    def through_words(self, asked, filed):
+        """(N, C, I) what the rare words of queries (N, C, E) and of items (N, I, E) that agree add up
+        to, as if all items were new.
+        """
+        asked = torch.where(asked == NOT_RARE, NOT_RARE - 1, asked)     # which equals nothing
+        weight = 0.0
+        for a in range(asked.size(-1)):
+            for b in range(filed.size(-1)):
+                each = self.config.ltm_same if a == b else self.config.ltm_near
+                weight = weight + torch.where(asked[..., a, None] == filed[:, None, :, b], each, 0.0)
+        return weight
 
-        Returns: Reading, values (N, I) of the candidates, stored (N, C), log odds of looking up (N, C).
+    def read(self, final):
+        """The parallel form, what every position of the rows retrieves: (Reading, values (N, I) of
+        the candidates, stored (N, C)).
         """
         h, targets, opens = final.h, final.targets, final.opens
-        _, stored = self.route(final.log_p, targets)
+        bits, stored = self.route(final.log_p, targets)
 
         def shift(x, lag, fill):
             return lagged(x, lag, opens, fill)
 
-        address = self.addresses(h, final.tokens, shift(stored, 1, False), final.embed, shift)
-        items, values, visible = self.candidates(address, targets, stored, opens)
+        rare = self.rare_words(final.tokens, shift(bits, 1, 0.0))
+        address = self.addresses(h, final.tokens, shift(stored, 1, False), rare, final.embed, shift)
+        items, values, age = self.candidates(address, targets, stored, opens)
         item_log_p = (h.detach() @ final.embed(values).mT).float() - final.log_z.detach()[..., None]
-        return self.weigh(address, items, item_log_p, visible), values, stored, address.open
+        return self.weigh(address, items, item_log_p, age), values, stored
 
     # ---- combine
 
     def score(self, final, notes):
-        """Scores of the targets; the objective weighs both outcomes of a look-up by its odds, and
-        adds log p_stm: the backbone's own prediction, which decides what is stored, keeps
-        learning also where the memory knows.
+        """Scores of the targets; the objective adds log p_stm: the backbone's own prediction, which
+        decides what is stored, keeps learning also where the memory knows.
         """
-        read, values, stored, odds = self.read(final)
-        same = values[:, None] == final.targets[..., None]
+        read, values, stored = self.read(final)
+        weight = read.weights
+        right = torch.where(values[:, None] == final.targets[..., None], weight, 0.0).sum(-1)
+        total = weight.sum(-1)
+        log_p = (final.log_p.exp() + right).clamp(min=1e-38).log() - total.log1p()
+        objective = log_p + self.config.ltm_stm_loss * final.log_p
+        return Scores(log_p, final.log_p, objective, stored, self.is_hit(total), {})
 
-        def mixture(weight):
-            numerator = final.log_p.exp() + torch.where(same, weight, 0.0).sum(-1)
-            total = weight.sum(-1)
-            return numerator.clamp(min=1e-38).log() - total.log1p(), total > 0
-
-        without, hit = mixture(read.exact)
-        within, hit_within = mixture(read.exact + read.learned)
-        pays, opened = odds.sigmoid(), odds > 0
-        objective = (pays * (within - self.config.ltm_price) + (1 - pays) * without
-                     + self.config.ltm_stm_loss * final.log_p)
-        return Scores(torch.where(opened, within, without), final.log_p, objective, stored,
-                      torch.where(opened, hit_within, hit), {})
+    def is_hit(self, total):
+        """Whether items of that total weight (..,) give at least ltm_share of the probability."""
+        return total >= self.config.ltm_share * (1 + total)
 
     def distribution(self, logits, final):
         log_z = logits.logsumexp(-1)
         stm = logits - log_z[..., None]
         log_p = stm.gather(-1, final.targets[..., None])[..., 0]
-        read, values, _, odds = self.read(final._replace(log_p=log_p, log_z=log_z))
-        return mix(stm, read.weights(odds), values)
+        read, values, _ = self.read(final._replace(log_p=log_p, log_z=log_z))
+        return mix(stm, read.weights, values)
 
     # ---- the streaming form
 
@@ -719,12 +746,13 @@ class LongTermMemory(Memory, kind="ltm"):
             return torch.zeros(batch, *shape, dtype=dtype, device=device)
 
         ring = dict(grams=zeros(M, E, dtype=torch.long) + self.eot, known=zeros(M, dtype=torch.bool),
-                    key=zeros(M, K, config.ltm_dim), strength=zeros(M, E + K, dtype=torch.float32),
+                    rare=zeros(M, E, dtype=torch.long) + NOT_RARE,
+                    key=zeros(M, K, config.ltm_dim), strength=zeros(M, K, dtype=torch.float32),
                     value=zeros(M, dtype=torch.long), bits=zeros(M, dtype=torch.float32),
                     position=zeros(M, dtype=torch.long))
         last = dict(h=zeros(config.n_embd), log_z=zeros(dtype=torch.float32),
-                    tail=zeros(E, dtype=torch.long) + self.eot, stored=zeros(dtype=torch.bool),
-                    started=zeros(dtype=torch.bool), place=zeros(dtype=torch.long))
+                    tail=zeros(E, dtype=torch.long) + self.eot, surprise=zeros(E, dtype=torch.float32),
+                    stored=zeros(dtype=torch.bool), started=zeros(dtype=torch.bool), place=zeros(dtype=torch.long))
         return ring | last | dict(count=zeros(dtype=torch.long))
 
     def predict(self, logits, h, tokens, real, state, embed):
@@ -740,24 +768,28 @@ class LongTermMemory(Memory, kind="ltm"):
         bits, stored = self.route(log_p, tokens.masked_fill(~predicted, self.eot))
         line = torch.cat((state["tail"], tokens), 1)                                    # positions -E .. n-1
         known = torch.cat((F.pad(state["stored"][:, None], (E - 1, 0)), stored), 1)
+        surprise = torch.cat((state["surprise"], bits), 1)
         states = F.pad(earlier, (0, 0, E - 1, 0))
-        address = self.addresses(states, line, known, embed, functools.partial(moved, length=E + n))
+        address = self.addresses(states, line, known, self.rare_words(line, surprise), embed,
+                                 functools.partial(moved, length=E + n))
         address = Address(*(x[:, E - 1:] for x in address))                             # positions -1 .. n-1
         arrived = state["count"][:, None] + stored.cumsum(1)                            # items each position can see
         newest = state["count"][:, None] - 1
         held = newest - (newest - torch.arange(M, device=h.device)) % M                 # number of each slot's item
-        number = torch.cat((held, torch.where(stored, arrived - 1, -1)), dim=1)         # (B, M + n)
+        held = torch.where(held < 0, NEVER, held)
+        number = torch.cat((held, torch.where(stored, arrived - 1, NEVER)), dim=1)      # (B, M + n)
         position = state["place"][:, None] + torch.arange(n, device=h.device)
-        new = dict(grams=address.grams[:, :n], known=address.known[:, :n], key=address.key[:, :n],
-                   strength=address.strength[:, :n], value=tokens, bits=bits, position=position)
+        new = dict(grams=address.grams[:, :n], known=address.known[:, :n], rare=address.rare[:, :n],
+                   key=address.key[:, :n], strength=address.strength[:, :n], value=tokens, bits=bits, position=position)
         items = {name: torch.cat((state[name], new[name].to(state[name].dtype)), 1) for name in RING}
 
         # read: the query of each position against the ring and what came within this block
         query = Address(*(x[:, 1:] for x in address))
-        filed = Address(items["grams"], items["known"], None, items["key"].to(h.dtype), None, items["strength"], None)
+        filed = Address(items["grams"], items["known"], items["rare"], None, items["key"].to(h.dtype), None,
+                        items["strength"])
         item_log_p = (h @ embed(items["value"]).mT).float() - log_z[..., None]
-        read = self.weigh(query, filed, item_log_p, self.in_reach(arrived, number))
-        weight = read.weights(query.open)
+        read = self.weigh(query, filed, item_log_p, self.ages(arrived, number))
+        weight = read.weights
         cosine = torch.where(read.exact[:, -1] > 0, 1.0, read.cosine[:, :, -1].amax(1))
         drawn = dict(value=items["value"], position=items["position"], weight=weight[:, -1], cosine=cosine,
                      total=1 + weight[:, -1].sum(-1))
@@ -768,7 +800,8 @@ class LongTermMemory(Memory, kind="ltm"):
         slot = torch.where(kept, (arrived - 1) % M, M)
         state = {name: into_slots(state[name], slot, new[name]) for name in RING} | dict(
             count=arrived[:, -1], h=h[:, -1].to(state["h"].dtype), log_z=log_z[:, -1], tail=line[:, n:],
-            stored=stored[:, -1], started=real[:, -1] | state["started"], place=state["place"] + n)
+            surprise=surprise[:, n:], stored=stored[:, -1], started=real[:, -1] | state["started"],
+            place=state["place"] + n)
         return mix(logits - log_z[..., None], weight, items["value"]), state, drawn
 
     # ---- to be seen

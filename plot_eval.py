@@ -1621,7 +1621,7 @@ ASKED = {                       # by each group of detail.controls
     "cosine threshold": "How near has a learned address to be?",
     "surprisal threshold, bits": "How surprising has a token to be?",
     "slots": "How many items does it take?",
-    "look-ups": "Which of its two kinds of address does the work: exact, or learned?",
+    "addresses": "Which of its kinds of address does the work: exact, learned, or rare words?",
     "other models": "How far do simpler means come on the model that was trained without?",
 }
 

@@ -46,7 +46,6 @@ class Arm(NamedTuple):
     label: str                  # as it stands in tables and pictures
     settings: dict = {}         # of the memory, where they are not its own (config.memory_settings)
     backbone: dict = {}         # of the config, where the backbone itself is changed: a control
-    chained: dict = {}          # of the config, where some of its steps are chained
     lora: int | None = None     # rank of LoRA matrices beside the backbone's: of a model that was trained already
     replay: float = 0.0         # share of each step's rows that is drawn again from rows seen before: a control
     control: bool = False       # no design of its own: left out of the comparison unless it is asked for
@@ -59,8 +58,7 @@ class Arm(NamedTuple):
 
 ARMS = {
     "baseline": Arm(None, "no memory"),
-    # a lane shows the LTM as full as a document does: what corrects for windows is not needed
-    "with_ltm": Arm("ltm", "LTM: surprising tokens", chained=dict(ltm_exact_trust=0.0, ltm_crowding=0.0)),
+    "with_ltm": Arm("ltm", "LTM: surprising tokens"),
     "with_store": Arm("store", "store: keys and values"),
     "with_bank": Arm("bank", "bank: learned vectors"),
     "with_mag": Arm("mag", "MAG: fast weights"),
@@ -78,8 +76,7 @@ ARMS = {
 
     # of a model that was trained already: what its own weights learn, beside what a memory does
     "with_lora": Arm(None, "LoRA", lora=8, control=True),
-    "with_ltm_lora": Arm("ltm", "LTM and LoRA", chained=dict(ltm_exact_trust=0.0, ltm_crowding=0.0), lora=8,
-                         control=True),
+    "with_ltm_lora": Arm("ltm", "LTM and LoRA", lora=8, control=True),
 }
 
 

@@ -59,6 +59,7 @@ class Settings:
     lane: int = 8                   # rows of a lane, where they are chained
     lr: float = 5e-4                # a cosine from this ..
     min_lr: float = 5e-5            # .. to this
+    frozen: float = 3.0             # both times this where a trained model stays as it is and only what is new learns
     warmup: int = 500               # steps of linear warm-up before
     beta1: float = 0.9
     beta2: float = 0.95
@@ -1073,12 +1074,13 @@ class Job:
         self.train_backbone = args.train_backbone
         if self.host:
             self.hold_still()
+            if not self.train_backbone:
+                faster = dict(lr=settings.frozen * settings.lr, min_lr=settings.frozen * settings.min_lr)
+                self.settings = dataclasses.replace(self.settings, **faster)
         elif self.train_backbone:
             raise StageError(f"{init} was trained by nobody yet, so that its backbone learns in any case; leave "
                              f"--train-backbone out, or start from a model: "
                              + command(f"{script} --to MODEL", self.root, args.quick))
-        if self.chained:
-            self.model.config.update(self.about.chained)
         if self.about.config:
             self.reshape()
         self.facts = self.all_facts(start)
@@ -1125,7 +1127,7 @@ class Job:
         s, about = self.settings, self.about
         of_host = dict(to=self.host, lora=about.lora, train_backbone=self.train_backbone) if self.host else {}
         return dict(of_host, arm=self.arm, memory=about.memory, memory_settings=about.settings, backbone=about.backbone,
-                    config=(about.chained if self.chained else {}) | about.config,
+                    config=about.config,
                     replay=about.replay, seed=self.seed, steps=self.steps,
                     chained=self.chained, planted=self.planted, batch=s.batch,
                     lane=s.lane, lr=s.lr, min_lr=s.min_lr, warmup=s.warmup, betas=[s.beta1, s.beta2], eps=s.eps,

@@ -61,7 +61,7 @@ class Toy(Memory, kind="toy"):
 def tiny(seed=0, bits=15.6, **settings):
     """A hybrid at random weights, surprised by about half of all tokens: log2 of its vocabulary is 15.617."""
     torch.manual_seed(seed)
-    config = dict(n_layer=1, n_embd=16, n_head=2, stm_window=WIDTH, ltm_slots=24, ltm_surprisal_bits=bits, ltm_shown=4)
+    config = dict(n_layer=1, n_embd=16, n_head=2, stm_window=WIDTH, ltm_slots=24, ltm_surprisal_bits=bits)
     return RevenaHybridTiny(RevenaConfig(**config | settings)).eval()
 
 
@@ -707,28 +707,25 @@ def test_each_control_is_what_its_name_says():
             part, by = moved
             twin.memory.from_state.bias[:sum(twin.memory.sizes)].split(twin.memory.sizes)[part].add_(by)
         return twin
-    exact = torch.tensor([-100.0] * 3 + [0.0] * 4)
+    exact, no_words = torch.tensor([-100.0] * 3 + [0.0] * 4), dict(ltm_same=0.0, ltm_near=0.0)
     with torch.no_grad():
         expected = {
             "as trained": afresh(), "reads off": afresh(memory_enabled=False), "every token": afresh(bits=-9.0),
             "none": afresh(ltm_cosine=-2), "0.5": afresh(ltm_cosine=0.5), "0.95": afresh(ltm_cosine=0.95),
             "0.8 (as trained)": afresh(), "15.6 (as trained)": afresh(), "24 (as trained)": afresh(),
             "2": afresh(bits=2), "8": afresh(bits=8), "16": afresh(ltm_slots=16), "1024": afresh(ltm_slots=1024),
-            "made at every position": afresh((3, 100)), "exact addresses only": afresh(ltm_cosine=2),
-            "learned addresses only": afresh((1, exact)),
-            "exact matches trusted as in training": afresh((1, torch.tensor([-0.5, -1.0, -1.5, 0, 0, 0, 0]))),
-            "learned matches weighed as in training": afresh(ltm_shown=1_000)}
-        for twin in (model, *expected.values()):    # cosines of all sizes, odds for a look-up and against it
+            "exact ones only": afresh(ltm_cosine=2),
+            "learned ones only": afresh((1, exact), **no_words), "no rare words": afresh(**no_words),
+            "rare words in their place only": afresh(ltm_near=0.0)}
+        for twin in (model, *expected.values()):    # cosines of all sizes
             twin.memory.from_state.bias[:twin.memory.sizes[0]] *= 0.03
             twin.memory.from_state.weight[twin.memory.width:] *= 0.2                 # what reads the token filed
-            twin.memory.from_state.weight[sum(twin.memory.sizes[:3])].normal_(generator=torch.manual_seed(1))
     found = {name: bits_of(twin, texts)[0] for _, name, twin in evaluation.memory_controls(model, 0.5)}
     for name, twin in expected.items():
         assert np.allclose(found[name], bits_of(twin, texts)[0], atol=1e-4), name
     assert len({round(float(found[name].sum()), 3) for name in (
         "as trained", "reads off", "values shuffled", "random tokens, same rate", "every token", "none", "0.9",
-        "made at every position", "exact addresses only", "learned addresses only",
-        "learned matches weighed as in training", "16")}) == 12
+        "exact ones only", "learned ones only", "no rare words", "rare words in their place only", "16")}) == 12
     assert list(found) == list(dict.fromkeys(name for _, name, _ in evaluation.memory_controls(model, 0.5)))
 
 
@@ -750,7 +747,8 @@ def test_shuffled_values_stay_in_their_sequence():
     targets = torch.arange(6 * WIDTH).view(6, WIDTH)
     stored, opens = torch.rand(6, WIDTH, generator=draw) < 0.5, torch.tensor([[1, 0, 1], [1, 0, 1]]).bool()
     address = models.Address(*[targets] * 7)
-    items, values, visible = memory.candidates(address, targets, stored, opens)
+    items, values, age = memory.candidates(address, targets, stored, opens)
+    visible = memory.visible(age)
     assert torch.equal(values, memory.candidates(address, targets, stored, opens)[1])
     for last, (first, past) in {1: (0, 2), 2: (2, 3), 4: (3, 5), 5: (5, 6)}.items():
         seen = visible[last, -1]

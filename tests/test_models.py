@@ -48,7 +48,8 @@ def no_gradients():
 
 def config(**settings):
     small = dict(vocab_size=VOCAB, n_layer=2, n_embd=64, n_head=2, stm_window=WINDOW)
-    busy = dict(ltm_slots=SLOTS, ltm_surprisal_bits=7.0, ltm_sharpness=5.0, ltm_plausibility=0.3, ltm_shown=4)
+    busy = dict(ltm_slots=SLOTS, ltm_surprisal_bits=7.0, ltm_sharpness=5.0, ltm_plausibility=0.3, ltm_hidden=24,
+                ltm_rare_bits=8.0, ltm_near=0.2)
     return RevenaConfig(**small | busy | settings)
 
 
@@ -58,14 +59,16 @@ def enliven(model, spread=0.12):
     for p in model.backbone.blocks.parameters():
         p.mul_(6)
     model.backbone.embed.weight.normal_(std=spread)
-    memory, D = model.memory, model.config.n_embd
+    memory = model.memory
     from_state, from_tokens = memory.from_state.weight, memory.from_tokens.weight
     from_state.normal_(std=0.09)
     from_state[memory.width:] *= 0.3                        # what has read the token filed
     from_tokens.normal_(std=0.09)
     from_tokens[:memory.width] *= 0.7                       # the token filed
-    from_tokens.view(-1, memory.width, D)[:, sum(memory.sizes) - 1] = 0                 # open: by the state alone
+    memory.hidden.weight.normal_(std=0.2)
+    memory.from_hidden.weight.normal_(std=0.1)
     memory.from_state.bias[memory.sizes[0]:memory.width].zero_()
+    memory.fade.copy_(torch.linspace(0.1, 0.9, len(memory.fade)))
     return model
 
 
@@ -76,10 +79,10 @@ def lively(seed=21, **settings):
 
 
 def everything_matches(**settings):
-    """A model whose LTM stores every token, and in which all cosines are 1 and all look-ups open."""
+    """A model whose LTM stores every token, and in which all cosines are 1 and old items weigh as new ones."""
     model = lively(ltm_surprisal_bits=0.0, **settings)
-    model.memory.from_state.weight.zero_()
-    model.memory.from_tokens.weight.zero_()
+    for weight in (*model.memory.parameters(),):
+        weight.zero_()
     model.memory.from_state.bias.fill_(1.0)
     return model
 
@@ -202,12 +205,20 @@ class ReferenceLTM:
         self.h = reference_states(model, ids, model.config.stm_window)
         self.embed = model.backbone.embed.weight.double()
         self.stm = (self.h @ self.embed[:model.config.vocab_size].T).log_softmax(-1)
-        states, tokens = model.memory.from_state, model.memory.from_tokens
-        self.own, self.after = states.weight.double().view(2, -1, D)
-        self.own_bias, self.after_bias = states.bias.double().view(2, -1)
-        self.ahead, *self.by_lag = tokens.weight.double().view(1 + E, -1, D)
+        memory = model.memory
+        self.own, self.after = self.of_state(memory).unbind(1)
+        self.ahead, *self.by_lag = memory.from_tokens.weight.double().view(1 + E, -1, D)
+        self.fade = memory.fade.double()
         self.bits = [0.0] * (len(ids) + 1)                  # the last: before the start
         self.held = deque(maxlen=model.config.ltm_slots)
+        self.count = 0
+
+    def of_state(self, memory):
+        """(T, 2, ..) what a state says of its own position, and of the one before."""
+        linear, hidden, out = ([x.double() for x in module.parameters()]
+                               for module in (memory.from_state, memory.hidden, memory.from_hidden))
+        inside = F.gelu(F.linear(self.h, *hidden))
+        return (F.linear(self.h, *linear) + F.linear(inside, *out)).unflatten(-1, (2, -1))
 
     def token(self, t):
         return int(self.ids[t]) if t >= 0 else EOT
@@ -215,15 +226,21 @@ class ReferenceLTM:
     def known(self, token):
         return rms(self.embed[token]) * (token != EOT)
 
+    def rare(self, t):
+        """The last tokens where they are rare words, else None."""
+        lags = range(self.config.ltm_ngrams)
+        return [self.token(t - lag) if t >= lag and self.bits[t - lag] > self.config.ltm_rare_bits else None
+                for lag in lags]
+
     def parts(self, y):
-        """What is linear in a position: unit addresses (K, A), trust, strength, odds of looking up."""
-        address, trust, strength, odds = y[:sum(self.sizes)].split(self.sizes)
+        """What is linear in a position: unit addresses (K, A), trust, strength."""
+        address, trust, strength = y[:sum(self.sizes)].split(self.sizes)
         learned = address.view(self.config.ltm_learned, -1)
-        return learned / learned.norm(dim=-1, keepdim=True), trust, strength, float(odds[0])
+        return learned / learned.norm(dim=-1, keepdim=True), trust, strength
 
     def position(self, t):
-        """What is linear in position t, and its exact addresses: the last one, two, .. tokens, or None."""
-        y = self.own @ self.h[t] + self.own_bias
+        """What position t says of itself, and its exact addresses: the last one, two, .. tokens, or None."""
+        y = self.own[t]
         for lag, part in enumerate(self.by_lag):
             y = y + part @ self.known(self.token(t - lag))
         grams = [tuple(self.token(t - lag) for lag in range(n + 1)) for n in range(self.config.ltm_ngrams)]
@@ -238,12 +255,14 @@ class ReferenceLTM:
         stored = self.bits[t] > self.config.ltm_surprisal_bits
         if stored:
             y, exact = self.position(t - 1)
-            v = self.ahead @ self.known(token) + self.after @ self.h[t] + self.after_bias
+            v = self.ahead @ self.known(token) + self.after[t]
             address, K, A = slice(0, self.sizes[0]), self.config.ltm_learned, self.config.ltm_dim
             learned = (y[address] + v[address]).view(K, A)
             strength = self.parts(y)[2] + self.parts(v)[2]
             key = [*exact, *(k / k.norm() for k in learned)]
-            self.held.append(dict(key=key, value=token, bits=self.bits[t], position=t, strength=strength))
+            self.held.append(dict(key=key, value=token, bits=self.bits[t], position=t, strength=strength,
+                                  rare=self.rare(t - 1), number=self.count))
+            self.count += 1
         return stored
 
     def cosine(self, head, query, key):
@@ -253,54 +272,61 @@ class ReferenceLTM:
 
     def weight(self, t, head, item, cosine, trust):
         """What an item that one head retrieved weighs."""
-        c, score = self.config, float(trust[head] + item["strength"][head])
-        if head < c.ltm_ngrams:
-            return math.exp(min(score + (head + 1) * c.ltm_exact_trust, 10))
-        score += c.ltm_sharpness * (cosine - 1) + c.ltm_plausibility * float(self.stm[t, item["value"]])
-        return math.exp(min(score, 10)) / max(1.0, len(self.held) / c.ltm_shown) ** c.ltm_crowding
+        c, E, age = self.config, self.config.ltm_ngrams, self.count - item["number"]
+        score = float(trust[head]) - float(self.fade[head]) * math.log(age)
+        if head >= E:
+            score += float(item["strength"][head - E]) + c.ltm_sharpness * (cosine - 1)
+            score += c.ltm_plausibility * float(self.stm[t, item["value"]])
+        return math.exp(min(score, 10))
+
+    def by_words(self, t, item):
+        """What an item weighs for the rare words that it has in common with position t."""
+        c, weight = self.config, 0.0
+        for a, asked in enumerate(self.rare(t)):
+            for b, filed in enumerate(item["rare"]):
+                if asked is not None and asked == filed:
+                    weight += c.ltm_same if a == b else c.ltm_near
+        return weight * (self.count - item["number"]) ** -c.ltm_rare_fade
 
     def read(self, t):
-        """Position t's: log p had the learned addresses been looked up through, had they not, whether they were, and
-        {where a retrieved item stood: cosine}."""
+        """Position t's: log p, weight through (exact addresses, rare words, learned ones), and {where a retrieved item
+        stood: cosine}."""
         E, V = self.config.ltm_ngrams, self.stm.size(1)
         y, exact = self.position(t)
-        learned, trust, _, odds = self.parts(y)
-        by_exact, by_learned, found = torch.zeros(V).double(), torch.zeros(V).double(), {}
+        learned, trust, _ = self.parts(y)
+        weights, by, found = torch.zeros(V).double(), [0.0, 0.0, 0.0], {}
         for item in self.held:
             for head, (query, key) in enumerate(zip([*exact, *learned], item["key"], strict=True)):
                 cosine = self.cosine(head, query, key)
                 if cosine > self.config.ltm_cosine:
-                    weights = by_exact if head < E else by_learned
-                    weights[item["value"]] += self.weight(t, head, item, cosine, trust)
-                    if head < E or odds > 0:
-                        found[item["position"]] = max(cosine, found.get(item["position"], 0.0))
-
-        def mixture(weights):
-            return ((self.stm[t].exp() + weights) / (1 + weights.sum())).log()
-
-        return mixture(by_exact + by_learned), mixture(by_exact), odds > 0, found
+                    by[2 * (head >= E)] += (one := self.weight(t, head, item, cosine, trust))
+                    weights[item["value"]] += one
+                    found[item["position"]] = max(cosine, found.get(item["position"], 0.0))
+            if word := self.by_words(t, item):
+                by[1] += word
+                weights[item["value"]] += word
+                found[item["position"]] = 1.0
+        return ((self.stm[t].exp() + weights) / (1 + weights.sum())).log(), by, found
 
 
 @torch.no_grad()
 def reference(model, ids):
     """What the model claims to say of one sequence (T,).
 
-    Returns: dict of (T, V) tables log_p, stm (the backbone's), with and without (had each look-up through the learned
-    addresses been made, or none); and of lists by position: stored (was x_t?), open, hit, found ({where a
-    retrieved item stood: cosine}), items (all that were held: token, bits, position).
+    Returns: dict of (T, V) tables log_p, stm (the backbone's); and of lists by position: stored (was x_t?), hit, by
+    (weight through exact addresses, rare words, learned addresses), found ({where a retrieved item stood: cosine}),
+    items (all that were held: token, bits, position).
     """
     slow = ReferenceLTM(model, ids)
-    names = ("stored", "with", "without", "open", "found", "items")
+    names = ("stored", "log_p", "by", "found", "items")
     out = {name: [] for name in names}
     for t in range(len(ids)):
         stored = slow.write(t)
         items = [(item["value"], item["bits"], item["position"]) for item in slow.held]
         for name, entry in zip(names, (stored, *slow.read(t), items), strict=True):
             out[name].append(entry)
-    within, without = torch.stack(out["with"]), torch.stack(out["without"])
-    log_p = torch.where(torch.tensor(out["open"])[:, None], within, without)
-    hit = [bool(found) for found in out["found"]]
-    return out | {"with": within, "without": without, "log_p": log_p, "stm": slow.stm, "hit": hit}
+    hit = [sum(by) / (1 + sum(by)) >= model.config.ltm_share for by in out["by"]]
+    return out | {"log_p": torch.stack(out["log_p"]), "stm": slow.stm, "hit": hit}
 
 
 @pytest.fixture(scope="module")
@@ -309,7 +335,9 @@ def case():
     model, ids = lively(), text()
     truth = reference(model, ids[0])
     assert 3 * SLOTS < sum(truth["stored"]) < 0.9 * LENGTH, "more than the slots hold, but not every token"
-    assert 0.2 < sum(truth["open"]) / LENGTH < 0.8 and 0.2 < sum(truth["hit"]) / LENGTH < 0.95
+    assert 0.2 < sum(truth["hit"]) / LENGTH < 0.95
+    for through in zip(*truth["by"]):
+        assert sum(weight > 0.05 for weight in through) > LENGTH // 10, "each kind of address must matter"
     assert sum((truth["log_p"] - truth["stm"]).abs().amax(-1) > 1) > LENGTH // 4, "reading must matter"
     return model, ids, truth
 
@@ -346,7 +374,7 @@ def test_one_long_call_with_a_cache_is_the_reference(case):
 
 
 def test_score_is_the_reference(case):
-    """`score` gives the targets' probabilities, what was stored and hit, and the objective made of both outcomes."""
+    """`score` gives the targets' probabilities, what was stored and hit, and the objective."""
     model, ids, truth = case
     tokens, targets, opens = lane_of(ids)
     scores = model.score(tokens, targets, opens)
@@ -364,43 +392,16 @@ def test_score_is_the_reference(case):
     assert flat(scores.stored).tolist() == truth["stored"][1:]
     assert flat(scores.hit).tolist() == truth["hit"][:-1]
 
-    odds = flat(read(model, tokens, targets, opens)[3]).double()
-    assert (odds > 0).tolist() == truth["open"][:-1]
-    pays = odds.sigmoid()
-    objective = pays * (at("with") - model.config.ltm_price) + (1 - pays) * at("without")
-    objective += model.config.ltm_stm_loss * at("stm")
+    objective = at("log_p") + model.config.ltm_stm_loss * at("stm")
     torch.testing.assert_close(flat(scores.objective)[real].double(), objective[real], **CLOSE)
 
 
-def test_what_training_does_not_know_is_added_after_it(case):
-    """In eval mode only: more trust, of exact matches; less weight, of learned ones, the more items a query sees."""
-    ids, plain = case[1], lively(ltm_exact_trust=0.0, ltm_crowding=0.0)
+def test_training_and_evaluation_are_one_function(case):
+    """Nothing is added to the memory after its training."""
+    model, ids, _ = case
     lane = lane_of(ids)
-    kinds = lively(ltm_crowding=0.0), lively(ltm_exact_trust=0.0), plain, lively().train()
-    trusting, crowded, neither, training = (read(model, *lane)[0] for model in kinds)
-    assert torch.equal(trusting.learned, neither.learned) and torch.equal(crowded.exact, neither.exact)
-
-    def alone(n, **settings):
-        """What the exact address of n tokens finds."""
-        model = lively(ltm_crowding=0.0, **settings)
-        sizes = model.memory.sizes
-        trusts = model.memory.from_state.bias.data[:sum(sizes)].split(sizes)[1]
-        trusts[[i for i in range(3) if i != n - 1]] = -100.0
-        return read(model, *lane)[0].exact
-
-    for n in (1, 2, 3):
-        assert (alone(n) > 1e-9).any()
-        torch.testing.assert_close(alone(n), math.exp(0.5 * n) * alone(n, ltm_exact_trust=0.0))
-
-    def of_text(x):
-        return x.flatten(0, 1)[:LENGTH]
-
-    held = torch.tensor([len(items) for items in case[2]["items"]])
-    less = (held / plain.config.ltm_shown).clamp(min=1) ** -0.6
-    assert (of_text(neither.learned)[less < 0.9] > 0).any() and less.max() == 1
-    torch.testing.assert_close(of_text(crowded.learned), less[:, None] * of_text(neither.learned))
-    assert torch.equal(training.exact, neither.exact) and torch.equal(training.learned, neither.learned)
-    torch.testing.assert_close(streamed(lively().train(), ids, [7, 1])[0], plain(ids).logits, **CLOSE)
+    assert all(map(torch.equal, read(model, *lane)[0], read(lively().train(), *lane)[0]))
+    torch.testing.assert_close(streamed(lively().train(), ids, [7, 1])[0], model(ids).logits, **CLOSE)
 
 
 @pytest.mark.parametrize("slots", [SLOTS, 4])
@@ -776,8 +777,9 @@ def test_initial_weights_follow_the_seed(tiny):
 
 
 CHANGED = dict(n_positions=999, n_inner=200, stm_window=WINDOW, ltm_slots=9, ltm_surprisal_bits=5.5, ltm_cosine=0.7,
-               ltm_ngrams=2, ltm_learned=3, ltm_dim=32, ltm_sharpness=6.0, ltm_plausibility=0.2, ltm_price=0.5,
-               ltm_stm_loss=0.6, ltm_exact_trust=0.3, ltm_crowding=0.4, ltm_shown=5)
+               ltm_ngrams=2, ltm_learned=3, ltm_dim=32, ltm_sharpness=6.0, ltm_plausibility=0.2,
+               ltm_hidden=40, ltm_rare_bits=9.0, ltm_same=0.3, ltm_near=0.1, ltm_rare_fade=0.5, ltm_stm_loss=0.6,
+               ltm_share=0.2)
 
 
 def test_settings_survive_the_config_file(tmp_path):
