@@ -55,6 +55,24 @@ def tokenizer_dir():
     return root / "data" / "tokenizer"
 
 
+@pytest.fixture(scope="session")
+def once(tmp_path_factory):
+    """once(name, make): a folder that make(folder) has filled, once for all processes of this run."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def get(name, make):
+        folder = base / "once" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / ".lock", "w") as lock:           # of two processes that need it, the second waits
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (folder / ".made").exists():
+                make(folder)
+                (folder / ".made").touch()
+        return folder
+    return get
+
+
 @pytest.fixture
 def make_root(tmp_path, tokenizer_dir):
     """make_root(name): a fresh root folder with data/tokenizer in it and nothing else."""

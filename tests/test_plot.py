@@ -286,7 +286,7 @@ def brightness(color):
 
 def drawn(picture, color):
     """The share of a picture's pixels in a colour."""
-    wanted = np.array([int(color[at:at + 2], 16) / 255 for at in (1, 3, 5)])
+    wanted = np.array([int(color[at:at + 2], 16) / 255 for at in (1, 3, 5)], picture.dtype)
     return (np.abs(picture - wanted).max(2) < 0.02).mean()
 
 

@@ -24,17 +24,19 @@ STAGES = [
 PATIENCE = 300          # seconds: what takes so long, also on a busy machine, never ends
 FURTHER = [arm for arm, about in stages.ARMS.items() if not about.control and arm not in stages.SPECIFIED]
 
-# notes down how it was called, fails or hangs where it is told to, and makes what the real stage makes
+# notes down how it was called, fails or hangs where it is told to, and makes what the real stage makes; it imports
+# little, for there are a thousand calls of it
 STUB = '''
-import os, pathlib, signal, sys
+import os, sys
 flags = sys.argv[1:]
-root = pathlib.Path(flags[flags.index("--root") + 1])
-name = pathlib.Path(__file__).name
+root = flags[flags.index("--root") + 1]
+name = os.path.basename(__file__)
 with open(os.environ["CALLS"], "a") as calls:
     calls.write(" ".join([name, *flags]) + "\\n")
 if name == os.environ.get("FAILING"):
     sys.exit(7)
 if name == os.environ.get("HANGING"):
+    import signal
     def stop(number, frame):
         with open(os.environ["CALLS"], "a") as calls:
             calls.write(f"{name} got {signal.Signals(number).name}\\n")
@@ -66,8 +68,9 @@ elif "--seed" in flags:
 text = open(flags[flags.index("--text") + 1]).read() if "--text" in flags else ""
 for path in made[name]:
     if path != os.environ.get("FORGOTTEN"):
-        (root / path).parent.mkdir(parents=True, exist_ok=True)
-        (root / path).write_text(f"{path} {text}")
+        os.makedirs(os.path.dirname(os.path.join(root, path)), exist_ok=True)
+        with open(os.path.join(root, path), "w") as file:
+            file.write(f"{path} {text}")
 '''
 
 
