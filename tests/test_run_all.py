@@ -679,8 +679,10 @@ def test_an_environment_of_the_users_is_completed(bare):
 
 
 @pytest.mark.parametrize("flags, root", [
-    (["--root", "mine"], "mine"), (["--memories", "--root", "mine"], "mine/memories"), (["--memories"], "memories"),
-    (["--quick"], "quick"), (["--quick", "--fresh"], "quick"), (["--memories", "--quick", "--fresh"], "quick/memories"),
+    (["--root", "mine"], "mine"), (["--memories"], "memories"), (["--quick", "--fresh"], "quick"),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        (["--memories", "--root", "mine"], "mine/memories"), (["--quick"], "quick"),
+        (["--memories", "--quick", "--fresh"], "quick/memories"))),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
 def test_folders_of_the_users_are_left_alone(project, flags, root):
     """Kind 3: a root that is there already keeps what is in it."""
@@ -779,10 +781,11 @@ def patched(tmp_path):
     return make
 
 
-@pytest.mark.parametrize("error", ["ENOSYS", "ENOLCK", "EOPNOTSUPP", "EINVAL"])
-def test_file_system_without_locks_goes_on(project, patched, error):
+@pytest.mark.parametrize("error, flags", [
+    ("ENOSYS", ["--memories"]), ("ENOLCK", []), ("EOPNOTSUPP", []), ("EINVAL", [])])
+def test_file_system_without_locks_goes_on(project, patched, error, flags):
     """Kind 16: only a lock that is held refuses."""
-    done = project.run("--memories", **patched(f"raise OSError(errno.{error}, 'no locks')"))
+    done = project.run(*flags, **patched(f"raise OSError(errno.{error}, 'no locks')"))
     assert done.returncode == 0, done.stderr
 
 
