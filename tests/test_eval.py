@@ -31,8 +31,8 @@ from test_train import prepared
 WIDTH = 32
 SMALL = evaluation.Settings(pack=6, lane=3, trials=1, forms=("pair", "sentence"), distances=(20, 40), long_range=(40,),
                             lead=8, distractors=(0, 9), distracted=40, dialogues=2, turn=60, together=3, repeats=2,
-                            needles=(160, 100_000 * WIDTH), hops=(1, 2), hop_tokens=192, streamed=2,
-                            indirect=(40,), indirect_trials=1, timed=1, shown=50, bootstrap=200, control_trials=1, fitted=1)
+                            needles=(160, 100_000 * WIDTH), hops=(1, 2), hop_tokens=192, streamed=2, indirect=(40,),
+                            indirect_trials=1, timed=1, shown=50, bootstrap=200, control_trials=1, fitted=1)
 ARMS = ("baseline", "with_ltm")
 TOY = "with_toy"
 

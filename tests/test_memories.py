@@ -56,7 +56,9 @@ CASES = {
     "ltm": ("ltm", dict()),
     "mean": ("mean of a test", dict()),
     "store": ("store", dict(slots=ROOM, top=24)),
-    "store, few slots": ("store", dict(slots=24, top=8)),
+    # not in the first layer: there a token that comes again is as important as before, to the last bit or but one,
+    # and which of the two a full store drops is a matter of rounding
+    "store, few slots": ("store", dict(slots=24, top=8, placement=[1])),
     "store, fewer slots than a row": ("store", dict(slots=8)),
     "store, merging": ("store", dict(slots=32, merge_above=0.3)),
     "store, nothing below a cosine": ("store", dict(slots=ROOM, cosine_above=0.1)),
@@ -96,12 +98,8 @@ most_cases = pytest.mark.parametrize("name", but_slow(CASES, CASES.keys() - set(
 one_compiled = pytest.mark.parametrize("name", but_slow(BARE, set(BARE) - {"ltm"}))
 
 
-def make(name, awake=True, seed=3, vocabulary=VOCAB, **more):
-    """A small model with a memory, in eval mode.
-
-    The seed: at the first layer a token that comes again is as important as before, to the last bit or but one, and
-    which of the two a full store drops is then a matter of rounding. By this one they are never at the edge.
-    """
+def make(name, awake=True, seed=1, vocabulary=VOCAB, **more):
+    """A small model with a memory, in eval mode."""
     kind, settings = CASES[name]
     torch.manual_seed(seed)
     ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), vocabulary - 1)

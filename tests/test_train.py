@@ -1674,7 +1674,8 @@ def test_a_notebooks_output_will_do(root, here, monkeypatch, undisturbed):
     assert fingerprint(root / "trained" / "baseline") == undisturbed("baseline")[1]
 
 
-@pytest.mark.parametrize("mask", [0o027, 0o002, *(pytest.param(mask, marks=pytest.mark.slow) for mask in (0o022, 0o077))])
+@pytest.mark.parametrize("mask", [
+    0o027, 0o002, pytest.param(0o022, marks=pytest.mark.slow), pytest.param(0o077, marks=pytest.mark.slow)])
 def test_modes_follow_the_umask(source, root, here, mask):
     """Of every file in the folder and in its checkpoints, whatever library wrote it, also after going on."""
     before = os.umask(mask)
