@@ -4,6 +4,7 @@ The tokenizer's files come from the project's data/tokenizer or, once, by way of
 """
 
 import fcntl
+import gc
 import json
 import os
 import shutil
@@ -20,6 +21,13 @@ sys.path.insert(0, str(PROJECT))
 
 import download_models                                      # noqa: E402
 import stages                                               # noqa: E402
+
+
+def pytest_collection_finish():
+    """What the libraries have imported stays: Python's collector need not look through a million of their objects
+    again and again, which took a third of all the time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -45,6 +53,24 @@ def tokenizer_dir():
                 return root / "data" / "tokenizer"
         download_models.main(["--root", str(root)])
     return root / "data" / "tokenizer"
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory):
+    """once(name, make): a folder that make(folder) has filled, once for all processes of this run."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def get(name, make):
+        folder = base / "once" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / ".lock", "w") as lock:           # of two processes that need it, the second waits
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (folder / ".made").exists():
+                make(folder)
+                (folder / ".made").touch()
+        return folder
+    return get
 
 
 @pytest.fixture

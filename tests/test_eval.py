@@ -30,9 +30,9 @@ from test_train import prepared
 
 WIDTH = 32
 SMALL = evaluation.Settings(pack=6, lane=3, trials=1, forms=("pair", "sentence"), distances=(20, 40), long_range=(40,),
-                            lead=8, distractors=(0, 9), distracted=40, dialogues=4, turn=60, together=3, repeats=2,
-                            needles=(160, 100_000 * WIDTH), hops=(1, 2), hop_tokens=192, streamed=4,
-                            indirect=(40,), indirect_trials=1, timed=1, shown=50, bootstrap=200, control_trials=1, fitted=2)
+                            lead=8, distractors=(0, 9), distracted=40, dialogues=2, turn=60, together=3, repeats=2,
+                            needles=(160, 100_000 * WIDTH), hops=(1, 2), hop_tokens=192, streamed=2, indirect=(40,),
+                            indirect_trials=1, timed=1, shown=50, bootstrap=200, control_trials=1, fitted=1)
 ARMS = ("baseline", "with_ltm")
 TOY = "with_toy"
 
@@ -413,10 +413,10 @@ def test_needles_and_chains_are_what_they_say(tokenizer, hops):
 @pytest.mark.parametrize("memory", MEMORIES)
 def test_turns_go_on_from_the_cache_or_begin_anew(tokenizer, memory):
     """Persistent: as the three turns in one text; ephemeral: as the third alone."""
-    model = tiny(bits=15.3, ltm_slots=64, **MEMORIES[memory])
-    dialogues = evaluation.make_dialogues([text_of(300, np.random.default_rng(3))], tokenizer, SMALL)
+    model, settings = tiny(bits=15.3, ltm_slots=64, **MEMORIES[memory]), dataclasses.replace(SMALL, dialogues=4)
+    dialogues = evaluation.make_dialogues([text_of(300, np.random.default_rng(3))], tokenizer, settings)
     for persistent in (True, False):
-        right, nats = evaluation.take_turns(model, dialogues, persistent, SMALL)
+        right, nats = evaluation.take_turns(model, dialogues, persistent, settings)
         for number, (turns, choices) in enumerate(zip(dialogues.turns, dialogues.choices)):
             text = turns.reshape(-1) if persistent else turns[2]
             p = model(torch.from_numpy(text)[None]).logits[0, -1]
@@ -1059,13 +1059,16 @@ def one_seed(source, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def evaluated(source, tmp_path_factory):
-    """(root, results, what was printed) of one evaluation of both seeds."""
-    root, said = shutil.copytree(source, tmp_path_factory.mktemp("evaluated") / "root"), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
-        patch.setattr(evaluation, "FULL", SMALL)
-        evaluation.main(["--root", str(root), "--controls"])
-    return root, json.loads((root / "results.json").read_text()), said.getvalue()
+def evaluated(source, once):
+    """(root, results, what was printed) of one evaluation of both seeds; for all that only read."""
+    def make(folder):
+        root, said = shutil.copytree(source, folder / "root"), io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
+            patch.setattr(evaluation, "FULL", SMALL)
+            evaluation.main(["--root", str(root), "--controls"])
+        (folder / "said").write_text(said.getvalue())
+    folder = once("evaluated", make)
+    return folder / "root", json.loads((folder / "root/results.json").read_text()), (folder / "said").read_text()
 
 
 @torch.no_grad()
@@ -1183,11 +1186,11 @@ def test_the_rest_of_the_results(evaluated):
         assert total == pytest.approx(results[arm]["bpc"] * detail["data"]["val_characters"])
         assert len(detail["position"]["arms"][arm]) == len(detail["position"]["edges"]) - 1
         assert len(detail["tokens_per_sec"][arm]["runs"]) == 2 and results[arm]["tokens_per_sec"] > 0
-        assert detail["turns"][arm]["trials"] == 4
+        assert detail["turns"][arm]["trials"] == SMALL.dialogues
         assert {"forced_choice", "value_nats"} < detail["turns"][arm]["ephemeral"].keys()
         for kind, numbers in (("needle", [160]), ("hops", [1, 2])):
             streamed = detail["streamed"][kind]
-            assert streamed["at"] == numbers and streamed["trials"] == 4
+            assert streamed["at"] == numbers and streamed["trials"] == SMALL.streamed
             for (low, high), share in zip(streamed["arms"][arm]["ci95"], streamed["arms"][arm]["forced_choice"]):
                 assert 0 <= low <= share <= high <= 1
         assert detail["training"][arm] == {"tokens_per_sec": None, "loss": None}      # no history.jsonl was written
@@ -1626,6 +1629,17 @@ def again(small, capsys):
     return run
 
 
+@pytest.fixture
+def as_before(measured, monkeypatch):
+    """Measuring an arm again gives what it gave, at once: where the question is which arms are, and why."""
+    known = [evaluation.read_measured(measured / "trained" / arm / "evaluation.safetensors") for arm in ARMS]
+
+    def measure(model, exam, note=None):
+        before = known[model.config.memory_enabled]
+        return before.tensors, {name: before.facts[name] for name in ("observation", "exploration")}
+    monkeypatch.setattr(evaluation, "measure", measure)
+
+
 def without_commit(results):
     results["detail"]["run"].pop("commit")
     return results
@@ -1691,16 +1705,26 @@ def remove(root):
     (root / "trained" / "with_ltm" / "evaluation.safetensors").unlink()
 
 
+@pytest.mark.parametrize("change, reason", [(remove, "not measured yet"), (retrain, "the weights have changed")])
+def test_what_is_stale_is_measured_again(measured, again, change, reason):
+    """That arm only, and it is said why."""
+    only_with_ltm(measured, again, change, reason)
+
+
 @pytest.mark.parametrize("change, reason", [
-    (remove, "not measured yet"), (flip, "the file is damaged"), (retrain, "the weights have changed"),
+    (flip, "the file is damaged"),
     (edit(lambda facts: facts | {"config": "another"}), "config.json has changed"),
     (edit(lambda facts: facts | {"training": {}}), "training with other settings"),
     (edit(lambda facts: facts | {"code": facts["code"] | {"models.py": "another"}}), "models.py changed since"),
     (edit(lambda facts: facts | {"data": facts["data"] | {"val": "another"}}), "validation data have changed"),
     (edit(lambda facts: facts | {"evaluation": facts["evaluation"] | {"lead": 9}}), "settings at the top of eval.py"),
     (edit(lambda facts: facts | {"arm": "baseline"}), "of another arm")])
-def test_what_is_stale_is_measured_again(measured, again, change, reason):
-    """That arm only, and it is said why."""
+def test_whatever_is_stale_of_it_an_arm_is_measured_again(measured, again, as_before, change, reason):
+    only_with_ltm(measured, again, change, reason)
+
+
+def only_with_ltm(measured, again, change, reason):
+    """After a change that arm alone is measured, and it is said why; its numbers are others if its weights are."""
     before = json.loads((measured / "results.json").read_text())["detail"]
     change(measured)
     after, reasons = again(measured)
@@ -1710,10 +1734,10 @@ def test_what_is_stale_is_measured_again(measured, again, change, reason):
     assert (after["with_ltm"]["bpc"] == of_first_seed["with_ltm"]) == (change is not retrain)
 
 
-def test_other_settings_measure_all_again_but_for_those_of_the_tables(measured, again, monkeypatch):
+def test_other_settings_measure_all_again_but_for_those_of_the_tables(measured, again, as_before, monkeypatch):
     monkeypatch.setattr(evaluation, "FULL", dataclasses.replace(SMALL, bootstrap=100))
     assert again(measured)[1] == []
-    monkeypatch.setattr(evaluation, "FULL", dataclasses.replace(SMALL, trials=2))
+    monkeypatch.setattr(evaluation, "FULL", dataclasses.replace(SMALL, lead=9))
     assert [reason.partition(":")[0] for reason in again(measured)[1]] == ["trained/baseline", "trained/with_ltm"]
 
 

@@ -660,9 +660,10 @@ def test_it_works_or_says_why_in_one_line(root, here, name):
 
 # run by a Python of its own, which imports the libraries once; then each command line is a process of its own
 PROCESSES = """
-import json, os, runpy, sys
+import gc, json, os, runpy, sys
 sys.path.insert(0, project := sys.argv[1])
 import eval, plot_eval, prepare_data, train
+gc.freeze()                                             # or each would look through all that was imported
 for number, command in enumerate(json.load(sys.stdin)):
     if not os.fork():
         os.dup2(os.open(f"{number}.err", os.O_WRONLY | os.O_CREAT), 2)

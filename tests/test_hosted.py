@@ -262,13 +262,14 @@ import json, sys
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 torch.set_num_threads(1)
-tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
-ids = torch.tensor([list(range(3, 43))])
-cache = model.new_cache()
-out = model.generate(ids, max_new_tokens=8, min_new_tokens=8, do_sample=False, past_key_values=cache)
-with torch.no_grad():
-    print(json.dumps([model(ids).logits.double().sum().item(), out.tolist(), len(cache.contents())]))
+for folder in sys.argv[1:]:
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    ids = torch.tensor([list(range(3, 43))])
+    cache = model.new_cache()
+    out = model.generate(ids, max_new_tokens=8, min_new_tokens=8, do_sample=False, past_key_values=cache)
+    with torch.no_grad():
+        print(json.dumps([model(ids).logits.double().sum().item(), out.tolist(), len(cache.contents())]))
 """
 
 
@@ -287,6 +288,7 @@ def trained(request, tmp_path_factory):
         patch.setattr(train, "QUICK", train.Settings(steps=4, batch=2, lane=2, warmup=2, log_every=2,
                                                      checkpoint_steps=2))
         patch.setattr(stages.signal, "signal", lambda *_: None)
+        patch.setattr(add_memory, "milliseconds", lambda _: (1, 1))
         say = ["--root", str(root), "--quick"]
         prepare_data.main(["--tokenizer", str(folder), "--text", str(base / "text.jsonl"), *say])
         for arm in ("baseline", "with_ltm", "with_lora", "with_ltm_lora"):
@@ -352,14 +354,16 @@ def test_resumed_it_is_the_same(trained, monkeypatch):
 
 def test_the_folder_alone_loads_and_generates(trained, tmp_path):
     root, _ = trained
-    for arm in ("with_ltm", "with_ltm_lora"):
-        alone = shutil.copytree(root / "trained" / arm, tmp_path / arm, ignore=shutil.ignore_patterns("checkpoints"))
-        (tmp_path / "load.py").write_text(LOADED)
-        environment = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": ""}
-        done = subprocess.run([sys.executable, "-I", "load.py", str(alone)], cwd=tmp_path, env=environment, text=True,
-                              capture_output=True, timeout=120)
-        assert done.returncode == 0, done.stderr[-2000:]
-        total, said, held = json.loads(done.stdout.splitlines()[-1])
+    arms = ("with_ltm", "with_ltm_lora")
+    for arm in arms:
+        shutil.copytree(root / "trained" / arm, tmp_path / arm, ignore=shutil.ignore_patterns("checkpoints"))
+    (tmp_path / "load.py").write_text(LOADED)
+    environment = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": ""}
+    done = subprocess.run([sys.executable, "-I", "load.py", *(str(tmp_path / arm) for arm in arms)], cwd=tmp_path,
+                          env=environment, text=True, capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for arm, line in zip(arms, done.stdout.splitlines()[-2:], strict=True):
+        total, said, held = json.loads(line)
         model, ids = stages.load_model(root / "trained" / arm), torch.tensor([list(range(3, 43))])
         assert model(ids).logits.double().sum().item() == total and held > 0
         assert model.generate(ids, max_new_tokens=8, min_new_tokens=8, do_sample=False).tolist() == said
@@ -409,6 +413,7 @@ def test_on_a_checkpoint_of_ones_own_the_backbone_stays(make_root, tmp_path, mon
     """The LTM on what train.py made: proved, trained for two steps, isolated and chained; not a bit of the rest moves."""
     monkeypatch.setattr(train, "QUICK", train.Settings(steps=2, batch=2, lane=2, warmup=1, log_every=1))
     monkeypatch.setattr(stages.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(add_memory, "milliseconds", lambda _: (1, 1))
     root, folder = make_root(), tmp_path / "checkpoint"
     folder.mkdir()
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"{i} " + line * 40}) + "\n"

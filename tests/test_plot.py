@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -196,6 +197,35 @@ def root(tmp_path):
     return build(tmp_path / "run", synthetic())
 
 
+@pytest.fixture
+def coarse(monkeypatch):
+    """For pictures that nobody looks at."""
+    monkeypatch.setattr(plot_eval, "DPI", 10)
+
+
+@pytest.fixture(scope="module")
+def plotted(tmp_path_factory):
+    """A root whose pictures are drawn, to be copied."""
+    root = build(tmp_path_factory.mktemp("plotted") / "run", synthetic())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plot_eval, "DPI", 10)
+        plot(root)
+    return root
+
+
+@pytest.fixture
+def finished(plotted, tmp_path):
+    """A root as `root`, and its pictures."""
+    return shutil.copytree(plotted, tmp_path / "run")
+
+
+def bare(arms=SPECIFIED):
+    """Results without what has a picture of its own, of one seed."""
+    results = synthetic(arms, seeds=1)
+    del results["detail"]["memory"], results["detail"]["controls"]
+    return results
+
+
 def build(root, results):
     rng = np.random.default_rng(0)
     for seed in results["detail"]["run"]["seeds"]:
@@ -256,7 +286,7 @@ def brightness(color):
 
 def drawn(picture, color):
     """The share of a picture's pixels in a colour."""
-    wanted = np.array([int(color[at:at + 2], 16) / 255 for at in (1, 3, 5)])
+    wanted = np.array([int(color[at:at + 2], 16) / 255 for at in (1, 3, 5)], picture.dtype)
     return (np.abs(picture - wanted).max(2) < 0.02).mean()
 
 
@@ -496,14 +526,19 @@ def test_a_read_outside_of_the_text_is_refused(root):
 # ------------------------------------------------------------------ what it does without
 
 @pytest.mark.parametrize("key, flag", [("controls", " --controls"), ("memory", "")])
-def test_without_controls_or_memory_no_such_picture_and_a_word_on_an_old_one(root, capsys, monkeypatch, key, flag):
-    monkeypatch.setattr(plot_eval, "DPI", 10)           # these pictures are not looked at
-    results, path = read(root), root / f"results_{key}.png"
-    for nothing in (None, []):
-        results["detail"][key] = nothing
-        write(root, results)
-        plot(root)
-        assert not path.exists() and len(list(root.glob("*.png"))) == 2
+def test_without_controls_or_memory_no_such_picture_and_a_word_on_an_old_one(tmp_path, coarse, capsys, key, flag):
+    root, results = tmp_path / "run", synthetic(seeds=1)
+    other, = {"controls", "memory"} - {key}
+    path = root / f"results_{key}.png"
+    results["detail"][key] = None
+    plot(build(root, results))
+    assert not path.exists() and len(list(root.glob("*.png"))) == 2
+    del results["detail"][other]                        # which is there already
+    (root / f"results_{other}.png").unlink()
+    results["detail"][key] = []
+    write(root, results)
+    plot(root)
+    assert [path.name for path in root.glob("*.png")] == ["results.png"]
     path.write_bytes(b"old")
     del results["detail"][key]
     write(root, results)
@@ -513,9 +548,8 @@ def test_without_controls_or_memory_no_such_picture_and_a_word_on_an_old_one(roo
     assert path.read_bytes() == b"old"
 
 
-@pytest.mark.parametrize("mask", [0o022, 0o077], ids=oct)
-def test_modes_of_pictures_follow_the_umask(root, monkeypatch, mask):
-    monkeypatch.setattr(plot_eval, "DPI", 10)
+@pytest.mark.parametrize("mask", [pytest.param(0o022, marks=pytest.mark.slow), 0o077], ids=oct)
+def test_modes_of_pictures_follow_the_umask(root, coarse, mask):
     before = os.umask(mask)
     try:
         plot(root)
@@ -527,10 +561,10 @@ def test_modes_of_pictures_follow_the_umask(root, monkeypatch, mask):
 
 @pytest.mark.parametrize("broken",
                          ["MPLBACKEND", "matplotlibrc here", "MATPLOTLIBRC", "MPLCONFIGDIR"])
-def test_no_setting_of_matplotlib_ends_the_stage(root, tmp_path, broken):
+def test_no_setting_of_matplotlib_ends_the_stage(tmp_path, broken):
     """A backend that is not installed, a matplotlibrc that cannot be read, no folder for its
     cache."""
-    here = tmp_path / "here"
+    root, here = build(tmp_path / "run", bare()), tmp_path / "here"
     here.mkdir()
     values = {"MPLBACKEND": "Qt4Agg", "MATPLOTLIBRC": str(tmp_path / "rc"),
               "MPLCONFIGDIR": "/dev/null/cache"}
@@ -545,7 +579,7 @@ def test_no_setting_of_matplotlib_ends_the_stage(root, tmp_path, broken):
                           timeout=300,
                           capture_output=True, text=True)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
-    assert len(list(root.glob("*.png"))) == 3
+    assert (root / "results.png").read_bytes().startswith(b"\x89PNG") and (root / "results.html").is_file()
 
 
 def test_help_needs_neither_torch_nor_matplotlib():
@@ -666,7 +700,7 @@ def test_the_readme_says_what_the_published_results_say(name):
 
 # ------------------------------------------------------------------ wandb
 
-def test_wandb_gets_the_pictures(root, monkeypatch, capsys):
+def test_wandb_gets_the_pictures(root, coarse, monkeypatch, capsys):
     """In the project and the group of the trainings, as images and as one artefact."""
     told = []
     run = SimpleNamespace(group="seed0", finish=lambda: told.append("finished"), log=told.append,
@@ -683,7 +717,6 @@ def test_wandb_gets_the_pictures(root, monkeypatch, capsys):
         Settings=dict, Image=str, Artifact=Artifact, Html=lambda text, inject: (text, inject),
         init=lambda **named: (told.append(named), run)[1]))
     monkeypatch.delenv("WANDB_MODE")
-    monkeypatch.setattr(plot_eval, "DPI", 10)
     plot(root)
     named, images, artifact, finished = told
     assert (named["project"], named["group"], named["job_type"]) == (stages.WANDB_PROJECT, "seed0",
@@ -699,10 +732,9 @@ def test_wandb_gets_the_pictures(root, monkeypatch, capsys):
     assert "warning" not in capsys.readouterr().out
 
 
-def test_without_wandb_the_pictures_and_a_warning(root, monkeypatch, capsys):
+def test_without_wandb_the_pictures_and_a_warning(root, coarse, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.delenv("WANDB_MODE")
-    monkeypatch.setattr(plot_eval, "DPI", 10)
     plot(root)
     assert capsys.readouterr().out.splitlines()[2:] == [
         f"warning: wandb is left out (import of wandb halted; None in sys.modules); {root} has the pictures"]
@@ -726,7 +758,7 @@ def test_without_histories_receptive_field_groups_and_with_one_seed(tmp_path):
     assert pixels(root / "results.png").std() > 0.1
 
 
-def test_gone_checkpoints_are_named_in_one_line(root, capsys):
+def test_gone_checkpoints_are_named_in_one_line(root, coarse, capsys):
     for path in root.glob("trained/**/baseline/model.safetensors"):
         path.unlink()
     plot(root)
@@ -734,7 +766,7 @@ def test_gone_checkpoints_are_named_in_one_line(root, capsys):
     assert len(warnings) == 1 and "trained/baseline, trained/seed1/baseline, trained/seed2/baseline" in warnings[0]
 
 
-def test_odd_names_are_only_names(root, recwarn):
+def test_odd_names_are_only_names(root, coarse, recwarn):
     results = read(root)
     results["detail"]["data"]["source"] = "cost$s of $\\frac{ \u65e5\u672c\n\ttext " + "x" * 500
     results["detail"]["controls"][0]["name"] = "$\\bad{"
@@ -745,25 +777,22 @@ def test_odd_names_are_only_names(root, recwarn):
 
 # ------------------------------------------------------ what it refuses (rows 19, 20 and 23 of test_fuzz.py)
 
-def test_row_19_checkpoint_changed_after_the_evaluation(root):
-    plot(root)
-    (root / "trained/seed2/with_ltm/model.safetensors").write_bytes(b"weights of another run")
-    refused(root, "results.json is of another checkpoint",
+def test_row_19_checkpoint_changed_after_the_evaluation(finished):
+    (finished / "trained/seed2/with_ltm/model.safetensors").write_bytes(b"weights of another run")
+    refused(finished, "results.json is of another checkpoint",
             "trained/seed2/with_ltm/model.safetensors", "rerun")
 
 
-def test_a_config_changed_after_the_evaluation(root):
-    plot(root)
-    (root / "trained/with_ltm/config.json").write_text("{}")
-    refused(root, "results.json is of another model than", "trained/with_ltm/config.json", "rerun")
+def test_a_config_changed_after_the_evaluation(finished):
+    (finished / "trained/with_ltm/config.json").write_text("{}")
+    refused(finished, "results.json is of another model than", "trained/with_ltm/config.json", "rerun")
 
 
 @pytest.mark.parametrize("value", ["NaN", "Infinity", "1e999"])
-def test_row_20_a_number_that_is_none(root, value):
-    plot(root)
-    text = (root / "results.json").read_text()
-    (root / "results.json").write_text(text.replace('"bpc": 1.566', f'"bpc": {value}', 1))
-    refused(root, "not JSON compliant")
+def test_row_20_a_number_that_is_none(finished, value):
+    text = (finished / "results.json").read_text()
+    (finished / "results.json").write_text(text.replace('"bpc": 1.566', f'"bpc": {value}', 1))
+    refused(finished, "not JSON compliant")
 
 
 @pytest.mark.parametrize("flags", [["--steps", "3"], ["--root"], ["--quick=1"], ["extra"],
@@ -835,22 +864,23 @@ NEEDED_OF_SEVERAL = [
     "with_store.long_range_recall"]
 
 
-@pytest.mark.parametrize("arms, needed",
-                         [(SPECIFIED, list(needed_of_two())), (SEVERAL[:3], NEEDED_OF_SEVERAL)],
-                         ids=["two arms", "three arms"])
-@pytest.mark.parametrize("value", ["gone", None, "word", []], ids=repr)
-def test_results_that_lack_a_field_or_hold_another_thing(tmp_path, monkeypatch, value, arms,
-                                                         needed):
+# each value and each number of arms; the other pairs with -m slow
+LACKS = [pytest.param(value, arms, needed, id=f"{value!r}-{name}",
+                      marks=[] if name == usual else pytest.mark.slow)
+         for value, usual in (("gone", "two arms"), (None, "two arms"), ("word", "three arms"), ([], "three arms"))
+         for name, arms, needed in (("two arms", SPECIFIED, list(needed_of_two())),
+                                    ("three arms", SEVERAL[:3], NEEDED_OF_SEVERAL))]
+
+
+@pytest.mark.parametrize("value, arms, needed", LACKS)
+def test_results_that_lack_a_field_or_hold_another_thing(tmp_path, coarse, value, arms, needed):
     """Every field that is drawn, one at a time; a word or an empty list may pass for what is
     only printed or listed."""
     assert len(needed) > 20
-    monkeypatch.setattr(plot_eval, "DPI", 10)           # these pictures are not looked at
-    root = build(tmp_path / "root", synthetic(arms, seeds=1))
+    root = build(tmp_path / "root", bare(arms))         # memory and controls have their own tests
     for path in root.glob("trained/*/history.jsonl"):
         path.unlink()
-    results = read(root)
-    del results["detail"]["memory"], results["detail"]["controls"]      # have their own tests
-    whole, passed = json.dumps(results), set()
+    whole, passed = json.dumps(read(root)), set()
     for place in needed:
         results = inner = json.loads(whole)
         *above, last = place.split(".")

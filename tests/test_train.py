@@ -164,6 +164,7 @@ def here(stage, small):
 
 def _child(log, root, flags, fault, arguments):
     """What a forked process does: train.py, with its output in `log`, after `fault` has been put in."""
+    gc.freeze()                                 # it need not look through what was imported before the fork
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(out, 1)
     os.dup2(out, 2)
@@ -1138,6 +1139,7 @@ def test_add_memory_clears_what_a_killed_one_left(make_root, stage, monkeypatch)
 def test_every_start_has_the_same_backbone(make_root, stage, toy, monkeypatch):
     """Byte for byte, whatever the memory beside it; and a memory draws from a generator of its own."""
     monkeypatch.setitem(models.SIZES, "quick", TINY)
+    monkeypatch.setattr(add_memory, "milliseconds", lambda _: (1, 1))
     root = make_root()
     for flags in ([], ["--with-toy"]):
         code, out, err = stage(add_memory.main, "--root", root, "--quick", *flags)
@@ -1444,17 +1446,24 @@ train.FULL = dataclasses.replace(train.FULL, **{SMALL!r})
 """
 
 
-def test_wandb_offline_writes_into_the_runs_folder(root, tmp_path, undisturbed):
+def with_the_real_wandb(wandb, home):
+    """Fault, if it is one: wandb itself, of a user without an account."""
+    for name in [name for name in os.environ if name.startswith("WANDB")]:
+        del os.environ[name]
+    os.environ["HOME"], train.Wandb = str(home), wandb
+    os.chdir(home)
+
+
+def test_wandb_offline_writes_into_the_runs_folder(root, away, tmp_path, undisturbed):
     """The real one, without an account: no question, no network, no word, no wait at the end."""
     pytest.importorskip("wandb")
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
-    done = subprocess.run([sys.executable, "-c", DRIVER + "stages.run_stage(train.main)", "--baseline", "--root", root],
-                          env={**environment, "HOME": str(tmp_path)}, stdin=subprocess.DEVNULL, capture_output=True,
-                          text=True, timeout=120, cwd=tmp_path)
-    assert done.returncode == 0 and "wandb: " not in done.stdout + done.stderr, done.stdout + done.stderr
+    home = tmp_path / "home"
+    home.mkdir()
+    code, said = away(root, "--baseline", fault=with_the_real_wandb, arguments=(train.Wandb, home))
+    assert code == 0 and "wandb: " not in said, said
     folder = root / "trained" / "baseline"
     assert len(list(folder.glob("wandb/offline-run-*/*.wandb"))) == 1
-    assert not (tmp_path / "wandb").exists()
+    assert not (home / "wandb").exists()
     assert fingerprint(folder) == undisturbed("baseline")[1]
 
 
@@ -1668,7 +1677,8 @@ def test_a_notebooks_output_will_do(root, here, monkeypatch, undisturbed):
     assert fingerprint(root / "trained" / "baseline") == undisturbed("baseline")[1]
 
 
-@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077, 0o002])
+@pytest.mark.parametrize("mask", [
+    0o027, 0o002, pytest.param(0o022, marks=pytest.mark.slow), pytest.param(0o077, marks=pytest.mark.slow)])
 def test_modes_follow_the_umask(source, root, here, mask):
     """Of every file in the folder and in its checkpoints, whatever library wrote it, also after going on."""
     before = os.umask(mask)
@@ -1733,6 +1743,7 @@ def test_the_commit_is_that_of_this_code(tmp_path, monkeypatch, how):
 # ------------------------------------------------------------------ several processes, and the GPU
 
 
+@pytest.mark.slow
 def test_torchrun_shares_the_batch(root, away, here, undisturbed):
     """One process up to step 3, two up to step 8, where one of them is told to stop, and one again: the same losses."""
     assert away(root, "--with-ltm", fault=stopping_at, arguments=(3,))[0] == 143
