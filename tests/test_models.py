@@ -62,10 +62,10 @@ def enliven(model, spread=0.12):
     memory = model.memory
     from_state, from_tokens = memory.from_state.weight, memory.from_tokens.weight
     from_state.normal_(std=0.09)
-    from_state[memory.width:] *= 0.3                        # what has read the token filed
+    from_state[memory.width:2 * memory.width] *= 0.3        # what has read the token filed
+    from_state[2 * memory.width:].normal_(std=0.2)          # hidden units
     from_tokens.normal_(std=0.09)
     from_tokens[:memory.width] *= 0.7                       # the token filed
-    memory.hidden.weight.normal_(std=0.2)
     memory.from_hidden.weight.normal_(std=0.1)
     memory.from_state.bias[memory.sizes[0]:memory.width].zero_()
     memory.fade.copy_(torch.linspace(0.1, 0.9, len(memory.fade)))
@@ -215,10 +215,10 @@ class ReferenceLTM:
 
     def of_state(self, memory):
         """(T, 2, ..) what a state says of its own position, and of the one before."""
-        linear, hidden, out = ([x.double() for x in module.parameters()]
-                               for module in (memory.from_state, memory.hidden, memory.from_hidden))
-        inside = F.gelu(F.linear(self.h, *hidden))
-        return (F.linear(self.h, *linear) + F.linear(inside, *out)).unflatten(-1, (2, -1))
+        first, bias, second = (x.double() for module in (memory.from_state, memory.from_hidden)
+                               for x in module.parameters())
+        linear, hidden = F.linear(self.h, first, bias).split((2 * memory.width, self.config.ltm_hidden), -1)
+        return (linear + F.linear(F.gelu(hidden), second)).unflatten(-1, (2, -1))
 
     def token(self, t):
         return int(self.ids[t]) if t >= 0 else EOT
