@@ -14,7 +14,7 @@ A model computes one function in two forms: `score` and `forward` a whole sequen
 file travels in every checkpoint and is complete by itself.
 
 Axes: L lanes of R rows, N = L R rows, C positions in a row (128), B sequences, T tokens, D width,
-H heads, V vocabulary; of the LTM E exact and K learned addresses (H is E + K there), A dimensions
+H heads, V vocabulary; of the LTM E exact and K learned addresses, A dimensions
 of one, I candidate items, M slots. A sequence longer than the window is laid out as consecutive
 rows of a lane; `opens` (L, R) marks the rows that begin a sequence, as the first of each lane
 does. Without `opens` each row is a sequence of its own.

@@ -93,11 +93,13 @@ mkdir -p "$root" 2>/dev/null || die "--root: no folder can be made at '$root'" 2
 
 # run COMMAND...: run a command, pass on SIGINT and SIGTERM to it, return its exit code
 run() {
-    local child code signal=0
-    (trap - INT; exec "$@") </dev/null &
-    child=$!
+    local child="" code signal=0
+    # before the command, which may be told to stop as soon as it has begun
     trap 'signal=130' INT
-    trap 'signal=143; kill -TERM "$child" 2>/dev/null || true' TERM
+    trap 'signal=143; [ -z "$child" ] || kill -TERM "$child" 2>/dev/null || true' TERM
+    (trap - INT TERM; exec "$@") </dev/null &
+    child=$!
+    [ "$signal" = 0 ] || kill -TERM "$child" 2>/dev/null || true     # it came while there was no number to send it to
     while code=0; wait "$child" || code=$?; kill -0 "$child" 2>/dev/null; do
         # Ctrl-C in a terminal has reached the command by itself, `kill -INT` of this shell has
         # not

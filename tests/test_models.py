@@ -1,7 +1,7 @@
 """models.py: both forms of both memories against a slow, literal reference, and what no change to them may break.
 
 Small models with a small vocabulary, so that whole distributions are cheap; weights drawn so that they act like trained
-ones: about half the tokens are stored, half the learned look-ups open, and what is found outweighs the backbone.
+ones: about half the tokens are stored, every kind of address finds some, and what is found outweighs the backbone.
 """
 
 import ast

@@ -1,5 +1,6 @@
 """run_all.sh and the environment it shares with tests/run.sh, with stubs in place of the seven stages."""
 
+import contextlib
 import fcntl
 import os
 import re
@@ -852,6 +853,22 @@ def test_installing_heeds_signals(bare, number, whole_group):
     (os.killpg if whole_group else os.kill)(running.pid, number)
     _, error = running.communicate(timeout=PATIENCE)               # ends when nobody can write there any more
     assert running.returncode == 128 + number and bare.called() == []
+
+
+@pytest.mark.parametrize("at", range(1, 9))
+def test_stopped_between_any_two_commands_nothing_goes_on(project, at):
+    """Kind 16: also while the command has only just begun, as on a busy machine it may have for long."""
+    text = (project.folder / "run_all.sh").read_text()
+    function = re.search(r"(?ms)^run\(\) \{.*?^\}", text)[0]
+    at_once = f"n=0; set -T; trap 'n=$((n + 1)); [ $n != {at} ] || kill -TERM $$' DEBUG"
+    running = subprocess.Popen(["bash", "-c", f"set -euo pipefail\n{function}\n{at_once}\nrun sleep 600"],
+                               stdout=subprocess.PIPE, start_new_session=True)
+    try:
+        running.communicate(timeout=60)                     # ends when nobody can write there any more
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(running.pid, signal.SIGKILL)
+    assert running.returncode in (128 + signal.SIGTERM, -signal.SIGTERM)
 
 
 @pytest.mark.parametrize("by", [["sh"], ["dash"], ["bash"], ["bash", "--posix"], ["sh", "-e"]], ids=" ".join)
