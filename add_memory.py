@@ -34,7 +34,7 @@ import torch
 from models import GPT, SIZES, RevenaConfig
 from stages import (ARMS, SPECIFIED, STUDY, StageError, about, arm_flag, arm_folder, command,
                     default_root, init_name, is_hosted, load_model, load_tokenizer, model_class, one_line,
-                    parser_of, run_stage, save_model, seed_number, write_manifest)
+                    parser_of, read_json, run_stage, save_model, seed_number, write_manifest)
 
 
 @dataclass(frozen=True)
@@ -324,6 +324,20 @@ def write_folder(hybrid, tokenizer, folder, **facts):
         shutil.rmtree(aside, ignore_errors=True)
 
 
+def check_room(folder, args):
+    """Raise StageError where arms were trained from first weights of another model in that folder."""
+    manifest = folder / "manifest.json"
+    arms = sorted(path.parent.name for path in folder.parent.glob("*/manifest.json"))
+    trained = [arm for arm in arms if not arm.startswith("init")]
+    if not manifest.is_file() or not trained:
+        return
+    was = read_json(manifest, "python add_memory.py").get("to")
+    if was != args.to:
+        asked = f"--to {args.to} " if args.to else ""
+        raise StageError(f"{folder} is what {', '.join(trained)} started from, on {was or 'a backbone of its own'}; "
+                         f"take another folder: python add_memory.py {asked}--root DIR")
+
+
 def parse(argv=None):
     parser = parser_of(__doc__)
     arms = parser.add_mutually_exclusive_group()
@@ -378,6 +392,7 @@ def main(argv=None):
           + "; the LTM starts empty and is first in, first out" * (hybrid.config.memory == "ltm"))
     total = report(hybrid, args.to or f"RevenaHybridTiny-{settings.size}", args.seed, args.arm)
     folder = arm_folder(root, args.seed, init_name(args.arm))
+    check_room(folder, args)
     write_folder(hybrid, tokenizer, folder, seed=args.seed, parameters=total, **facts)
     following = "train.py --baseline" if args.arm in SPECIFIED else f"train.py {arm_flag(args.arm)}"
     print(f"wrote {folder}/ in {time.time() - start:.0f} s; next: "

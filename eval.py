@@ -2161,7 +2161,7 @@ def draws_of(model, text, most):
     """What an LTM draws on for each target of one text: {"stored", "share", "items"}.
 
     As one row, whatever its length: then the item that position i files is candidate i. An item
-    is said as at,share,cosine, where `at` counts targets and a cosine may be "exact".
+    is said as at,share,cosine, where `at` counts targets and a cosine may be "exact" or "word".
     """
     pack, length = pack_of(text, model), len(text) - 1
     h, _ = states(model, pack)
@@ -2172,11 +2172,11 @@ def draws_of(model, text, most):
     share = weight / (1 + weight.sum(-1, keepdim=True))
     best = share.topk(min(most, length))
     cosine = read.cosine[0].amax(0).gather(1, best.indices).tolist()
-    exact = (read.exact[0] > 0).gather(1, best.indices).tolist()
+    exact, words = ((through[0] > 0).gather(1, best.indices).tolist() for through in (read.exact, read.words))
     items = []
-    for row in zip(best.indices.tolist(), best.values.tolist(), cosine, exact):
-        said = [f"{at},{brief(part, 4)},{'exact' if same else brief(near)}"
-                for at, part, near, same in zip(*row) if part >= 0.0005]
+    for row in zip(best.indices.tolist(), best.values.tolist(), cosine, exact, words):
+        said = [f"{at},{brief(part, 4)},{'exact' if same else 'word' if word else brief(near)}"
+                for at, part, near, same, word in zip(*row) if part >= 0.0005]
         items.append(" ".join(said))
     return {"stored": "".join(str(int(flag)) for flag in stored[0].tolist()),
             "share": numbers_of(share.sum(-1).cpu(), 4), "items": ";".join(items)}
@@ -2348,13 +2348,20 @@ def reads_off(read):
 
 
 def exact_alone(read):
-    """Learned addresses find nothing."""
-    return read._replace(learned=torch.zeros_like(read.learned))
+    """Learned addresses and rare words find nothing."""
+    return only_exact(read.exact)
 
 
 def learned_alone(read):
     """Exact addresses and rare words find nothing."""
-    return read._replace(exact=torch.zeros_like(read.exact))
+    nothing = torch.zeros_like(read.exact)
+    return read._replace(exact=nothing, words=nothing)
+
+
+def only_exact(weight):
+    """A Reading of these weights (N, C, I) alone."""
+    nothing = torch.zeros_like(weight)
+    return Reading(weight, nothing, nothing, None)
 
 
 class RandomTokens(LongTermMemory):
@@ -2407,7 +2414,7 @@ class NeuralCache(LongTermMemory):
         # at the start there is none
         cache = match.masked_fill(~self.visible(age), -math.inf).softmax(-1).nan_to_num()
         weight = self.share / (1 - self.share) * cache
-        return Reading(weight, torch.zeros_like(weight), None), values, stored
+        return only_exact(weight), values, stored
 
 
 def neural_cache(model, slots, theta, share=0.5):
@@ -2540,7 +2547,7 @@ class Mixture(LongTermMemory):
         weight = math.exp(cache) * (theta * products).masked_fill(~visible, -math.inf).softmax(-1).nan_to_num()
         weight = weight + sum(math.exp(one) * found for one, found in zip(trust, matches))
         weight = weight * (slope * self.entropy(final.h)).exp()[..., None]
-        return Reading(weight, torch.zeros_like(weight), None), values, stored
+        return only_exact(weight), values, stored
 
 
 def training_free(model, slots, scalars):

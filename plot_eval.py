@@ -323,8 +323,7 @@ def draw_curve(axes, recall, arms):
 
 
 def draw_history(axes, folders, title, evaluated):
-    """Share of predictions that retrieved something, as training went on: the first seed in
-    full, the others thin."""
+    """memory_hit_rate as training went on: the first seed in full, the others thin."""
     drawn = set()
     for arm, folder in folders:
         steps, rates = hit_rates(folder / "history.jsonl")
@@ -1267,7 +1266,7 @@ def table_of_results(results):
         bpc_row("**bits per character**, whole documents", detail["bpc"], arm),
         bpc_row("bits per character, 128-token windows", detail["bpc_windows"], arm),
         *recall_rows(detail["recall"], arm, detail["data"].get("vocabulary", EOT + 1)),
-        ["share of predictions that retrieved something", "", hits, ""],
+        ["share of " + detail["arms"][arm]["hit_means"], "", hits, ""],
         training_row(results, arm),
         evaluation_row(results, arm)]
     labels = [cell(label_of(results, which)) for which in (REFERENCE, arm)]
@@ -2160,7 +2159,7 @@ function explore(data) {
     (view.items ? view.items[at] : []).forEach((item, rank) => {
       spans[item.place].classList.add("source");
       spans[item.place].dataset.rank = rank + 1;
-      curve(spans[item.place], spans[at], item.cosine === "exact");
+      curve(spans[item.place], spans[at], ["exact", "word"].includes(item.cosine));
     });
     words.setAttribute("aria-activedescendant", `t${at}`);
     facts.replaceChildren(...costs(), ...draws(), ...contents(memory));
@@ -2205,8 +2204,8 @@ function explore(data) {
       class: number > 1 ? "number" : "" }, name || make("span", { class: "unseen" }, "rank")));
     return [make("h3", {}, `Drew on: ${share}% of the probability is the memory's`), make("table", {},
       make("thead", {}, make("tr", {}, ...head)), make("tbody", {}, ...rows)), make("p", { class: "small" },
-        "The heaviest items. back: tokens from there to here. exact: the last token or tokens were the same "
-        + "(full lines); cosine: of the learned addresses (dashed).")];
+        "The heaviest items. back: tokens from there to here. exact: the last token or tokens were the same; "
+        + "word: a rare word was (full lines); cosine: of the learned addresses (dashed).")];
   }
 
   function contents(memory) {

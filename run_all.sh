@@ -287,7 +287,11 @@ stage() {
     # --resume starts, continues or says that it is done
     [ "$1" != train.py ] || set -- "$@" "${fresh:---resume}"
     run "$PYTHON" "$@" --root "$root" ${quick:+--quick} 8>&- || code=$?     # the lock is this shell's alone
-    [ "$code" = 0 ] || die "stage $title failed with exit code $code; nothing after it was run" "$code"
+    case $code in
+        0) ;;
+        130 | 143) die "stopped in stage $title; the same command again goes on from there" "$code" ;;
+        *) die "stage $title failed with exit code $code; nothing after it was run" "$code" ;;
+    esac
     made=$(contents "$makes") || die "stage $title ended without making all of: $makes"
     echo "$from $made" >"$stamp"
     echo "$title: done in $((SECONDS - began)) s"

@@ -93,8 +93,8 @@ def study():
     for name, (window, label) in attention.items():         # rows of the window, as many tokens a step
         found[name] = Arm(None, label, group="baseline", config=dict(stm_window=window))
     found["study_wide"] = Arm(None, "the LTM's parameters in the feed-forward", group="baseline",
-                              backbone=dict(n_inner=2_664))
-    found["more_steps"] = Arm(None, "the LTM's time in steps", group="baseline", share=1.05)
+                              backbone=dict(n_inner=2_720))
+    found["more_steps"] = Arm(None, "the LTM's time in steps", group="baseline", share=1.08)
     stored = {"surprisal": {}, "random": dict(ltm_random=0.576), "every": dict(ltm_surprisal_bits=-1.0)}
     # an isolated row never fills 256 slots: 1,024 of them change what is evaluated, not what is trained
     labels = {"surprisal": "surprising tokens", "random": "random ones, same rate", "every": "every token"}

@@ -836,7 +836,7 @@ cache = model.new_cache()       # or model.load_cache("memory.safetensors"), whi
 print(tokenizer.decode(model.generate(**text, max_new_tokens=50, past_key_values=cache)[0]))
 ```
 
-After more training, call `model.eval()` before it predicts: how an LTM weighs what it retrieves differs from training.
+After more training, call `model.eval()` before it generates: on a GPU that is faster.
 
 Limits: a small model trained on little text to answer one question (does a memory help?); it knows next to nothing,
 repeats itself, and says whatever its data said.

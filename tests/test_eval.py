@@ -714,7 +714,7 @@ def test_each_control_is_what_its_name_says():
             "none": afresh(ltm_cosine=-2), "0.5": afresh(ltm_cosine=0.5), "0.95": afresh(ltm_cosine=0.95),
             "0.8 (as trained)": afresh(), "15.6 (as trained)": afresh(), "24 (as trained)": afresh(),
             "2": afresh(bits=2), "8": afresh(bits=8), "16": afresh(ltm_slots=16), "1024": afresh(ltm_slots=1024),
-            "exact ones only": afresh(ltm_cosine=2),
+            "exact ones only": afresh(ltm_cosine=2, **no_words),
             "learned ones only": afresh((1, exact), **no_words), "no rare words": afresh(**no_words),
             "rare words in their place only": afresh(ltm_near=0.0)}
         for twin in (model, *expected.values()):    # cosines of all sizes

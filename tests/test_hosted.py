@@ -339,6 +339,15 @@ def test_the_backbone_learns_where_that_is_asked_for(trained, monkeypatch):
     assert all(not torch.equal(x, after[name]) for name, x in before.items() if x.dim() > 1)
 
 
+def test_the_first_weights_of_trained_arms_stay(trained, stage):
+    """Another model's memory goes to a folder of its own."""
+    root, _ = trained
+    kept = (root / "trained/init/manifest.json").read_bytes()
+    code, _, error = stage(add_memory.main, "--root", root, "--quick")
+    assert code == 1 and "baseline, with_lora, with_ltm, with_ltm_lora started from" in error and "--root DIR" in error
+    assert (root / "trained/init/manifest.json").read_bytes() == kept
+
+
 def test_resumed_it_is_the_same(trained, monkeypatch):
     root, _ = trained
     monkeypatch.setattr(train, "QUICK", train.Settings(steps=4, batch=2, lane=2, warmup=2, log_every=2,

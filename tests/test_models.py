@@ -936,3 +936,13 @@ def test_stages_alone_does_not_import_torch():
     """A stage that needs no torch does not wait for it."""
     code = "import stages, sys; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=stages.PROJECT, check=True)
+
+
+def test_the_study_widens_by_the_ltms_parameters():
+    """The control with as many parameters has as many, within two per cent."""
+    with torch.device("meta"):
+        ltm = RevenaHybridTiny(RevenaConfig()).memory
+        backbones = [RevenaHybridTiny(RevenaConfig(**stages.STUDY[name].backbone)).backbone
+                     for name in ("baseline_x1", "study_wide")]
+    usual, wide = (sum(p.numel() for p in backbone.parameters()) for backbone in backbones)
+    assert wide - usual == pytest.approx(sum(p.numel() for p in ltm.parameters()), rel=0.02)

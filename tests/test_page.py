@@ -191,7 +191,7 @@ def compare(told, made, arm, at, number):
     for place, back, cosine, share in shown:
         assert int(back) == at - place
         assert float(share.rstrip("%")) / 100 == pytest.approx(drawn[place]["share"], abs=1e-3)
-        near = 1.0 if cosine == "exact" else float(cosine)
+        near = 1.0 if cosine in ("exact", "word") else float(cosine)
         assert near == pytest.approx(drawn[place]["cosine"], abs=1e-3)
     matter = [item for item in drawn.values() if item["share"] >= 0.0006]
     assert len(shown) == min(SMALL.drawn, len(matter)) or len(shown) > len(matter)
