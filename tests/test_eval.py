@@ -954,10 +954,10 @@ def test_what_is_explored_of_an_ltm_is_what_it_does(tokenizer):
         for said in items[at].split():
             place, share, cosine = said.split(",")
             assert float(share) == pytest.approx(by_place[int(place)]["share"], abs=1e-3)
-            near = 1.0 if cosine == "exact" else float(cosine)
+            near = 1.0 if cosine in ("exact", "word") else float(cosine)
             assert near == pytest.approx(by_place[int(place)]["cosine"], abs=1e-3)
             drew += 1
-    assert drew > 20 and "exact" in shown["items"]
+    assert drew > 20 and "exact" in shown["items"] and "word" in shown["items"]
     off, _ = bits_of(evaluation.memory_off(model), [text])
     assert list(map(float, shown["bits_off"].split())) == pytest.approx(off.tolist(), abs=1e-3)
     stored = [place for place, flag in enumerate(shown["stored"][:-1]) if flag == "1"]
