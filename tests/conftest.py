@@ -8,6 +8,7 @@ import gc
 import json
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -15,6 +16,9 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"          # before anything imports the hub's client: no test waits for a network
 os.environ["WANDB_MODE"] = "disabled"       # but in the tests that are about it
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:       # a shell's job in the background is started so, ..
+    signal.signal(signal.SIGINT, signal.default_int_handler)        # .. and what tests start would be deaf to it too
 
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
