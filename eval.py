@@ -2534,12 +2534,8 @@ class Mixture(LongTermMemory):
         address = Address(*[targets] * len(Address._fields))._replace(
             grams=torch.stack(grams, -1), known=lagged(surprising, 1, opens, False), key=h)
         items, values, age = self.candidates(address, targets, stored, opens)
-        visible, matches = self.visible(age), []
-        same = visible
-        for n in range(self.config.ltm_ngrams):
-            same = same & (address.grams[..., n, None] == items.grams[:, None, :, n])
-            matches.append(same & address.known[..., None] & items.known[:, None] if n == 0 else same)
-        return matches, h.float() @ items.key.float().mT, visible, values, stored
+        visible = self.visible(age)
+        return self.matches(address, items, visible), h.float() @ items.key.float().mT, visible, values, stored
 
     def read(self, final):
         matches, products, visible, values, stored = self.found(final)

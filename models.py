@@ -14,8 +14,8 @@ A model computes one function in two forms: `score` and `forward` a whole sequen
 file travels in every checkpoint and is complete by itself.
 
 Axes: L lanes of R rows, N = L R rows, C positions in a row (128), B sequences, T tokens, D width,
-H heads, V vocabulary; of the LTM E exact and K learned addresses, A dimensions
-of one, I candidate items, M slots. A sequence longer than the window is laid out as consecutive
+H heads, V vocabulary; of the LTM E exact and K learned addresses, A dimensions of one, I candidate
+items, M slots. A sequence longer than the window is laid out as consecutive
 rows of a lane; `opens` (L, R) marks the rows that begin a sequence, as the first of each lane
 does. Without `opens` each row is a sequence of its own.
 """
@@ -680,10 +680,8 @@ class LongTermMemory(Memory, kind="ltm"):
         """
         config, E = self.config, self.config.ltm_ngrams
         visible, old = self.visible(age), age.clamp(min=1).float().log()
-        same, exact = visible, 0.0
-        for n in range(E):                                  # the last n + 1 tokens
-            same = same & (address.grams[..., n, None] == items.grams[:, None, :, n])
-            found = same & address.known[..., None] & items.known[:, None] if n == 0 else same
+        exact = 0.0
+        for n, found in enumerate(self.matches(address, items, visible)):
             score = address.trust[..., n, None] - self.fade[n] * old                    # (N, C, I)
             exact = exact + torch.where(found, score.clamp(max=10).exp(), 0.0)
         words = torch.where(visible, self.through_words(address.rare, items.rare), 0.0)
@@ -703,6 +701,16 @@ class LongTermMemory(Memory, kind="ltm"):
         score = score - self.fade[E:, None, None] * old[:, None]
         learned = torch.where(retrieved, score.clamp(max=10).exp(), 0.0).sum(1)
         return Reading(exact, words, learned, cosine)
+
+    def matches(self, address, items, visible):
+        """[(N, C, I) bool] which visible items each exact address finds: that of the last token, of the
+        last two, ..
+        """
+        same, found = visible, []
+        for n in range(self.config.ltm_ngrams):
+            same = same & (address.grams[..., n, None] == items.grams[:, None, :, n])
+            found.append(same & address.known[..., None] & items.known[:, None] if n == 0 else same)
+        return found
 
     def through_words(self, asked, filed):
         """(N, C, I) what the rare words of queries (N, C, E) and of items (N, I, E) that agree add up

@@ -594,8 +594,7 @@ def test_where_the_weights_start():
         elif name == "memory.fade":
             assert x.tolist() == [0.25] * model.config.ltm_ngrams + [1.0] * model.config.ltm_learned
         else:
-            inputs = model.config.ltm_hidden if "from_hidden" in name else model.config.n_embd
-            bound = (x.size(1) if x.dim() > 1 else inputs) ** -0.5
+            bound = (x.size(1) if x.dim() > 1 else model.config.n_embd) ** -0.5
             assert 0.9 * bound < x.abs().max().item() <= bound, name
             assert abs(x.std().item() / (bound / 3 ** 0.5) - 1) < 0.1, name
 
