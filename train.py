@@ -822,7 +822,7 @@ The weights of step {step:,} of {steps:,}.
 | | |
 |---|---|
 | data | {source}: {documents:,} documents, {tokens:,} tokens |
-| training loss (nats a token) | {loss:.4f} |
+| training loss (nats a token) | {loss} |
 | seed, batch, learning rate | {seed}, {batch} rows of 128 tokens, {lr} |
 | share of the steps with chained rows | {chained} |
 | torch, device | {torch}, {device} |
@@ -1151,11 +1151,12 @@ class Job:
         return replayed(plan, self.about.replay, self.seed) if self.about.replay else plan
 
     def card(self, training, folder, loss):
-        """README.md of the checkpoint."""
+        """README.md of the checkpoint; loss: None where no step was taken."""
         parameters = sum(p.numel() for p in self.model.parameters())
         learnt = sum(p.numel() for group in training.groups for p in group.parameters)
         what = f"A memory on {self.host}" if self.host else "A GPT with a sliding attention window of 128 tokens (STM)"
         data = self.meta["splits"]["train"]
+        loss = "nothing learns" if loss is None else f"{loss:.4f}"
         return CARD.format(arm=self.arm, label=self.about.label, step=training.done, steps=self.steps, loss=loss,
                            what=what, parameters=parameters, learnt=learnt, source=self.meta["source"],
                            seed=self.seed, lr=self.settings.lr,
@@ -1251,6 +1252,10 @@ def train(args, settings, processes):
         if processes.first:
             print(f"{run.folder}: all {job.steps:,} steps are done already; next: {job.following}")
         return 0
+    if not any(group.parameters for group in training.groups):
+        if processes.first:
+            save_still(run, training, job)
+        return 0
     console = Console(run, training, job) if processes.first else Mute()
     if checkpoint and processes.first:
         console.checkpointed = training.done
@@ -1259,6 +1264,18 @@ def train(args, settings, processes):
     if training.done < job.steps:
         return 128 + (caught or [signal.SIGTERM])[0]     # another process of torchrun's may be the one that was told
     return 0
+
+
+def save_still(run, training, job):
+    """Write what a training ends with where nothing learns (a frozen model without a memory): any
+    number of steps would leave the weights as they are, so that none is taken.
+    """
+    training.done = job.steps                            # as far as all who compare arms are concerned
+    run.save(training)
+    (run.folder / "history.jsonl").touch()
+    write_atomic(run.folder / "README.md", job.card(training, run.folder, None))
+    say(f"nothing learns in {job.host} without --train-backbone, so that no step is taken; "
+        f"wrote {run.folder}/ in {time.time() - job.began:.0f} s; next: {job.following}")
 
 
 def take_steps(training, console, stopping):

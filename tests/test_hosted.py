@@ -326,6 +326,32 @@ def test_the_frozen_stays_and_the_rest_learns(trained):
         assert settings["to"] == str(folder) and settings["train_backbone"] is False
 
 
+def test_where_nothing_learns_no_step_is_taken(trained, monkeypatch, stage, tmp_path):
+    """A frozen model without a memory: its folder is that of a finished training, and no number in it is made up."""
+    def step(_):
+        raise AssertionError("a step that moves nothing")
+
+    root, folder = trained
+    root, took = shutil.copytree(root, tmp_path / "still"), train.Settings(steps=6, batch=2, lane=2)
+    monkeypatch.setattr(train.Training, "step", step)
+    monkeypatch.setattr(train, "QUICK", took)
+    say = ["--baseline", "--root", root, "--quick"]
+    code, said, _ = stage(train.main, *say, "--fresh")
+    assert code == 0 and said.count("\n") == 1 and "train.py --with-ltm" in said
+    assert f"nothing learns in {folder} without --train-backbone, so that no step is taken" in said
+    arm = root / "trained" / "baseline"
+    manifest, init = json.loads((arm / "manifest.json").read_text()), root / "trained" / "init"
+    assert manifest["step"] == manifest["settings"]["steps"] == 6 and set(manifest["weights"].values()) == {6}
+    assert stages.sha256(arm / "model.safetensors") in manifest["weights"]
+    weights, before = (stages.load_model(one).state_dict() for one in (arm, init))
+    assert all(torch.equal(x, before[name]) for name, x in weights.items())
+    assert (arm / "history.jsonl").read_text() == ""
+    assert "| training loss (nats a token) | nothing learns |" in (arm / "README.md").read_text()
+    assert evaluation.find_arm(0, "baseline", evaluation.Place(root, True, "cpu")).step == 6
+    code, said, _ = stage(train.main, *say, "--resume")
+    assert code == 0 and "all 6 steps are done already; next: python train.py --with-ltm" in said
+
+
 def test_the_backbone_learns_where_that_is_asked_for(trained, monkeypatch):
     root, folder = trained
     monkeypatch.setattr(train, "QUICK", train.Settings(steps=2, batch=2, lane=2, warmup=1, log_every=1))
