@@ -1014,10 +1014,11 @@ STALE = {
 }
 
 
-def why_measure(measured, expected):
-    """Why an arm has to be measured (again), in words; None: what was measured holds."""
+def why_measure(measured, expected, path):
+    """Why an arm has to be measured (again), in words; None: what was measured, and read from
+    `path`, holds."""
     if measured is None:
-        return "not measured yet, or the file is damaged"
+        return f"{path.name} is damaged" if path.exists() else "not measured yet"
     for name, wanted in expected.items():
         known = measured.facts.get(name)
         if known == wanted:
@@ -1107,7 +1108,7 @@ def measured_arm(found, exam, place):
     """
     path = found.folder / place.file
     measured = read_measured(path)
-    reason = why_measure(measured, expected_of(found, exam))
+    reason = why_measure(measured, expected_of(found, exam), path)
     if reason is None:
         return found, measured
     if found.source is None:
