@@ -3048,8 +3048,10 @@ def main(argv=None):
     write_json(path, results)
     print_table(results)
     print_indirect(results["detail"], list(results["detail"]["arms"]))
-    following = "" if args.on else f"; next: {command('plot_eval.py', root, args.quick)}"
-    print(f"wrote {path} in {time.time() - began:.0f} s{following}")
+    following = command("plot_eval.py", root, args.quick)
+    if args.on:                                             # plot_eval.py draws results.json alone
+        following = f"read {path}, where the intervals stand under detail; nothing draws it"
+    print(f"wrote {path} in {time.time() - began:.0f} s; next: {following}")
 
 
 if __name__ == "__main__":

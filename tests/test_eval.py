@@ -1532,7 +1532,9 @@ def test_own_documents_are_evaluated_beside_the_others(measured, small, capsys):
     evaluation.main(["--root", str(measured), "--on", "mine"])
     results = json.loads((measured / "results_on_mine.json").read_text())
     assert list(results) == [*ARMS, "detail"] and results["detail"]["data"]["val_documents"] == 3
-    assert "mine.jsonl" in results["detail"]["data"]["source"] and "data/mine.bin" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "mine.jsonl" in results["detail"]["data"]["source"] and "data/mine.bin" in said
+    assert f"next: read {measured / 'results_on_mine.json'}" in said.splitlines()[-1]
     assert results["baseline"]["bpc"] != json.loads((measured / "results.json").read_text())["baseline"]["bpc"]
     assert all(path.read_bytes() == data for path, data in before.items() if path.name != ".lock")
     assert (measured / "trained/with_ltm/evaluation_on_mine.safetensors").is_file()
