@@ -843,6 +843,9 @@ repeats itself, and says whatever its data said.
 """
 
 
+BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+
+
 class Console:
     """What the first process of a run says and writes: progress bar, history, wandb, checkpoints,
     the card.
@@ -853,7 +856,10 @@ class Console:
         self.entry, self.checkpointed = None, None
         self.wandb = Wandb(run.folder, job.seed, job.arm, run.facts, self.warn)
         self.history = History(run.folder / "history.jsonl", training, self.report)
-        self.bar = tqdm(total=job.steps, initial=training.done, unit="step", disable=None, smoothing=0.05)
+        self.bar = tqdm(total=job.steps, initial=training.done, bar_format=BAR, disable=None,
+                        smoothing=0.05)
+        # in two lines: the names of what is shown are wider than a terminal of 80 columns
+        self.below = tqdm(bar_format="{desc}", position=1, disable=None)
         settings, rows = training.settings, training.rows
         say(f"{job.arm}, seed {job.seed}: {job.steps:,} steps of {settings.batch} x {rows.size(1)} tokens, "
             f"{len(rows):,} rows, from step {training.done:,}"
@@ -871,11 +877,11 @@ class Console:
         """A line of the history has been written."""
         self.entry = entry
         self.wandb.log(entry)
-        shown = {"LTM_enabled": entry["LTM_enabled"], "loss": f"{entry['loss']:.3f}",
-                 "routed_token_ratio": f"{entry['routed_token_ratio']:.2f}",
-                 "avg_surprisal_routed": f"{entry['avg_surprisal_routed']:.1f}",
-                 "ltm_hit_rate": f"{entry['ltm_hit_rate']:.2f}", "tok/sec": f"{entry['tok/sec'] or 0:,.0f}"}
-        self.bar.set_postfix(shown)
+        self.bar.set_postfix({"LTM_enabled": entry["LTM_enabled"], "loss": f"{entry['loss']:.3f}",
+                              "tok/sec": f"{entry['tok/sec'] or 0:,.0f}"})
+        self.below.set_description_str(f"routed_token_ratio={entry['routed_token_ratio']:.2f}, "
+                                       f"avg_surprisal_routed={entry['avg_surprisal_routed']:.1f}, "
+                                       f"ltm_hit_rate={entry['ltm_hit_rate']:.2f}")
         if self.bar.disable and entry["step"] % max(self.history.every, self.job.steps // 10) == 0:
             say(f"step {entry['step']:,}: loss {entry['loss']:.4f}, {entry['tok/sec'] or 0:,.0f} tok/sec, "
                 f"ETA {entry['ETA'] or 0:.0f} s")
@@ -913,6 +919,7 @@ class Console:
         self.settle()
         self.save()
         self.bar.close()
+        self.below.close()
         training = self.training
         last = training.statistics[max(0, training.done - training.settings.log_every):training.done, 0]
         loss = float(last.mean())
@@ -1270,7 +1277,7 @@ def save_still(run, training, job):
     """Write what a training ends with where nothing learns (a frozen model without a memory): any
     number of steps would leave the weights as they are, so that none is taken.
     """
-    training.done = job.steps                            # as far as all who compare arms are concerned
+    training.done = job.steps                            # to all who compare arms it is a whole run
     run.save(training)
     (run.folder / "history.jsonl").touch()
     write_atomic(run.folder / "README.md", job.card(training, run.folder, None))

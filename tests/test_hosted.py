@@ -327,7 +327,7 @@ def test_the_frozen_stays_and_the_rest_learns(trained):
 
 
 def test_where_nothing_learns_no_step_is_taken(trained, monkeypatch, stage, tmp_path):
-    """A frozen model without a memory: its folder is that of a finished training, and no number in it is made up."""
+    """A frozen model without a memory: the folder is that of a finished run, no number made up."""
     def step(_):
         raise AssertionError("a step that moves nothing")
 
@@ -341,7 +341,8 @@ def test_where_nothing_learns_no_step_is_taken(trained, monkeypatch, stage, tmp_
     assert f"nothing learns in {folder} without --train-backbone, so that no step is taken" in said
     arm = root / "trained" / "baseline"
     manifest, init = json.loads((arm / "manifest.json").read_text()), root / "trained" / "init"
-    assert manifest["step"] == manifest["settings"]["steps"] == 6 and set(manifest["weights"].values()) == {6}
+    assert manifest["step"] == manifest["settings"]["steps"] == 6
+    assert set(manifest["weights"].values()) == {6}
     assert stages.sha256(arm / "model.safetensors") in manifest["weights"]
     weights, before = (stages.load_model(one).state_dict() for one in (arm, init))
     assert all(torch.equal(x, before[name]) for name, x in weights.items())

@@ -8,13 +8,16 @@ step, and waits there until it is told to go on.
 
 import dataclasses
 import errno
+import functools
 import gc
 import hashlib
+import io
 import json
 import multiprocessing
 import os
 import pickle
 import random
+import re
 import resource
 import shutil
 import signal
@@ -1674,6 +1677,29 @@ def test_a_notebooks_output_will_do(root, here, monkeypatch, undisturbed):
     assert here(root, "--baseline")[0] == 0
     assert "12 steps of 2 x 16 tokens" in out.said and "Traceback" not in err.said
     assert fingerprint(root / "trained" / "baseline") == undisturbed("baseline")[1]
+
+
+def test_a_terminal_of_80_columns_shows_all(root, here, monkeypatch):
+    """Under the bar, too: the names alone are wider."""
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    terminal = Terminal()
+    shown = functools.partial(train.tqdm, file=terminal, ncols=79, ascii=True)
+    monkeypatch.setattr(train, "tqdm", shown)
+    monkeypatch.setattr(train, "say", lambda *_: None)
+    assert here(root, "--with-ltm")[0] == 0
+    bar, below = terminal.getvalue().replace("\x1b[A", "\r").rstrip("\r\n").split("\n")[-2:]
+    bar, below = bar.rpartition("\r")[2], below.rpartition("\r")[2]
+    for name in ("12/12", "<00:00", "LTM_enabled=1", "loss=", "tok/sec="):
+        assert name in bar
+    for name in ("routed_token_ratio=", "avg_surprisal_routed=", "ltm_hit_rate="):
+        assert name in below
+    assert all(len(part) <= 79 for part in re.split("[\r\n]", terminal.getvalue()))
+    full = shown.func.format_meter(10_000, 10_000, 3_599, ncols=79, bar_format=train.BAR,
+                                   postfix="LTM_enabled=1, loss=10.825, tok/sec=369,077")
+    assert full.endswith("tok/sec=369,077]") and len(full) <= 79
 
 
 @pytest.mark.parametrize("mask", [
