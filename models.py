@@ -1093,14 +1093,14 @@ class GPT(PreTrainedModel, GenerationMixin):
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
                 labels=None, use_cache=None, output_attentions=None, output_hidden_states=None, return_dict=None,
-                logits_to_keep=0, cache_position=None):
+                logits_to_keep=0):
         """Log-probabilities of the next token as `logits` (B, T, V): softmax(logits) =
         exp(logits) = p.
 
         Args:
             input_ids: (B, T). attention_mask: (B, T), with a cache also over what it has read, ones for text, zeros
                 for padding on the left or, without a cache, on the right.
-            position_ids, cache_position: only as they follow from the mask and the cache; others are refused.
+            position_ids: only as they follow from the mask and the cache; others are refused.
             past_key_values: a RevenaCache (see new_cache) to go on from; use_cache=True starts one. Then `input_ids`
                 are only the new tokens, any number; the cost of a token does not depend on how many came before.
             labels: (B, T), -100 ignored; gives `loss`, the mean negative log-likelihood of labels[:, 1:] in nats.
@@ -1123,13 +1123,11 @@ class GPT(PreTrainedModel, GenerationMixin):
         hidden = [] if asked(output_hidden_states, "output_hidden_states") else None
         if past_key_values is None and not asked(use_cache, "use_cache"):
             check_positions(position_ids, real)
-            check_positions(cache_position, real)
             logits = self._whole(input_ids, real, logits_to_keep, hidden)
         else:
             cache = self.new_cache(len(input_ids)) if past_key_values is None else past_key_values
             check_cache(cache, len(input_ids), real)
             check_positions(position_ids, real, cache)
-            check_positions(cache_position, real, cache)
             logits = self._streamed(input_ids, real, cache, logits_to_keep, hidden)
             past_key_values = cache
         loss = None
@@ -1293,10 +1291,10 @@ class GPT(PreTrainedModel, GenerationMixin):
         given = super().prepare_inputs_for_generation(
             input_ids, next_sequence_length=next_sequence_length, past_key_values=past_key_values,
             is_first_iteration=is_first_iteration, **kwargs)
+        given.pop("cache_position", None)       # which earlier transformers give: positions say the same
         read = 0 if past_key_values is None else past_key_values.get_seq_length()
         if read:                    # of what is new alone generate counts from 0, and its mask may begin there
             positions, mask = given.get("position_ids"), given.get("attention_mask")
-            given.pop("cache_position", None)
             if positions is not None:
                 given["position_ids"] = positions - positions[..., :1] + read if positions.size(-1) > 1 else None
             if mask is not None:

@@ -427,7 +427,6 @@ NOT_HONOURED = {
     "one row of positions for all": (dict(position_ids=PACKED[0]), "position_ids that restart"),
     "positions that jump": (dict(position_ids=2 * torch.arange(18)[None]), "position_ids that restart or jump"),
     "positions of another length": (dict(position_ids=torch.arange(9)[None]), "position_ids have the shape"),
-    "places in a cache that jump": (dict(cache_position=PACKED[0]), "position_ids that restart or jump"),
     "documents packed by the mask": (dict(attention_mask=1 + (PACKED > 4).long()), "packed into one row"),
     "a mask over pairs": (dict(attention_mask=torch.ones(1, 1, 18, 18).tril()), "attention_mask has the shape"),
     "a longer mask": (dict(attention_mask=torch.ones(1, 20)), "attention_mask has the shape"),
@@ -482,8 +481,7 @@ def test_a_second_turn_whose_positions_begin_anew_is_refused(model, ids):
         with pytest.raises(ValueError, match="restart or jump"):
             model(ids[:, 10:11], past_key_values=cache, position_ids=torch.tensor([[first]]))
     assert cache.get_seq_length() == 10
-    how = dict(position_ids=10 + torch.arange(4)[None], cache_position=10 + torch.arange(4),
-               attention_mask=torch.ones(1, 14))
+    how = dict(position_ids=10 + torch.arange(4)[None], attention_mask=torch.ones(1, 14))
     got = model(ids[:, 10:14], past_key_values=cache, **how).logits
     torch.testing.assert_close(got, model(ids[:, :14]).logits[:, 10:], **CLOSE)
     same_as(lambda x: model(x, position_ids=7 + torch.arange(ids.size(1))[None]), ids, model(ids).logits)
