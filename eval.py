@@ -2451,11 +2451,12 @@ def fit_cache(model, texts, slots, width, settings):
 def exact_only(model, trust):
     """The LTM with no learned part, on the backbone of a model: exact addresses alone, with
     these log weights."""
-    twin = altered(model, LongTermMemory, memory="ltm", memory_enabled=True, ltm_same=0.0, ltm_near=0.0)
+    twin = altered(model, LongTermMemory, memory="ltm", memory_enabled=True, ltm_same=0.0, ltm_near=0.0,
+                   ltm_exact_fade=0.0)
     memory = twin.memory = copy.deepcopy(twin.memory)
     for weight in memory.parameters():                      # vectors of zeros are similar to nothing
         weight.zero_()
-    _, trusts, _ = memory.from_state.bias[:sum(memory.sizes)].split(memory.sizes)
+    _, trusts = memory.from_state.bias[:sum(memory.sizes)].split(memory.sizes)
     trusts[:memory.config.ltm_ngrams] = torch.tensor(trust)
     return twin
 

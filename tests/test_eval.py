@@ -746,7 +746,7 @@ def test_shuffled_values_stay_in_their_sequence():
     draw = torch.Generator().manual_seed(0)
     targets = torch.arange(6 * WIDTH).view(6, WIDTH)
     stored, opens = torch.rand(6, WIDTH, generator=draw) < 0.5, torch.tensor([[1, 0, 1], [1, 0, 1]]).bool()
-    address = models.Address(*[targets] * 7)
+    address = models.Address(*[targets] * len(models.Address._fields))
     items, values, age = memory.candidates(address, targets, stored, opens)
     visible = memory.visible(age)
     assert torch.equal(values, memory.candidates(address, targets, stored, opens)[1])

@@ -47,7 +47,7 @@ def no_gradients():
 
 
 def config(**settings):
-    small = dict(vocab_size=VOCAB, n_layer=2, n_embd=64, n_head=2, stm_window=WINDOW)
+    small = dict(vocab_size=VOCAB, n_layer=2, n_embd=64, n_head=2, stm_window=WINDOW, ltm_learned_fade=0.6)
     busy = dict(ltm_slots=SLOTS, ltm_surprisal_bits=7.0, ltm_sharpness=5.0, ltm_plausibility=0.3, ltm_hidden=24,
                 ltm_rare_bits=8.0, ltm_near=0.2)
     return RevenaConfig(**small | busy | settings)
@@ -62,13 +62,13 @@ def enliven(model, spread=0.12):
     memory = model.memory
     from_state, from_tokens = memory.from_state.weight, memory.from_tokens.weight
     from_state.normal_(std=0.09)
-    from_state[memory.width:2 * memory.width] *= 0.3        # what has read the token filed
-    from_state[2 * memory.width:].normal_(std=0.2)          # hidden units
+    address = memory.sizes[0]
+    from_state[memory.width:memory.width + address] *= 0.3      # what has read the token filed
+    from_state[memory.width + address:].normal_(std=0.2)        # hidden units
     from_tokens.normal_(std=0.09)
-    from_tokens[:memory.width] *= 0.7                       # the token filed
+    from_tokens[:address] *= 0.7                                # the token filed
     memory.from_hidden.weight.normal_(std=0.1)
     memory.from_state.bias[memory.sizes[0]:memory.width].zero_()
-    memory.fade.copy_(torch.linspace(0.1, 0.9, len(memory.fade)))
     return model
 
 
@@ -80,7 +80,7 @@ def lively(seed=21, **settings):
 
 def everything_matches(**settings):
     """A model whose LTM stores every token, and in which all cosines are 1 and old items weigh as new ones."""
-    model = lively(ltm_surprisal_bits=0.0, **settings)
+    model = lively(**dict(ltm_surprisal_bits=0.0, ltm_exact_fade=0.0, ltm_learned_fade=0.0) | settings)
     for weight in (*model.memory.parameters(),):
         weight.zero_()
     model.memory.from_state.bias.fill_(1.0)
@@ -206,19 +206,21 @@ class ReferenceLTM:
         self.embed = model.backbone.embed.weight.double()
         self.stm = (self.h @ self.embed[:model.config.vocab_size].T).log_softmax(-1)
         memory = model.memory
-        self.own, self.after = self.of_state(memory).unbind(1)
-        self.ahead, *self.by_lag = memory.from_tokens.weight.double().view(1 + E, -1, D)
-        self.fade = memory.fade.double()
+        self.own, self.after = self.of_state(memory).split((memory.width, self.sizes[0]), 1)
+        self.ahead, self.by_lag = memory.from_tokens.weight.double().split((self.sizes[0], E * memory.width))
+        self.by_lag = self.by_lag.view(E, -1, D)
+        K, learned = model.config.ltm_learned, model.config.ltm_learned_fade
+        self.fade = [model.config.ltm_exact_fade] * E + [learned * (1 - k / K) for k in range(K)]
         self.bits = [0.0] * (len(ids) + 1)                  # the last: before the start
         self.held = deque(maxlen=model.config.ltm_slots)
         self.count = 0
 
     def of_state(self, memory):
-        """(T, 2, ..) what a state says of its own position, and of the one before."""
+        """(T, ..) what a state says of its own position, and of the one before."""
         first, bias, second = (x.double() for module in (memory.from_state, memory.from_hidden)
                                for x in module.parameters())
-        linear, hidden = F.linear(self.h, first, bias).split((2 * memory.width, self.config.ltm_hidden), -1)
-        return (linear + F.linear(F.gelu(hidden), second)).unflatten(-1, (2, -1))
+        linear, hidden = F.linear(self.h, first, bias).split((memory.width + self.sizes[0], self.config.ltm_hidden), -1)
+        return linear + F.linear(F.gelu(hidden), second)
 
     def token(self, t):
         return int(self.ids[t]) if t >= 0 else EOT
@@ -233,10 +235,10 @@ class ReferenceLTM:
                 for lag in lags]
 
     def parts(self, y):
-        """What is linear in a position: unit addresses (K, A), trust, strength."""
-        address, trust, strength = y[:sum(self.sizes)].split(self.sizes)
+        """What is linear in a position: unit addresses (K, A), trust."""
+        address, trust = y[:sum(self.sizes)].split(self.sizes)
         learned = address.view(self.config.ltm_learned, -1)
-        return learned / learned.norm(dim=-1, keepdim=True), trust, strength
+        return learned / learned.norm(dim=-1, keepdim=True), trust
 
     def position(self, t):
         """What position t says of itself, and its exact addresses: the last one, two, .. tokens, or None."""
@@ -256,11 +258,9 @@ class ReferenceLTM:
         if stored:
             y, exact = self.position(t - 1)
             v = self.ahead @ self.known(token) + self.after[t]
-            address, K, A = slice(0, self.sizes[0]), self.config.ltm_learned, self.config.ltm_dim
-            learned = (y[address] + v[address]).view(K, A)
-            strength = self.parts(y)[2] + self.parts(v)[2]
+            learned = (y[:self.sizes[0]] + v).view(self.config.ltm_learned, -1)
             key = [*exact, *(k / k.norm() for k in learned)]
-            self.held.append(dict(key=key, value=token, bits=self.bits[t], position=t, strength=strength,
+            self.held.append(dict(key=key, value=token, bits=self.bits[t], position=t,
                                   rare=self.rare(t - 1), number=self.count))
             self.count += 1
         return stored
@@ -273,9 +273,9 @@ class ReferenceLTM:
     def weight(self, t, head, item, cosine, trust):
         """What an item that one head retrieved weighs."""
         c, E, age = self.config, self.config.ltm_ngrams, self.count - item["number"]
-        score = float(trust[head]) - float(self.fade[head]) * math.log(age)
+        score = float(trust[head]) - self.fade[head] * math.log(age)
         if head >= E:
-            score += float(item["strength"][head - E]) + c.ltm_sharpness * (cosine - 1)
+            score += c.ltm_sharpness * (cosine - 1)
             score += c.ltm_plausibility * float(self.stm[t, item["value"]])
         return math.exp(min(score, 10))
 
@@ -293,7 +293,7 @@ class ReferenceLTM:
         stood: cosine}."""
         E, V = self.config.ltm_ngrams, self.stm.size(1)
         y, exact = self.position(t)
-        learned, trust, _ = self.parts(y)
+        learned, trust = self.parts(y)
         weights, by, found = torch.zeros(V).double(), [0.0, 0.0, 0.0], {}
         for item in self.held:
             for head, (query, key) in enumerate(zip([*exact, *learned], item["key"], strict=True)):
@@ -778,8 +778,8 @@ def test_initial_weights_follow_the_seed(tiny):
 
 CHANGED = dict(n_positions=999, n_inner=200, stm_window=WINDOW, ltm_slots=9, ltm_surprisal_bits=5.5, ltm_cosine=0.7,
                ltm_ngrams=2, ltm_learned=3, ltm_dim=32, ltm_sharpness=6.0, ltm_plausibility=0.2,
-               ltm_hidden=40, ltm_rare_bits=9.0, ltm_same=0.3, ltm_near=0.1, ltm_rare_fade=0.5, ltm_stm_loss=0.6,
-               ltm_share=0.2)
+               ltm_hidden=40, ltm_rare_bits=9.0, ltm_same=0.3, ltm_near=0.1, ltm_rare_fade=0.5,
+               ltm_exact_fade=0.3, ltm_learned_fade=0.7, ltm_stm_loss=0.6, ltm_share=0.2)
 
 
 def test_settings_survive_the_config_file(tmp_path):
