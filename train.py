@@ -26,6 +26,7 @@ sight to remember. `--chained SHARE` chains only the last SHARE of the steps.
 import contextlib
 import copy
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -214,6 +215,36 @@ def learning_rates(steps, settings):
     return torch.where(step < settings.warmup, settings.lr * (step + 1) / settings.warmup, cosine).float()
 
 
+def batch_of(rows, order, opens, at, eot):
+    """(tokens, targets, opens, number of targets) of the step `at` (1,): some `rows` (N, C) in their
+    `order` (steps, B); opens (steps, L, R), or None where they are isolated.
+    """
+    tokens = rows[order.index_select(0, at)[0]].long()
+    opens = None if opens is None else opens.index_select(0, at)[0]
+    targets = targets_of(tokens, opens, eot)
+    return tokens, targets, opens, (targets != eot).sum().clamp(min=1)
+
+
+def add_rows(whole, tokens, rows):
+    """Add rows (T, D) to those of `whole` that the tokens (T,) name. Rows of equal tokens are summed by a
+    matrix product and written with equal values: no atomics, same bits.
+    """
+    same = (tokens[:, None] == tokens).to(rows.dtype)
+    whole[tokens] = whole[tokens] + (same @ rows).to(whole.dtype)
+
+
+def tally(sums, norms, targets_in_batch, halted):
+    """(a step's row of STATISTICS and what its memory watches, whether to halt), of the sums over all
+    processes; NaN, Inf: nothing moves from here on, and the statistics tell the host.
+    """
+    loss, nats, stored, bits, hits, *watched = sums
+    memory_norm = norms[1] if len(norms) > 1 else norms[0] * 0
+    row = torch.stack((nats / targets_in_batch, stored / targets_in_batch, bits / stored.clamp(min=1),
+                       hits / targets_in_batch, norms[0], memory_norm, *watched, loss))
+    halted = halted | ~torch.isfinite(row).all()
+    return row[:-1].masked_fill(halted, math.nan), halted
+
+
 def norms_of(tensors):
     """2-norms of some tensors, float32 (len(tensors),); in one pass over all of a dtype: mixed,
     each takes its own.
@@ -307,7 +338,9 @@ class Training:
         self.halted = torch.zeros((), dtype=torch.bool, device=self.device)
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if dist.is_initialized() else 0
-        self.objective, self.update = self._objective, adamw
+        self.objective, self.update, self.prepare = self._objective, adamw, batch_of
+        self.add_rows, self.tally = add_rows, tally
+        self.streams = ()                                               # what the updates are spread over
         self.graphs = {}                                                # {chained: CUDA graph}
 
     def group(self, prefix, originals, memory=None):
@@ -352,10 +385,8 @@ class Training:
         return x.view(-1, width) if x.numel() % width == 0 else x
 
     def batch(self):
-        """(tokens, targets, opens) of the next step's rows; opens is None where they are isolated."""
-        tokens = self.rows[self.order.index_select(0, self.at)[0]].long()
-        opens = self.opens.index_select(0, self.at)[0] if self.chained else None
-        return tokens, targets_of(tokens, opens, self.eot), opens
+        """What `batch_of` makes of the next step's rows."""
+        return self.prepare(self.rows, self.order, self.opens if self.chained else None, self.at, self.eot)
 
     def gradients(self, tokens, targets, opens, targets_in_batch):
         """(gradients of all parameters, sums) of this process's share of the batch: some of its
@@ -377,50 +408,57 @@ class Training:
         *gradients, looked_up = torch.autograd.grad(loss, [*parameters, embedded])
 
         # the embedding is also the output matrix, whose gradient is whole; the look-up adds to
-        # its own rows alone.
-        # Rows of equal tokens are summed by a matrix product and written with equal values: no
-        # atomics, same bits
-        flat, looked_up = tokens.flatten(), looked_up.flatten(0, 1)
-        same = (flat[:, None] == flat).to(looked_up.dtype)
-        whole = gradients[[p is embed for p in parameters].index(True)]
-        whole[flat] += (same @ looked_up).to(whole.dtype)
+        # its own rows alone
+        whole = [p is embed for p in parameters].index(True)
+        self.add_rows(gradients[whole], tokens.flatten(), looked_up.flatten(0, 1))
         return gradients, sums
 
     def step(self):
         """One optimizer step, without a word to the host."""
-        tokens, targets, opens = self.batch()
-        targets_in_batch = (targets != self.eot).sum().clamp(min=1)
+        tokens, targets, opens, targets_in_batch = self.batch()
         gradients, sums = self.gradients(tokens, targets, opens, targets_in_batch)
         if self.world > 1:
             for tensor in (*gradients, sums):
                 dist.all_reduce(tensor)
 
         sizes = [len(group.parameters) for group in self.groups]
-        every = norms_of(gradients) if gradients else self.rates[:0]    # a model that stays as it is has none
-        norms = [part.norm() for part in every.split(sizes)]
-        loss, nats, stored, bits, hits, *watched = sums                 # of all processes
-        memory_norm = norms[1] if len(norms) > 1 else norms[0] * 0
-        row = torch.stack((nats / targets_in_batch, stored / targets_in_batch, bits / stored.clamp(min=1),
-                           hits / targets_in_batch, norms[0], memory_norm, *watched, loss))
-        # NaN, Inf: nothing moves from here on, and the statistics tell the host
-        self.halted |= ~torch.isfinite(row).all()
-        row = row[:-1].masked_fill_(self.halted, math.nan)
+        with self.side_by_side() as turns:
+            every = [self.rates[:0]]                                    # a model that stays as it is has none
+            for part in filter(None, (gradients[:1], gradients[1:])):   # the first is nearly half of all
+                with next(turns):
+                    every.append(norms_of(part))
+        norms = [part.norm() for part in torch.cat(every).split(sizes)]
+        row, halted = self.tally(sums, norms, targets_in_batch, self.halted)
+        self.halted.copy_(halted)
         self.apply(gradients, norms)
         self.statistics.index_copy_(0, self.at, row[None])
         self.at += 1
+
+    @contextlib.contextmanager
+    def side_by_side(self):
+        """Contexts to take in turns: on a GPU the last blocks of what is done in one leave room for the first
+        of the next.
+        """
+        for stream in self.streams:
+            stream.wait_stream(torch.cuda.current_stream())
+        yield itertools.cycle([torch.cuda.stream(stream) for stream in self.streams] or [contextlib.nullcontext()])
+        for stream in self.streams:
+            torch.cuda.current_stream().wait_stream(stream)
 
     def apply(self, gradients, norms):
         """AdamW on every parameter, given the norms of each group's gradients."""
         rate = self.rates.index_select(0, self.at)[0]
         step = (self.at[0] + 1).float()
         rest = iter(gradients)
-        for group, norm in zip(self.groups, norms):
-            share = [next(rest) for _ in group.parameters]
-            laid = ([self.lay(x) for x in tensors] for tensors in (group.masters, share, group.first, group.second))
-            copies = [None if w is p else self.lay(w) for w, p in zip(group.weights, group.masters)]
-            for *tensors, decay, factor in zip(copies, *laid, group.decay, group.rates):
-                own = rate if factor == 1 else rate * factor
-                self.update(*tensors, decay, own, step, norm, self.halted, self.settings)
+        with self.side_by_side() as turns:
+            for group, norm in zip(self.groups, norms):
+                share = [next(rest) for _ in group.parameters]
+                laid = ([self.lay(x) for x in tensors] for tensors in (group.masters, share, group.first, group.second))
+                copies = [None if w is p else self.lay(w) for w, p in zip(group.weights, group.masters)]
+                for *tensors, decay, factor in zip(copies, *laid, group.decay, group.rates):
+                    own = rate if factor == 1 else rate * factor
+                    with next(turns):
+                        self.update(*tensors, decay, own, step, norm, self.halted, self.settings)
 
     def run(self, steps):
         """Take `steps` steps, all isolated or all chained; returns at once where a CUDA graph is
@@ -457,7 +495,9 @@ class Training:
         if has_compiler(self.device) and not is_hosted(self.model):     # a host's code is its own
             how = "compiled and captured as one CUDA graph"
             self.objective = compiled(self._objective, dynamic=False)
-            self.update = compiled(adamw)
+            self.update, self.prepare, self.add_rows, self.tally = map(compiled, (adamw, batch_of, add_rows, tally))
+            self.model.fuse()
+            self.streams = [torch.cuda.Stream() for _ in range(2)]
         chained, end = self.chained, len(self.plan.rows)
         stop = end if chained else self.plan.chained_from
         stream = torch.cuda.Stream()

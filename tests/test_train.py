@@ -686,7 +686,7 @@ def test_a_step_is_a_step_of_plain_autograd(root, toy, arm, share):
                                   betas=(0.9, 0.95), eps=1e-8)
     longest = 0
     for step in range(3):
-        tokens, targets, opens = ours.batch()
+        tokens, targets, opens, _ = ours.batch()
         cuts = [True] * len(tokens) if opens is None else opens.flatten().tolist()
         places = [at for at, opened in enumerate(cuts) if opened] + [len(cuts)]
         longest, parts = max(longest, *np.diff(places)), []
@@ -720,7 +720,7 @@ def test_a_step_is_a_step_of_plain_autograd(root, toy, arm, share):
 def test_the_shares_of_processes_add_up(source, share, world):
     """Gradients and statistics of each process's rows, or lanes, are in sum those of the whole batch."""
     training = training_of(source, share=share, batch=6)
-    tokens, targets, opens = training.batch()
+    tokens, targets, opens, _ = training.batch()
     count = (targets != EOT).sum()
     whole, sums = training.gradients(tokens, targets, opens, count)
     training.world, parts = world, []
