@@ -1230,7 +1230,10 @@ def load_arm(seed, arm, place):
                          f"train again: {made_by} --fresh")
     if found.step != found.settings.get("steps"):
         tqdm.write(f"note: {found.folder} is at step {found.step} of {found.settings.get('steps')}")
-    return lower_precision(model), found
+    model = lower_precision(model)
+    if has_compiler(place.device) and not is_hosted(model):
+        model.fuse()
+    return model, found
 
 
 def trained_arms(root):

@@ -5,15 +5,18 @@ ones: about half the tokens are stored, every kind of address finds some, and wh
 """
 
 import ast
+import copy
 import importlib.util
 import inspect
 import json
 import math
+import os
 import subprocess
 import sys
 from collections import deque
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -946,3 +949,79 @@ def test_the_study_widens_by_the_ltms_parameters():
                      for name in ("baseline_x1", "study_wide")]
     usual, wide = (sum(p.numel() for p in backbone.parameters()) for backbone in backbones)
     assert wide - usual == pytest.approx(sum(p.numel() for p in ltm.parameters()), rel=0.02)
+
+
+# ------------------------------------------------------------ kernels and their twins
+
+TWINS = """
+import sys, torch
+import models
+from models import Backbone, RevenaConfig, fused_heads, fused_log_p, heads, row_attention
+
+def attention(C, n_head, half, rows, opens):
+    config = RevenaConfig(n_layer=1, n_embd=2 * half * n_head, n_head=n_head, stm_window=C)
+    table = Backbone(config).rotary
+    gates = -(-n_head // 16) * 16
+    y = torch.randn(rows, C, 3 * config.n_embd + gates).requires_grad_()
+    weight = torch.randn(rows, C, config.n_embd)
+    pairs = []
+    for out in (heads(y, n_head, lambda q, k, v: row_attention(q, k, v, table, opens)),
+                fused_heads(y, table, opens, n_head)[0]):
+        pairs.append((out, *torch.autograd.grad((out * weight).sum(), y)))
+    return pairs
+
+def readings(V, columns):
+    logits = (5 * torch.randn(9, columns)).requires_grad_()
+    targets = torch.arange(9) * (V - 1) // 8
+    weight = torch.randn(2, 9)
+    log_z = logits[:, :V].logsumexp(-1)
+    plain = logits.gather(-1, targets[:, None])[:, 0] - log_z, log_z
+    return [(*two, *torch.autograd.grad((torch.stack(two) * weight).sum(), logits))
+            for two in (plain, fused_log_p(logits, targets, V))]
+
+torch.manual_seed(0)
+lanes = torch.tensor([[1, 0, 0], [1, 0, 1]]).bool()
+cases = dict(rows=lambda: attention(16, 2, 16, 3, None), gates=lambda: attention(16, 17, 16, 1, None),
+             blocks=lambda: attention(128, 1, 16, 2, None), lanes=lambda: attention(32, 2, 16, 6, lanes),
+             far=lambda: attention(128, 1, 16, 6, lanes), logits=lambda: readings(9000, 9024))
+for name, case in cases.items():
+    for plain, fused in zip(*case()):
+        assert plain.abs().max() > 0.1
+        torch.testing.assert_close(plain, fused, rtol=1e-4, atol=1e-5)
+    print(name)
+"""
+
+
+def test_kernels_are_their_twins():
+    """What is fused for a GPU, gone through by Triton's interpreter on this machine: values and gradients."""
+    done = subprocess.run([sys.executable, "-c", TWINS], cwd=Path(models.__file__).parent, capture_output=True, text=True,
+                          env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""})
+    assert done.stdout.split() == ["rows", "gates", "blocks", "lanes", "far", "logits"], done.stderr[-2000:]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="compares kernels on a CUDA device")
+@pytest.mark.parametrize("opens", [None, [[True, False, False, False], [True, False, True, False]]])
+def test_a_fused_model_is_its_twin(opens):
+    """On a GPU, in bfloat16: the gradients of a whole model differ from float32's by no more than the plain one's."""
+    torch.manual_seed(0)
+    exact = RevenaHybridTiny(RevenaConfig(n_layer=2, stm_window=128, memory_enabled=False)).cuda()
+    tokens = torch.randint(EOT, (8, 128), device="cuda")
+    opens = None if opens is None else torch.tensor(opens, device="cuda")
+    found = {}
+    for name, model in dict(exact=exact, plain=copy.deepcopy(exact).bfloat16(),
+                            fused=copy.deepcopy(exact).bfloat16().fuse()).items():
+        with torch.enable_grad():
+            loss = model.score(tokens, tokens.roll(-1, 1), opens).log_p.mean()
+            gradients = torch.autograd.grad(loss, list(model.backbone.parameters()))
+        found[name] = [loss.float()[None], *(g.float().flatten() for g in gradients)]
+    assert model.fused
+    for exact, plain, fused in zip(found["exact"], found["plain"], found["fused"]):
+        assert (fused - exact).norm() <= 1.1 * (plain - exact).norm() + 1e-3 * exact.norm()
+
+
+@pytest.mark.parametrize("settings", [dict(stm_window=None, memory_enabled=False), dict(stm_window=24),
+                                      dict(stm_window=256)])
+def test_what_does_not_fit_the_kernels_stays_plain(settings, monkeypatch):
+    monkeypatch.setattr(models, "triton", object())
+    assert not GPT(RevenaConfig(n_layer=1, n_embd=64, n_head=2, **settings)).fuse().fused
+    assert GPT(RevenaConfig(n_layer=1, n_embd=64, n_head=2, stm_window=64)).fuse().fused
