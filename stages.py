@@ -669,17 +669,17 @@ def lower_precision(model):
     return model
 
 
-def compiled(function, **options):
+def compiled(function, settings=None, **options):
     """torch.compile, but for its habit of choosing how to sum by a stopwatch: two runs are to sum
-    alike.
+    alike; `settings`: further ones of its compiler.
 
     Before torch 2.10 it has no other way.
     """
     import torch
     from torch._inductor import config
 
-    by_rule = {"deterministic": True} if hasattr(config, "deterministic") else None
-    return torch.compile(function, options=by_rule, **options)
+    by_rule = {"deterministic": True} if hasattr(config, "deterministic") else {}
+    return torch.compile(function, options=by_rule | (settings or {}) or None, **options)
 
 
 @functools.cache

@@ -495,7 +495,9 @@ class Training:
         if has_compiler(self.device) and not is_hosted(self.model):     # a host's code is its own
             how = "compiled and captured as one CUDA graph"
             self.objective = compiled(self._objective, dynamic=False)
-            self.update, self.prepare, self.add_rows, self.tally = map(compiled, (adamw, batch_of, add_rows, tally))
+            # one kernel for tensors of all sizes: its shape is not to be the one that was quickest for a small one
+            self.update = compiled(adamw, {"triton.autotune_pointwise": False})
+            self.prepare, self.add_rows, self.tally = map(compiled, (batch_of, add_rows, tally))
             self.model.fuse()
             self.streams = [torch.cuda.Stream() for _ in range(2)]
         chained, end = self.chained, len(self.plan.rows)
