@@ -10,7 +10,8 @@ writes  results.html, a page that needs no network: the answer, the pictures, a 
     python plot_eval.py --quick
     python plot_eval.py --study     results_study.png, from results_study.json
     python plot_eval.py --readme    only the tables in README.md, from results.json,
-                                    results_arms.json (six arms) and results_bench.json
+                                    results_arms.json (six arms), results_bench.json, results_frozen.json
+                                    and results_gpt2.json (add_memory.py --to MODEL)
 
 Two arms give one picture, more of them another. Results of other checkpoints than those in the
 root are refused. The same results give the same picture, byte for byte, whatever matplotlib's
@@ -1299,6 +1300,32 @@ def table_of_arms(results):
     return markdown(header, rows, f"{how_trained(results)}{chained}. {where_measured(results)}")
 
 
+def rows_of_host(results):
+    """The arms on a model that was trained already, each on one line."""
+    detail = results["detail"]
+    bpc, recall, training = detail["bpc"], detail["recall"]["long_range"]["arms"], detail["training"]
+    rows = []
+    for arm in arms_of(results):
+        ratio = "" if arm == REFERENCE else f", x {bpc[arm]['ratio']:.3f}"
+        rate = training[arm]["tokens_per_sec"]
+        label = cell(short(results, arm))
+        if arm == REFERENCE:
+            label = f"**{cell(Path(detail['run']['settings']['to']).name)}**, {label}"
+        rows.append([label, count_said(detail["arms"][arm]["trained_parameters"]),
+                     f"{results[arm]['bpc']:.4f}{ratio}", f"{recall[arm]['mean']:.3f}",
+                     f"{rate:,.0f}" if rate else ""])
+    return rows
+
+
+def table_of_hosts(*several):
+    """Memories on models that were trained already and stay as they are."""
+    first = several[0]
+    header = ["on a trained model", "learns", "bits per character", "recall", "training, tokens/s"]
+    rows = [row for results in several for row in rows_of_host(results)]
+    return markdown(header, rows, f"{how_trained(first)}. {first['detail']['run']['device']}, commit "
+                                  f"{first['detail']['run']['commit']}.")
+
+
 def table_of_speed(bench):
     """Some ratios of tests/bench.py."""
     found = {row["what"]: row for row in bench["compared"]}
@@ -1315,6 +1342,7 @@ TABLES = {                      # of README.md: what it is made from, and the co
     "results": ("results.json", table_of_results, "python eval.py --report"),
     "arms": ("results_arms.json", table_of_arms, "./run_all.sh --memories"),
     "speed": ("results_bench.json", table_of_speed, "python tests/bench.py"),
+    "frozen": ("results_frozen.json results_gpt2.json", table_of_hosts, "python add_memory.py --to MODEL"),
 }
 
 
@@ -1324,26 +1352,34 @@ def of_old_layout(results):
     return isinstance(detail, dict) and "arms" not in detail
 
 
+def part_of(results):
+    """Which documents a file of results is of; None where it does not say, or says nonsense."""
+    data = results.get("detail", {}).get("data") if isinstance(results.get("detail"), dict) else None
+    return data.get("part") if isinstance(data, dict) else None
+
+
 def tables(root):
     """({name: markdown}, {name: why it is left as it is}) of README.md; raises StageError where
     a field is wrong."""
     made, left = {}, {}
-    for name, (file, table_of, again) in TABLES.items():
-        if not (root / file).exists():
-            left[name] = f"{root / file} is missing; make it with: {again}"
-            continue
-        value = read_json(root / file, again)
-        if of_old_layout(value):
-            left[name] = f"{root / file} is of an earlier version; make it again with: {again}"
+    for name, (files, table_of, again) in TABLES.items():
+        values = []
+        for path in map(root.joinpath, files.split()):
+            value = read_json(path, again) if path.exists() else None
+            if value is None:
+                left[name] = f"{path} is missing; make it with: {again}"
+            elif of_old_layout(value):
+                left[name] = f"{path} is of an earlier version; make it again with: {again}"
+            elif part_of(value) == "choosing":
+                left[name] = f"{path} is of the documents on which settings were chosen; report with: {again}"
+            values.append(value)
+        if name in left:
             continue
         try:
-            if name != "speed" and value["detail"]["data"].get("part") == "choosing":
-                left[name] = f"{root / file} is of the documents on which settings were chosen; report with: {again}"
-                continue
-            json.dumps(value, allow_nan=False)
-            made[name] = table_of(value)
+            json.dumps(values, allow_nan=False)
+            made[name] = table_of(*values)
         except DAMAGE as error:
-            raise StageError(f"{root / file} lacks a field or has a wrong one ({why(error)}); "
+            raise StageError(f"{root / files} lacks a field or has a wrong one ({why(error)}); "
                              f"make it again with: {again}") from None
     return made, left
 
@@ -2356,6 +2392,8 @@ def own_settings():
 def draw(root, results, folders, gone, again):
     """{path: its bytes} of all pictures and of the page."""
     detail, figures, pictures = results["detail"], {}, {}
+    if len(gone) == len(folders):               # results that came without checkpoints, as published ones do
+        gone = []
     with own_settings(), warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)              # the mean of nothing, a division by zero
         warnings.filterwarnings("ignore", "Glyph .* missing")       # a name in a script that the font lacks

@@ -661,6 +661,26 @@ def test_a_table_without_results_or_of_an_earlier_version_is_left_as_it_is(publi
             why in zip(notes, ("earlier version", "missing", "missing"))] == [True] * 3
 
 
+def test_the_table_of_models_that_were_trained_already(published):
+    """Both files in one table, what learns and how fast; one of them alone is no table."""
+    for name, to in (("frozen", "trained/baseline"), ("gpt2", "somewhere/gpt2")):
+        results = synthetic(SEVERAL, seeds=1)
+        results["detail"]["run"]["settings"]["to"] = to
+        for number, about in enumerate(results["detail"]["arms"].values()):
+            about["trained_parameters"] = 1000 * number
+        (published / f"results_{name}.json").write_text(json.dumps(results))
+    with open(published / "README.md", "a") as file:
+        file.write("\n<!-- table: frozen -->\n<!-- end of table -->\n")
+    plot(published, "--readme")
+    lines = table(published, "frozen")
+    assert len(lines) == 2 + 2 * len(SEVERAL) + 2
+    assert lines[2].startswith("| **baseline**, no memory | 0 | 1.6") and "| **gpt2**, no memory" in lines[2 + len(SEVERAL)]
+    assert lines[3].startswith("| LTM | 1k | 1.5") and ", x 0.9" in lines[3]
+    (published / "results_gpt2.json").unlink()
+    plot(published, "--readme")
+    assert table(published, "frozen") == lines
+
+
 def test_odd_words_do_not_break_a_table(published):
     results = synthetic()
     results["detail"]["data"]["source"] = "a | b\n<!-- end of table -->\\1"
@@ -764,6 +784,12 @@ def test_gone_checkpoints_are_named_in_one_line(root, coarse, capsys):
     plot(root)
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
     assert len(warnings) == 1 and "trained/baseline, trained/seed1/baseline, trained/seed2/baseline" in warnings[0]
+    assert "Checkpoints gone, not compared: trained/baseline" in (root / "results.html").read_text()
+    for path in root.glob("trained/**/model.safetensors"):
+        path.unlink()
+    plot(root)
+    assert "Checkpoints gone" not in (root / "results.html").read_text(), "published results came without any"
+    assert "trained/with_ltm" in capsys.readouterr().out
 
 
 def test_odd_names_are_only_names(root, coarse, recwarn):
