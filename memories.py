@@ -31,12 +31,12 @@ from transformers import AutoConfig, AutoModel, DynamicCache
 
 try:
     from .models import (Affine, Memory, RevenaCache, RevenaConfig, RevenaHybridTiny, dtype_for, into_slots, lagged,
-                         norm, text_of, where)
+                         norm, noted_change, text_of, where)
 except ImportError:
     if __package__:
         raise
     from models import (Affine, Memory, RevenaCache, RevenaConfig, RevenaHybridTiny, dtype_for, into_slots, lagged,
-                        norm, text_of, where)
+                        norm, noted_change, text_of, where)
 
 
 # ------------------------------------------------------------ what decays, without a loop
@@ -1506,8 +1506,7 @@ class Host(nn.Module):
         super().__init__()
         about = AutoConfig.for_model(**config.host)
         self.trunk = AutoModel.from_config(about)
-        size = about.hidden_size, about.vocab_size
-        self.head = None if about.tie_word_embeddings else nn.Linear(*size, bias=False)
+        self.head = None if about.tie_word_embeddings else nn.Linear(about.hidden_size, about.vocab_size, bias=False)
         first = self.trunk.get_input_embeddings()
         learned = [part for part in self.trunk.children() if isinstance(part, nn.Embedding) and part is not first]
         self.span = about.max_position_embeddings if learned else None
@@ -1672,9 +1671,7 @@ class RevenaHosted(RevenaHybrid):
     def sees(self, query, key):
         """Whether the tokens at places query (.., n) see those at key (.., m): bool (.., n, m)."""
         query, key = query[..., :, None], key[..., None, :]
-        seen = query >= key
-        if self.config.attention_window:
-            seen = seen & (query - key < self.config.attention_window)
+        seen = (query >= key) & (query - key < (self.config.attention_window or math.inf))
         if span := self.backbone.span:
             seen = seen & (query // span == key // span)
         return seen
@@ -1685,10 +1682,7 @@ class RevenaHosted(RevenaHybrid):
 
         def mix(place, x, y):
             x, y = x.view(*shape, -1), y.reshape(*shape, -1)
-            changed = memory.rows(place, x, y, opens, notes)
-            share = (changed - y).float().norm(dim=-1) / y.float().norm(dim=-1).clamp(min=1e-6)
-            notes.setdefault("moved", []).append(share.detach())
-            return changed.view(*line.shape, -1)
+            return noted_change(y, memory.rows(place, x, y, opens, notes), notes).view(*line.shape, -1)
 
         place, seen = None, None
         line = tokens if opens is None else tokens.reshape(len(opens), -1)

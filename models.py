@@ -716,6 +716,13 @@ def where(flag, one, other):
     return torch.where(flag.view(-1, *[1] * (one.dim() - 1)), one, other)
 
 
+def noted_change(y, changed, notes):
+    """`changed`, what a memory made of y (N, C, D); by how much, (N, C), goes into notes["moved"]."""
+    share = (changed - y).float().norm(dim=-1) / y.float().norm(dim=-1).clamp(min=1e-6)
+    notes.setdefault("moved", []).append(share.detach())
+    return changed
+
+
 NOTHING = Memory()
 
 
@@ -1324,10 +1331,7 @@ class GPT(PreTrainedModel, GenerationMixin):
             return fused_heads(y, table, opens, n_head)[0] if fused else heads(y, n_head, rows)
 
         def mix(place, x, y):
-            changed = memory.rows(place, x, y, opens, notes)
-            share = (changed - y).float().norm(dim=-1) / y.float().norm(dim=-1).clamp(min=1e-6)
-            notes.setdefault("moved", []).append(share.detach())
-            return changed
+            return noted_change(y, memory.rows(place, x, y, opens, notes), notes)
 
         embedded = self.backbone.embed(tokens) if embedded is None else embedded
         attentions = [attention] * self.config.n_layer
