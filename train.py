@@ -257,6 +257,18 @@ def norms_of(tensors):
     return torch.stack([found[i] for i in range(len(tensors))])
 
 
+def over_all_processes(tensors):
+    """Sums over all processes, of tensors that each of them has: one all-reduce for each dtype."""
+    found = list(tensors)
+    for dtype in dict.fromkeys(x.dtype for x in tensors):
+        places = [i for i, x in enumerate(tensors) if x.dtype == dtype]
+        flat = torch.cat([tensors[i].flatten() for i in places])
+        dist.all_reduce(flat)
+        for i, part in zip(places, flat.split([tensors[i].numel() for i in places])):
+            found[i] = part.view_as(tensors[i])
+    return found
+
+
 def adamw(weight, master, gradient, first, second, decay, rate, step, norm, halted, settings):
     """One AdamW step (Loshchilov & Hutter 2019) on a float32 master; `weight`, or None, is its copy
     to compute with.
@@ -418,9 +430,7 @@ class Training:
         tokens, targets, opens, targets_in_batch = self.batch()
         gradients, sums = self.gradients(tokens, targets, opens, targets_in_batch)
         if self.world > 1:
-            for tensor in (*gradients, sums):
-                dist.all_reduce(tensor)
-
+            *gradients, sums = over_all_processes([*gradients, sums])
         sizes = [len(group.parameters) for group in self.groups]
         with self.side_by_side() as turns:
             every = [self.rates[:0]]                                    # a model that stays as it is has none
