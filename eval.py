@@ -1205,15 +1205,15 @@ def find_arm(seed, arm, place):
             return Found(seed, arm, folder, None, digest, config, known[digest], settings)
     config = folder / "config.json"
     if not config.is_file() or sha256(config) != manifest.get("config"):
-        raise StageError(f"{config} is missing or not the file its manifest names; put that back, or "
-                         f"train again: {made_by} --fresh")
+        wrong = "is not the file its manifest names" if config.is_file() else "is missing"
+        raise StageError(f"{config} {wrong}; put that back, or train again: {made_by} --fresh")
     if digest in known:
         return Found(seed, arm, folder, folder, digest, manifest["config"], known[digest], settings)
+    wrong = "is missing" if digest is None else "is not the file its manifest names"
     if checkpoint is None:
-        raise StageError(f"{weights} is not the file its manifest names, and no whole checkpoint is "
-                         f"left; train again: {made_by} --fresh")
+        raise StageError(f"{weights} {wrong}, and no whole checkpoint is left; train again: {made_by} --fresh")
     source, digest, step = checkpoint
-    tqdm.write(f"{weights} is damaged; using {source} instead")
+    tqdm.write(f"{weights} {wrong}; using {source} instead")
     return Found(seed, arm, folder, source, digest, manifest["config"], step, settings)
 
 

@@ -1340,6 +1340,7 @@ def test_damaged_weights_give_way_to_the_newest_whole_checkpoint(one_seed, capsy
         assert (model.memory.from_state.bias == step * MARK).all() and found.settings["steps"] == 8
         said = capsys.readouterr().out
         assert str(weights) in said and str(checkpoint) in said and ("at step 4 of 8" in said) == (step == 4)
+        assert ("is missing; using" in said) == (how == "gone")
         damage(checkpoint / "model.safetensors")
     with pytest.raises(StageError, match="no whole checkpoint is left; .* python train.py --with-ltm .* --fresh"):
         load(root)
@@ -1402,7 +1403,7 @@ def test_arms_that_are_not_equally_far_are_refused(one_seed, evaluate):
     damage(one_seed / "trained" / "with_ltm" / "model.safetensors")
     code, out, err = evaluate(one_seed)
     assert refused((code, out, err), "step-000004 is at step 4, not at 8", "train.py --with-ltm", "--resume")
-    assert "model.safetensors is damaged" in out
+    assert "model.safetensors is not the file its manifest names" in out
 
 
 def test_a_seed_without_a_pair_is_left_out(root):
