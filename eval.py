@@ -2331,6 +2331,7 @@ def altered(model, memory_class=None, model_class=None, **settings):
     twin.load_state_dict(shared, strict=False, assign=True)
     if is_hosted(model):                                               # it has buffers that no state dict names
         twin.backbone = copy.deepcopy(model.backbone)
+    twin.fused = model.fused and twin.config.stm_window == model.config.stm_window
     return twin.to(model.device).eval()
 
 

@@ -25,6 +25,7 @@ import functools
 import glob
 import math
 import os
+import re
 from typing import NamedTuple, Optional
 
 import torch
@@ -157,6 +158,11 @@ def attend(q, k, v, mask=None):
     return heads.transpose(1, 2)
 
 
+def gates_of(n_head):
+    """Columns of a layer's product for the gates of its heads: aligned for tensor cores."""
+    return -(-n_head // 16) * 16
+
+
 def heads(y, n_head, attention):
     """The heads' outputs (N, T, D) of a layer's product y (N, T, 3 D + gates); attention(q, k, v), (N, T,
     H, D/H) each, says what each position sees.
@@ -165,7 +171,7 @@ def heads(y, n_head, attention):
     a softmax must put its weight somewhere, and without a gate it learns to put it on the first
     token, which a sliding window loses.
     """
-    gates = -(-n_head // 16) * 16                                       # as in Block
+    gates = gates_of(n_head)
     q, k, v = y[..., :-gates].unflatten(-1, (3, n_head, -1)).unbind(2)
     gate = 2 * y[..., -gates:][..., :n_head, None].float().sigmoid()    # 1 at the start
     return (attention(norm(q), norm(k), v) * gate.to(y.dtype)).flatten(2)
@@ -191,10 +197,11 @@ def row_attention(q, k, v, table, opens=None):
 
 # ------------------------------------------------------------ the same as one kernel each way
 #
-# Rows of 128 tokens are so short that starting kernels takes longer than what they compute. On a GPU train.py's step
-# and eval.py call these two instead of their twins, which everything else calls: `fused_heads` is `heads` with
-# `row_attention` (norm, rotary positions, attention, gate), `fused_log_p` is what GPT.log_p makes of logits, which
-# it reads once. On one H200 a baseline's step takes 2.09 ms with them and 2.38 ms without.
+# Rows of 128 tokens are so short that starting kernels takes longer than what they compute. Where GPT.fuse() was
+# called, as train.py and eval.py do on a GPU, whole rows go through these two instead of their twins: `fused_heads` is
+# `heads` with `row_attention` (norm, rotary positions, attention, gate), `fused_log_p` is what GPT.log_p makes of
+# logits, which it reads once. On one H200 a baseline's step takes 2.09 ms with all that is fused, and took 2.38 ms
+# before.
 
 if triton:
     @triton.jit
@@ -232,7 +239,7 @@ if triton:
         return 2 * tl.sigmoid(tl.load(y + at * stride + 3 * width + head).to(tl.float32))
 
     @triton.jit
-    def _heads_forward(y, table, opens, out, lse, length, stride, H: tl.constexpr, N: tl.constexpr, C: tl.constexpr,
+    def _heads_forward(y, table, opens, out, lse, length, stride, N, H: tl.constexpr, C: tl.constexpr,
                        BLOCK: tl.constexpr, HALF: tl.constexpr, SCALE: tl.constexpr, SLIDING: tl.constexpr):
         """One block of a row's queries and one head: out (N, C, 2 HALF H), and lse (N C, H), log of each
         softmax's denominator.
@@ -289,7 +296,7 @@ if triton:
         tl.store(where + d.shape[0], (scale * (db - b * mean)).to(start.dtype.element_ty))
 
     @triton.jit
-    def _heads_backward(y, table, opens, out, lse, grad, dy, length, stride, H: tl.constexpr, N: tl.constexpr,
+    def _heads_backward(y, table, opens, out, lse, grad, dy, length, stride, N, H: tl.constexpr,
                         C: tl.constexpr, BLOCK: tl.constexpr, HALF: tl.constexpr, GATES: tl.constexpr,
                         SCALE: tl.constexpr, SLIDING: tl.constexpr):
         """One block of a row and one head: what the gradient says of its queries (third axis of the grid: 0),
@@ -366,34 +373,38 @@ if triton:
 
     def _sizes(y, table, n_head):
         """(grid, what both kernels are told) of a layer's product y (N, C, 3 D + gates)."""
-        (N, C, columns), gates = y.shape, -(-n_head // 16) * 16
-        half, block = (columns - gates) // (6 * n_head), min(C, 64)
+        N, C, columns = y.shape
+        half, block = (columns - gates_of(n_head)) // (6 * n_head), min(C, 64)
         told = dict(length=table.size(1), stride=columns, H=n_head, N=N, C=C, BLOCK=block, HALF=half,
                     SCALE=(2 * half) ** -0.5, num_warps=4, num_stages=1)
         return (N * C // block, n_head), told
 
-    @torch.library.custom_op("revena::heads", mutates_args=())
+    OWN = "revena_" + re.sub(r"\W", "_", __name__)      # a folder's copy of this file has operators of its own
+
+    @torch.library.custom_op(f"{OWN}::heads", mutates_args=())
     def fused_heads(y: torch.Tensor, table: torch.Tensor, opens: Optional[torch.Tensor],
                     n_head: int) -> tuple[torch.Tensor, torch.Tensor]:
         """`heads` of `row_attention`; the second: log of the softmax's denominators (N, C, H)."""
         grid, told = _sizes(y, table, n_head)
+        y, opens = y.contiguous(), table if opens is None else opens.contiguous()
         out = y.new_empty(*y.shape[:2], 2 * told["HALF"] * n_head)
         lse = y.new_empty(*y.shape[:2], n_head, dtype=torch.float32)
-        _heads_forward[grid](y, table, table if opens is None else opens, out, lse, SLIDING=opens is not None, **told)
+        _heads_forward[grid](y, table, opens, out, lse, SLIDING=opens is not table, **told)
         return out, lse
 
-    @torch.library.custom_op("revena::heads_backward", mutates_args=())
+    @torch.library.custom_op(f"{OWN}::heads_backward", mutates_args=())
     def _heads_gradient(y: torch.Tensor, table: torch.Tensor, opens: Optional[torch.Tensor], out: torch.Tensor,
                         lse: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
         grid, told = _sizes(y, table, lse.size(2))
+        y, opens = y.contiguous(), table if opens is None else opens.contiguous()
         dy = torch.empty_like(y)
-        _heads_backward[*grid, 2](y, table, table if opens is None else opens, out, lse, grad.contiguous(), dy,
-                              GATES=y.size(2) - 6 * told["HALF"] * told["H"], SLIDING=opens is not None, **told)
+        _heads_backward[(*grid, 2)](y, table, opens, out, lse, grad.contiguous(), dy,
+                              GATES=y.size(2) - 6 * told["HALF"] * told["H"], SLIDING=opens is not table, **told)
         return dy
 
     @fused_heads.register_fake
     def _(y, table, opens, n_head):
-        return (y.new_empty(*y.shape[:2], (y.size(2) - -(-n_head // 16) * 16) // 3),
+        return (y.new_empty(*y.shape[:2], (y.size(2) - gates_of(n_head)) // 3),
                 y.new_empty(*y.shape[:2], n_head, dtype=torch.float32))
 
     @_heads_gradient.register_fake
@@ -409,10 +420,11 @@ if triton:
 
     fused_heads.register_autograd(_heads_back, setup_context=_keep_heads)
 
-    @torch.library.custom_op("revena::log_p", mutates_args=())
+    @torch.library.custom_op(f"{OWN}::log_p", mutates_args=())
     def fused_log_p(logits: torch.Tensor, targets: torch.Tensor, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:
         """log softmax of (T, columns) at targets (T,), and log Z, of the first `vocabulary` columns."""
         log_p, log_z = (logits.new_empty(len(logits), dtype=torch.float32) for _ in range(2))
+        logits = logits.contiguous()
         _read_logits[(len(logits),)](logits, targets, log_p, log_z, logits.stride(0), V=vocabulary, BLOCK=4096,
                                      num_warps=4)
         return log_p, log_z
@@ -462,15 +474,14 @@ class Block(nn.Module):
         super().__init__()
         D = config.n_embd
         inner = config.n_inner or 4 * D
-        gates = -(-config.n_head // 16) * 16                            # 16: aligned for tensor cores
         self.n_head = config.n_head
-        self.qkvg = nn.Linear(D, 3 * D + gates, bias=False)
+        self.qkvg = nn.Linear(D, 3 * D + gates_of(config.n_head), bias=False)
         self.out = nn.Linear(D, D, bias=False)
         self.up = nn.Linear(D, inner, bias=False)
         self.down = nn.Linear(inner, D, bias=False)
 
     def attend(self, x, attention):
-        """What attention adds to x (N, T, D); attention(y, H), as `heads` below, makes the heads' outputs
+        """What attention adds to x (N, T, D); attention(y, H), as `heads` above, makes the heads' outputs
         of the layer's product y.
         """
         y = self.qkvg(norm(x).to(dtype_for(self.qkvg)))
@@ -1292,10 +1303,11 @@ class GPT(PreTrainedModel, GenerationMixin):
 
     def fuse(self):
         """Let `states` and `log_p` call the kernels made for them, where these fit; returns self. A GPU, and
-        what compiles for it, are there.
+        what compiles for it, are there. In float32 (cards before sm_80) the plain twins are faster.
         """
         window, half = self.config.stm_window or 0, self.config.n_embd // self.config.n_head // 2
-        self.fused = triton is not None and window in (16, 32, 64, 128) and half in (16, 32, 64)
+        fits = window in (16, 32, 64, 128) and half in (16, 32, 64)
+        self.fused = triton is not None and fits and self.backbone.embed.weight.dtype == torch.bfloat16
         return self
 
     def logits(self, h):
@@ -1322,7 +1334,9 @@ class GPT(PreTrainedModel, GenerationMixin):
         known; `collect`: a list that receives what goes into each layer.
         """
         table, memory, notes = self.backbone.rotary, self.active, {}
-        fused = self.fused and tokens.size(1) == self.config.stm_window
+        # of more tokens at once the kernels' offsets would not fit 32 bits
+        fits = tokens.numel() * 4 * self.config.n_embd < 2 ** 31
+        fused = self.fused and fits and tokens.size(1) == self.config.stm_window
 
         def rows(q, k, v):
             return row_attention(q, k, v, table, opens)

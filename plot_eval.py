@@ -1318,12 +1318,17 @@ def rows_of_host(results):
 
 
 def table_of_hosts(*several):
-    """Memories on models that were trained already and stay as they are."""
-    first = several[0]
+    """Memories on models that were trained already and stay as they are; their small print, where it
+    differs.
+    """
     header = ["on a trained model", "learns", "bits per character", "recall", "training, tokens/s"]
     rows = [row for results in several for row in rows_of_host(results)]
-    return markdown(header, rows, f"{how_trained(first)}. {first['detail']['run']['device']}, commit "
-                                  f"{first['detail']['run']['commit']}.")
+    prints = []
+    for results in several:
+        run = results["detail"]["run"]
+        rows_are = "chained" if run["settings"].get("chained") else "isolated"
+        prints.append(f"{how_trained(results)}, {rows_are} rows. {run['device']}, commit {run['commit']}.")
+    return markdown(header, rows, " ".join(dict.fromkeys(prints)))
 
 
 def table_of_speed(bench):
@@ -1363,23 +1368,25 @@ def tables(root):
     a field is wrong."""
     made, left = {}, {}
     for name, (files, table_of, again) in TABLES.items():
-        values = []
+        values, reasons = [], []
         for path in map(root.joinpath, files.split()):
             value = read_json(path, again) if path.exists() else None
             if value is None:
-                left[name] = f"{path} is missing; make it with: {again}"
+                reasons.append(f"{path} is missing; make it with: {again}")
             elif of_old_layout(value):
-                left[name] = f"{path} is of an earlier version; make it again with: {again}"
+                reasons.append(f"{path} is of an earlier version; make it again with: {again}")
             elif part_of(value) == "choosing":
-                left[name] = f"{path} is of the documents on which settings were chosen; report with: {again}"
+                reasons.append(f"{path} is of the documents on which settings were chosen; report with: {again}")
             values.append(value)
-        if name in left:
+        if reasons:
+            left[name] = "; ".join(reasons)
             continue
         try:
             json.dumps(values, allow_nan=False)
             made[name] = table_of(*values)
         except DAMAGE as error:
-            raise StageError(f"{root / files} lacks a field or has a wrong one ({why(error)}); "
+            where = " or ".join(str(root / file) for file in files.split())
+            raise StageError(f"{where} lacks a field or has a wrong one ({why(error)}); "
                              f"make it again with: {again}") from None
     return made, left
 
@@ -1626,8 +1633,8 @@ def table_of_streams(results, kind):
     part = results["detail"]["streamed"][kind]
     rows = [[label_of(results, arm), *(interval_said(value, bounds, ".2f") for value, bounds in zip(
         part["arms"][arm]["forced_choice"], part["arms"][arm]["ci95"]))] for arm in arms_of(results)]
-    unit = "tokens" if kind == "needle" else "facts"
-    return ["share right", *(f"{number:,} {unit}" for number in part["at"])], rows
+    unit = "token" if kind == "needle" else "fact"
+    return ["share right", *(f"{number:,} {unit}{'s' * (number != 1)}" for number in part["at"])], rows
 
 
 def findings(results):

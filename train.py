@@ -460,15 +460,16 @@ class Training:
         rate = self.rates.index_select(0, self.at)[0]
         step = (self.at[0] + 1).float()
         rest = iter(gradients)
+        # made before the streams part, and kept until they have joined again
+        own = {factor: rate if factor == 1 else rate * factor for group in self.groups for factor in group.rates}
         with self.side_by_side() as turns:
             for group, norm in zip(self.groups, norms):
                 share = [next(rest) for _ in group.parameters]
                 laid = ([self.lay(x) for x in tensors] for tensors in (group.masters, share, group.first, group.second))
                 copies = [None if w is p else self.lay(w) for w, p in zip(group.weights, group.masters)]
                 for *tensors, decay, factor in zip(copies, *laid, group.decay, group.rates):
-                    own = rate if factor == 1 else rate * factor
                     with next(turns):
-                        self.update(*tensors, decay, own, step, norm, self.halted, self.settings)
+                        self.update(*tensors, decay, own[factor], step, norm, self.halted, self.settings)
 
     def run(self, steps):
         """Take `steps` steps, all isolated or all chained; returns at once where a CUDA graph is

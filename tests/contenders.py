@@ -26,7 +26,8 @@ import add_memory                                                               
 import eval as evaluation                                                           # noqa: E402
 import train                                                                        # noqa: E402
 from models import EOT, GPT, SIZES, Memory, RevenaCache, RevenaConfig               # noqa: E402
-from stages import ARMS, StageError, load_split, lower_precision, model_class, pick_device      # noqa: E402
+from stages import (ARMS, StageError, has_compiler, load_split, lower_precision, model_class,     # noqa: E402
+                    pick_device)
 
 CAP = 8e9                       # bytes that a training may take while it starts: those of a small consumer GPU
 CALLS = 10_000                  # of a contender in one window, at most
@@ -261,6 +262,8 @@ def device_copy(setup):
 def scoring(setup, arm, lanes, rows):
     """One document a lane of `rows` rows, scored as eval.py does it."""
     model = lower_precision(setup.model(arm)).eval()
+    if setup.cuda and has_compiler(setup.device):
+        model.fuse()
     tokens = torch.from_numpy(setup.tokens[:lanes * rows]).to(setup.device)
     targets = F.pad(tokens.flatten()[1:], (0, 1), value=EOT).view_as(tokens)
     opens = (torch.arange(rows, device=setup.device) == 0).expand(lanes, rows)

@@ -956,9 +956,9 @@ def test_the_study_widens_by_the_ltms_parameters():
 TWINS = """
 import sys, torch
 import models
-from models import Backbone, RevenaConfig, fused_heads, fused_log_p, heads, row_attention
+from models import Backbone, RevenaConfig, RevenaHybridTiny, fused_heads, fused_log_p, heads, row_attention
 
-def attention(C, n_head, half, rows, opens):
+def attention(C, n_head, half, rows, opens, lay=lambda x: x):
     config = RevenaConfig(n_layer=1, n_embd=2 * half * n_head, n_head=n_head, stm_window=C)
     table = Backbone(config).rotary
     gates = -(-n_head // 16) * 16
@@ -966,7 +966,7 @@ def attention(C, n_head, half, rows, opens):
     weight = torch.randn(rows, C, config.n_embd)
     pairs = []
     for out in (heads(y, n_head, lambda q, k, v: row_attention(q, k, v, table, opens)),
-                fused_heads(y, table, opens, n_head)[0]):
+                fused_heads(lay(y), table, opens, n_head)[0]):
         pairs.append((out, *torch.autograd.grad((out * weight).sum(), y)))
     return pairs
 
@@ -977,13 +977,23 @@ def readings(V, columns):
     log_z = logits[:, :V].logsumexp(-1)
     plain = logits.gather(-1, targets[:, None])[:, 0] - log_z, log_z
     return [(*two, *torch.autograd.grad((torch.stack(two) * weight).sum(), logits))
-            for two in (plain, fused_log_p(logits, targets, V))]
+            for two in (plain, fused_log_p(logits.T.contiguous().T, targets, V))]
+
+def sequences():
+    model = RevenaHybridTiny(RevenaConfig(n_layer=1, n_embd=64, n_head=2, stm_window=16)).eval()
+    ids, found = torch.randint(0, 999, (3, 40)), []
+    for model.fused in (False, True):
+        with torch.no_grad():
+            found.append([model(ids).logits])
+    return found
 
 torch.manual_seed(0)
 lanes = torch.tensor([[1, 0, 0], [1, 0, 1]]).bool()
 cases = dict(rows=lambda: attention(16, 2, 16, 3, None), gates=lambda: attention(16, 17, 16, 1, None),
              blocks=lambda: attention(128, 1, 16, 2, None), lanes=lambda: attention(32, 2, 16, 6, lanes),
-             far=lambda: attention(128, 1, 16, 6, lanes), logits=lambda: readings(9000, 9024))
+             far=lambda: attention(128, 1, 16, 6, lanes), logits=lambda: readings(9000, 9024), sequences=sequences,
+             # laid out in memory as no kernel expects it
+             lying=lambda: attention(16, 2, 16, 6, lanes[:1].expand(2, 3), lambda y: y.mT.contiguous().mT))
 for name, case in cases.items():
     for plain, fused in zip(*case()):
         assert plain.abs().max() > 0.1
@@ -992,11 +1002,13 @@ for name, case in cases.items():
 """
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
 def test_kernels_are_their_twins():
     """What is fused for a GPU, gone through by Triton's interpreter on this machine: values and gradients."""
     done = subprocess.run([sys.executable, "-c", TWINS], cwd=Path(models.__file__).parent, capture_output=True, text=True,
                           env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""})
-    assert done.stdout.split() == ["rows", "gates", "blocks", "lanes", "far", "logits"], done.stderr[-2000:]
+    names = ["rows", "gates", "blocks", "lanes", "far", "logits", "sequences", "lying"]
+    assert done.stdout.split() == names, done.stderr[-2000:]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="compares kernels on a CUDA device")
@@ -1023,5 +1035,7 @@ def test_a_fused_model_is_its_twin(opens):
                                       dict(stm_window=256)])
 def test_what_does_not_fit_the_kernels_stays_plain(settings, monkeypatch):
     monkeypatch.setattr(models, "triton", object())
-    assert not GPT(RevenaConfig(n_layer=1, n_embd=64, n_head=2, **settings)).fuse().fused
-    assert GPT(RevenaConfig(n_layer=1, n_embd=64, n_head=2, stm_window=64)).fuse().fused
+    small = dict(vocab_size=VOCAB, n_layer=1, n_embd=64, n_head=2)
+    assert not GPT(RevenaConfig(**small, **settings)).bfloat16().fuse().fused
+    fitting = GPT(RevenaConfig(**small, stm_window=64))
+    assert not fitting.fuse().fused and fitting.bfloat16().fuse().fused, "in float32 it is slower"

@@ -94,6 +94,15 @@ def test_what_has_a_name_is_a_def():
     assert len(found) <= NAMED_LAMBDAS, f"{len(found)} named lambdas: " + ", ".join(found)
 
 
+@of_scripts
+def test_python_3_10_can_read_it(path):
+    """The oldest Python of requirements.txt: nothing of the grammar of later ones."""
+    later = [node for node in ast.walk(TREES[path]) if type(node).__name__ in ("TryStar", "TypeAlias")]
+    later += [node for node in ast.walk(TREES[path]) if isinstance(node, ast.Subscript)
+              and any(isinstance(part, ast.Starred) for part in ast.iter_child_nodes(node.slice))]
+    assert not later, f"{path.name}:{later[0].lineno} is of a later Python"
+
+
 def test_models_import_no_plumbing():
     """They travel in checkpoints: no flags, signals, processes or accounts in them."""
     for path in (PROJECT / "models.py", PROJECT / "memories.py"):

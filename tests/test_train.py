@@ -648,6 +648,22 @@ def training_of(root, arm="with_ltm", share=0.0, **changed):
     return train.Training(model, rows, train.plan_rows(rows, settings.steps, settings, 0, share), settings)
 
 
+def test_what_learns_at_a_rate_of_its_own(root):
+    """A factor of a memory's own, of the updates alone: after one step weights have moved that much further."""
+    begin(root, "with_store")
+    moved = {}
+    for factor in (1.0, 3.0):
+        training = training_of(root, "with_store", weight_decay=0.0)
+        memory = training.groups[1]
+        before = [w.clone() for w in memory.masters]
+        memory.rates = [factor] * len(memory.rates)
+        training.run(1)
+        moved[factor] = [w - old for w, old in zip(memory.masters, before)]
+    assert max(x.abs().max() for x in moved[1.0]) > 0
+    for one, three in zip(moved[1.0], moved[3.0]):
+        torch.testing.assert_close(3 * one, three, rtol=1e-3, atol=1e-6)
+
+
 @pytest.mark.parametrize("before", [0, 3, 4])
 def test_the_log_times_the_steps_that_it_saw(source, monkeypatch, tmp_path, before):
     """A second a step by a clock of ours, from the first line on, also where an interval began before the start."""
@@ -1796,11 +1812,14 @@ def test_torchrun_shares_the_batch(root, away, here, undisturbed):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a CUDA device")
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("arm", stages.SPECIFIED)
-def test_the_captured_step_is_the_step(source, arm, share):
+@pytest.mark.parametrize("arm", (*stages.SPECIFIED, "with_store"))              # which has rates of its own
+def test_the_captured_step_is_the_step(root, arm, share):
     """Replayed as CUDA graphs, one a regime, or called one by one, and twice over, the steps leave the same bits."""
+    if arm not in stages.SPECIFIED:
+        begin(root, arm)
+
     def run(captured):
-        training = training_of(source, arm, share)
+        training = training_of(root, arm, share)
         training = train.Training(training.model.float().cuda(), training.rows.numpy(), training.plan, SETTINGS)
         ready = None
         while training.done < 12:
