@@ -398,7 +398,7 @@ if triton:
         grid, told = _sizes(y, table, lse.size(2))
         y, opens = y.contiguous(), table if opens is None else opens.contiguous()
         dy = torch.empty_like(y)
-        _heads_backward[(*grid, 2)](y, table, opens, out, lse, grad.contiguous(), dy,
+        _heads_backward[grid + (2,)](y, table, opens, out, lse, grad.contiguous(), dy,
                               GATES=y.size(2) - 6 * told["HALF"] * told["H"], SLIDING=opens is not table, **told)
         return dy
 

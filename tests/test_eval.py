@@ -1372,7 +1372,10 @@ def test_the_config_is_known_as_it_was_at_the_start(one_seed):
     path = one_seed / "trained" / "with_ltm" / "config.json"
     path.write_text(path.read_text().replace("0.8", "0.7"))
     save(run_of(one_seed, "with_ltm"), tiny(), 12)
-    with pytest.raises(StageError, match="config.json is missing or not the file"):
+    with pytest.raises(StageError, match="config.json is not the file its manifest names; put that back"):
+        load(one_seed)
+    path.unlink()
+    with pytest.raises(StageError, match="config.json is missing; put that back"):
         load(one_seed)
 
 
