@@ -804,8 +804,8 @@ class LongTermMemory(Memory, kind="ltm"):
     long text has more than any training row. No learned threshold decides whether anything is looked
     up, so none can close for good in training: what should not be trusted weighs little.
 
-    Tried, isolated rows, seed 0, bits by the baseline's on the choosing part (documents: two trainings of
-    one variant differ by up to 0.002, since its gradients differ in their last bits on a GPU):
+    Tried, isolated rows, seed 0, bits by the baseline's on the choosing part (documents; trainings
+    that differ in the last bits of their gradients alone are up to 0.002 apart):
 
         5,000 steps, learned powers of age, items that have a strength, too         0.9589
             .. fixed powers; the same one for all learned addresses                 0.9584, 0.9605; 0.9626
