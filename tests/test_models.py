@@ -1020,13 +1020,15 @@ def test_a_fused_model_is_its_twin(opens):
     tokens = torch.randint(EOT, (8, 128), device="cuda")
     opens = None if opens is None else torch.tensor(opens, device="cuda")
     found = {}
-    for name, model in dict(exact=exact, plain=copy.deepcopy(exact).bfloat16(),
-                            fused=copy.deepcopy(exact).bfloat16().fuse()).items():
+    plain, fused = (stages.lower_precision(copy.deepcopy(exact)) for _ in range(2))
+    if plain.dtype != torch.bfloat16:
+        pytest.skip("a GPU without bfloat16 keeps the plain form")
+    for name, model in dict(exact=exact, plain=plain, fused=fused.fuse()).items():
         with torch.enable_grad():
             loss = model.score(tokens, tokens.roll(-1, 1), opens).log_p.mean()
             gradients = torch.autograd.grad(loss, list(model.backbone.parameters()))
         found[name] = [loss.float()[None], *(g.float().flatten() for g in gradients)]
-    assert model.fused
+    assert fused.fused and not plain.fused
     for exact, plain, fused in zip(found["exact"], found["plain"], found["fused"]):
         assert (fused - exact).norm() <= 1.1 * (plain - exact).norm() + 1e-3 * exact.norm()
 
