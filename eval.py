@@ -1181,6 +1181,15 @@ def newest_checkpoint(folder):
     return None
 
 
+def is_finite(value):
+    """Whether a value read from JSON holds no NaN and nothing infinite, which 1e999 is read as."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        return False
+    return True
+
+
 def find_arm(seed, arm, place):
     """The Found of one trained arm, config and weights verified by its manifest.
 
@@ -1194,7 +1203,7 @@ def find_arm(seed, arm, place):
     digest = sha256(weights) if weights.is_file() else None
     manifest = read_json(folder / "manifest.json", made_by)
     known, settings = manifest.get("weights"), manifest.get("settings")
-    whole = isinstance(settings, dict) and isinstance(known, dict)
+    whole = isinstance(settings, dict) and isinstance(known, dict) and is_finite(settings)
     if not whole or any(type(step) is not int for step in known.values()):
         raise StageError(f"{folder / 'manifest.json'} is damaged; train again: {made_by} --fresh")
     checkpoint = None if digest in known else newest_checkpoint(folder)

@@ -1353,7 +1353,8 @@ def test_checkpoints_are_tried_newest_first_beyond_a_million_steps(one_seed):
     assert load(one_seed)[1].step == 1_000_004
 
 
-@pytest.mark.parametrize("manifest", ["", "{", "[1]", "{}", '{"weights": 3, "settings": {}}', '{"weights": {}}'])
+@pytest.mark.parametrize("manifest", ["", "{", "[1]", "{}", '{"weights": 3, "settings": {}}', '{"weights": {}}',
+                                      '{"weights": {}, "settings": {"lr": 1e999}}'])
 def test_a_damaged_manifest_is_one_line(one_seed, evaluate, manifest):
     (one_seed / "trained" / "baseline" / "manifest.json").write_text(manifest)
     assert refused(evaluate(one_seed), "baseline/manifest.json is damaged", "python train.py --baseline")
