@@ -224,6 +224,13 @@ if triton:
         return (a * cos - b * sin).to(dtype), (b * cos + a * sin).to(dtype)
 
     @triton.jit
+    def _placed(start, i, d, stride, table, place, length):
+        """Both halves of a head's vectors as attention compares them: normalised, turned to their places."""
+        a, b, _ = _halves(start, i, d, stride)
+        cos, sin = _turns(table, place, d, length)
+        return _turned(a, b, cos, sin, start.dtype.element_ty)
+
+    @triton.jit
     def _vectors(start, i, d, stride):
         """A head's vectors whole, (BLOCK, 2 HALF)."""
         return tl.load(start + i[:, None] * stride + tl.arange(0, 2 * d.shape[0])[None, :])
@@ -248,9 +255,7 @@ if triton:
         dtype: tl.constexpr = y.dtype.element_ty
         R: tl.constexpr = C // BLOCK                        # blocks of a row
         width, i, d = 2 * HALF * H, tl.arange(0, BLOCK), tl.arange(0, HALF)
-        a, b, _ = _halves(y + block * BLOCK * stride + head * 2 * HALF, i, d, stride)
-        cos, sin = _turns(table, C + i, d, length)
-        q0, q1 = _turned(a, b, cos, sin, dtype)
+        q0, q1 = _placed(y + block * BLOCK * stride + head * 2 * HALF, i, d, stride, table, C + i, length)
         earliest = block % R                                # of the blocks before this one, as far as is seen
         if SLIDING:
             earliest = tl.where(tl.load(opens + block // R), earliest, R)
@@ -259,9 +264,7 @@ if triton:
         mixed = tl.zeros((BLOCK, 2 * HALF), tl.float32)
         for t in range(0, earliest + 1):
             start = y + (block + N * R - t) % (N * R) * BLOCK * stride + head * 2 * HALF
-            a, b, _ = _halves(start + width, i, d, stride)
-            cos, sin = _turns(table, C - t * BLOCK + i, d, length)
-            k0, k1 = _turned(a, b, cos, sin, dtype)
+            k0, k1 = _placed(start + width, i, d, stride, table, C - t * BLOCK + i, length)
             s = _scores(q0, q1, k0, k1, t * BLOCK + i[:, None] - i[None, :], SCALE, C)
             higher = tl.maximum(most, tl.max(s, 1))
             p, shrink = tl.exp(s - higher[:, None]), tl.exp(most - higher)
@@ -320,9 +323,7 @@ if triton:
                 earliest = tl.where(tl.load(opens + block // R), earliest, R)
             for t in range(0, earliest + 1):
                 start = y + (block + N * R - t) % (N * R) * BLOCK * stride + head * 2 * HALF
-                a, b, _ = _halves(start + width, i, d, stride)
-                cos, sin = _turns(table, C - t * BLOCK + i, d, length)
-                k0, k1 = _turned(a, b, cos, sin, dtype)
+                k0, k1 = _placed(start + width, i, d, stride, table, C - t * BLOCK + i, length)
                 s = _scores(q0, q1, k0, k1, t * BLOCK + i[:, None] - i[None, :], SCALE, C)
                 dp = tl.dot(do, tl.trans(_vectors(start + 2 * width, i, d, stride)))
                 ds = (tl.exp(s - z[:, None]) * (dp - delta[:, None]) * SCALE).to(dtype)
@@ -343,9 +344,7 @@ if triton:
                 latest = tl.where(tl.load(opens + (block // R + 1) % N), latest, R)
             for t in range(0, latest + 1):
                 later = (block + t) % (N * R) * BLOCK
-                a, b, _ = _halves(y + later * stride + head * 2 * HALF, i, d, stride)
-                cos, sin = _turns(table, t * BLOCK + i, d, length)
-                q0, q1 = _turned(a, b, cos, sin, dtype)
+                q0, q1 = _placed(y + later * stride + head * 2 * HALF, i, d, stride, table, t * BLOCK + i, length)
                 do, delta, _, z = _asking(y, out, grad, lse, later + i, head, stride, H, HALF)
                 s = _scores(q0, q1, k0, k1, t * BLOCK + i[:, None] - i[None, :], SCALE, C)
                 p = tl.exp(s - z[:, None])

@@ -245,13 +245,18 @@ def tally(sums, norms, targets_in_batch, halted):
     return row[:-1].masked_fill(halted, math.nan), halted
 
 
+def by_dtype(tensors):
+    """The places of the tensors of each dtype: a list of lists."""
+    dtypes = dict.fromkeys(x.dtype for x in tensors)
+    return [[i for i, x in enumerate(tensors) if x.dtype == dtype] for dtype in dtypes]
+
+
 def norms_of(tensors):
     """2-norms of some tensors, float32 (len(tensors),); in one pass over all of a dtype: mixed,
     each takes its own.
     """
     found = {}
-    for dtype in dict.fromkeys(x.dtype for x in tensors):
-        places = [i for i, x in enumerate(tensors) if x.dtype == dtype]
+    for places in by_dtype(tensors):
         norms = torch._foreach_norm([tensors[i] for i in places], 2, torch.float32)
         found.update(zip(places, norms))
     return torch.stack([found[i] for i in range(len(tensors))])
@@ -260,8 +265,7 @@ def norms_of(tensors):
 def over_all_processes(tensors):
     """Sums over all processes, of tensors that each of them has: one all-reduce for each dtype."""
     found = list(tensors)
-    for dtype in dict.fromkeys(x.dtype for x in tensors):
-        places = [i for i, x in enumerate(tensors) if x.dtype == dtype]
+    for places in by_dtype(tensors):
         flat = torch.cat([tensors[i].flatten() for i in places])
         dist.all_reduce(flat)
         for i, part in zip(places, flat.split([tensors[i].numel() for i in places])):
