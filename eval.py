@@ -58,7 +58,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from models import EOT, GPT, Address, Final, LongTermMemory, Memory, Reading, lagged, mix
+from models import EOT, GPT, Address, Final, LongTermMemory, Memory, Reading, Vectors, lagged, mix
 from stages import (ARMS, PROJECT, SPECIFIED, STUDY, StageError, about, arm_flag, arm_folder, byte_level,
                     characters_per_token, command, commit, compiled, default_root, device_name, documents,
                     encoded, has_compiler, is_hosted, load_model, load_own, load_split, load_tokenizer,
@@ -2423,10 +2423,10 @@ class NeuralCache(LongTermMemory):
         stored = targets != self.eot
         # only the key is asked for
         address = Address(*[targets] * len(Address._fields))._replace(key=h)
-        items, values, age = self.candidates(address, targets, stored, final.opens)
+        items, values, *numbers = self.candidates(address, targets, stored, final.opens)
         match = self.theta * (h.float() @ items.key.float().mT)         # (N, C, I)
         # at the start there is none
-        cache = match.masked_fill(~self.visible(age), -math.inf).softmax(-1).nan_to_num()
+        cache = match.masked_fill(~self.visible(self.ages(*numbers)), -math.inf).softmax(-1).nan_to_num()
         weight = self.share / (1 - self.share) * cache
         return only_exact(weight), values, stored
 
@@ -2461,17 +2461,24 @@ def fit_cache(model, texts, slots, width, settings):
     return neural_cache(model, slots, theta, share)
 
 
+class ExactOnly(LongTermMemory):
+    """Nothing is learned: exact addresses have these log weights."""
+
+    def __init__(self, config, trust):
+        super().__init__(config)
+        self.log_weights = trust
+
+    def vectors(self, h, tokens, embed, shift):
+        nothing = h.new_zeros(*tokens.shape, self.config.ltm_learned, self.config.ltm_dim)      # similar to nothing
+        trust = torch.tensor(self.log_weights, device=h.device).expand(*tokens.shape, -1)
+        return Vectors(nothing, nothing, torch.nn.functional.pad(trust, (0, self.config.ltm_learned)))
+
+
 def exact_only(model, trust):
     """The LTM with no learned part, on the backbone of a model: exact addresses alone, with
     these log weights."""
-    twin = altered(model, LongTermMemory, memory="ltm", memory_enabled=True, ltm_same=0.0, ltm_near=0.0,
-                   ltm_exact_fade=0.0)
-    memory = twin.memory = copy.deepcopy(twin.memory)
-    for weight in memory.parameters():                      # vectors of zeros are similar to nothing
-        weight.zero_()
-    _, trusts = memory.from_state.bias[:sum(memory.sizes)].split(memory.sizes)
-    trusts[:memory.config.ltm_ngrams] = torch.tensor(trust)
-    return twin
+    memory = functools.partial(ExactOnly, trust=trust)
+    return altered(model, memory, memory="ltm", memory_enabled=True, ltm_same=0.0, ltm_near=0.0, ltm_exact_fade=0.0)
 
 
 @torch.no_grad()
@@ -2545,11 +2552,11 @@ class Mixture(LongTermMemory):
         h, targets, opens = final.h, final.targets, final.opens
         stored = targets != self.eot
         _, surprising = self.route(final.log_p, targets)
-        grams = [lagged(final.tokens, lag, opens, self.eot) for lag in range(self.config.ltm_ngrams)]
+        grams = [lagged(final.tokens, lag, self.eot, opens) for lag in range(self.config.ltm_ngrams)]
         address = Address(*[targets] * len(Address._fields))._replace(
-            grams=torch.stack(grams, -1), known=lagged(surprising, 1, opens, False), key=h)
-        items, values, age = self.candidates(address, targets, stored, opens)
-        visible = self.visible(age)
+            grams=torch.stack(grams, -1), known=lagged(surprising, 1, False, opens), key=h)
+        items, values, *numbers = self.candidates(address, targets, stored, opens)
+        visible = self.visible(self.ages(*numbers))
         return self.matches(address, items, visible), h.float() @ items.key.float().mT, visible, values, stored
 
     def read(self, final):

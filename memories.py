@@ -498,7 +498,7 @@ class Store(RowMemory, kind="store"):
         first[:, 0] = True if opens is None else opens.flatten()
         facts = importance.masked_fill(first, -math.inf)[..., None]
         dtype = dtype_for(self.out[i])
-        items = Items(self.unit(lagged(k, 1, opens, 0.0)), v.to(dtype), facts)
+        items = Items(self.unit(lagged(k, 1, 0.0, opens)), v.to(dtype), facts)
         items = Items(*(sequences(part, opens) for part in items))
         place_in = torch.arange(T, device=x.device)
         seen = (place_in <= place_in[:, None])[None]
@@ -1173,7 +1173,7 @@ class Mag(RowMemory, kind="mag"):
     def whole(self, place, x, y, opens, notes):
         i, (N, C) = self.places.index(place), x.shape[:2]
         three, rates = self.project(i, x, notes)
-        three = self.blend(i, three, lagged(three, 1, opens, 0.0))
+        three = self.blend(i, three, lagged(three, 1, 0.0, opens))
         rows = 1 if opens is None else opens.size(1)
         parts = self.parts(sequences(torch.cat((three, rates), -1), opens), rows)
         starts = self.row_starts(i, parts, opens)

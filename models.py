@@ -197,11 +197,11 @@ def row_attention(q, k, v, table, opens=None):
 
 # ------------------------------------------------------------ the same as one kernel each way
 #
-# Rows of 128 tokens are so short that starting kernels takes longer than what they compute. Where GPT.fuse() was
-# called, as train.py and eval.py do on a GPU, whole rows go through these two instead of their twins: `fused_heads` is
-# `heads` with `row_attention` (norm, rotary positions, attention, gate), `fused_log_p` is what GPT.log_p makes of
-# logits, which it reads once. On one H200 a baseline's step takes 2.09 ms with all that is fused, and took 2.38 ms
-# before.
+# Rows of 128 tokens are so short that starting kernels takes longer than what they compute. Where fuse() was called, as
+# train.py and eval.py do on a GPU, whole rows go through these instead of their twins: `fused_heads` is `heads` with
+# `row_attention` (norm, rotary positions, attention, gate), `fused_log_p` is what GPT.log_p makes of logits, which it
+# reads once; `fused_sums`, without a gradient, LongTermMemory.sums, which writes no weight down. On one H200 a
+# baseline's step takes 2.09 ms with all that is fused, and took 2.38 ms before.
 
 if triton:
     @triton.jit
@@ -378,6 +378,54 @@ if triton:
                     SCALE=(2 * half) ** -0.5, num_warps=4, num_stages=1)
         return (N * C // block, n_head), told
 
+    @triton.jit
+    def _sum_found(facts, query, key, trust, stands, number, products, log_z, right, total, I, q_row, q_head, q_at,
+                   k_row, k_head, k_at, slots, least, sharpness, plausibility, same_place, near, exact_fade,
+                   learned_fade, rare_fade, C: tl.constexpr, E: tl.constexpr, K: tl.constexpr, A: tl.constexpr,
+                   BLOCK: tl.constexpr, ITEMS: tl.constexpr):
+        """One block of a row's positions, over all its candidates: what LongTermMemory.weigh says, summed."""
+        row, c, d = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, A)
+        at = row * C + c
+        ask = facts + at * (2 * E + 3)
+        before, target = tl.load(ask + 2 * E + 1), tl.load(ask + 2 * E + 2)
+        of_all, of_right = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+        for first in range(0, I, ITEMS):
+            i = first + tl.arange(0, ITEMS)
+            age = before[:, None] - tl.load(number + row * I + i)[None, :]
+            seen = (age >= 1) & (age <= slots)
+            if tl.max(seen.to(tl.int32)) > 0:           # of a short text most are yet to come
+                stand = tl.load(stands + row * I + i)
+                hold = facts + stand * (2 * E + 3)
+                k_place = key + stand // C * k_row + stand % C * k_at
+                old = tl.log(tl.maximum(age, 1).to(tl.float32))
+                weight, words = tl.zeros((BLOCK, ITEMS), tl.float32), tl.zeros((BLOCK, ITEMS), tl.float32)
+                same = seen
+                for n in tl.static_range(E):
+                    same = same & (tl.load(ask + n)[:, None] == tl.load(hold + n)[None, :])
+                    found = same
+                    if n == 0:
+                        found = same & (tl.load(ask + 2 * E) != 0)[:, None] & (tl.load(hold + 2 * E) != 0)[None, :]
+                    score = tl.load(trust + at * (E + K) + n)[:, None] - exact_fade * old
+                    weight += tl.where(found, tl.exp(tl.minimum(score, 10.0)), 0.0)
+                for a in tl.static_range(E):
+                    asked = tl.load(ask + E + a)[:, None]
+                    for b in tl.static_range(E):
+                        each = same_place if a == b else near
+                        words += tl.where((asked == tl.load(hold + E + b)[None, :]) & (asked >= 0), each, 0.0)
+                weight += tl.where(seen, words * tl.exp(-rare_fade * old), 0.0)
+                likely = tl.load(products + at[:, None] * I + i[None, :]).to(tl.float32) - tl.load(log_z + at)[:, None]
+                for k in range(0, K):
+                    q = tl.load(query + row * q_row + k * q_head + c[:, None] * q_at + d[None, :])
+                    found_by = tl.load(k_place[:, None] + k * k_head + d[None, :])
+                    cosine = tl.dot(q, tl.trans(found_by)).to(q.dtype).to(tl.float32)
+                    score = tl.load(trust + at * (E + K) + E + k)[:, None] + sharpness * (cosine - 1)
+                    score += plausibility * likely - learned_fade * (1 - k / K) * old
+                    weight += tl.where(seen & (cosine > least), tl.exp(tl.minimum(score, 10.0)), 0.0)
+                of_all += tl.sum(weight, 1)
+                of_right += tl.sum(tl.where(tl.load(hold + 2 * E + 2)[None, :] == target[:, None], weight, 0.0), 1)
+        tl.store(right + at, of_right)
+        tl.store(total + at, of_all)
+
     OWN = "revena_" + re.sub(r"\W", "_", __name__)      # a folder's copy of this file has operators of its own
 
     @torch.library.custom_op(f"{OWN}::heads", mutates_args=())
@@ -444,6 +492,29 @@ if triton:
         return grad.to(logits.dtype), None, None
 
     fused_log_p.register_autograd(_log_p_back, setup_context=_keep_log_p)
+
+
+    @torch.library.custom_op(f"{OWN}::sums", mutates_args=())
+    def fused_sums(facts: torch.Tensor, query: torch.Tensor, key: torch.Tensor, trust: torch.Tensor,
+                   stands: torch.Tensor, number: torch.Tensor, products: torch.Tensor, log_z: torch.Tensor,
+                   constants: list[float]) -> tuple[torch.Tensor, torch.Tensor]:
+        """What LongTermMemory.sums makes of `facts_of`, Vectors, candidates (N, I) as `numbered` gives them,
+        products (N, C, I) and log Z (N, C). No gradient.
+        """
+        N, C, K, A = query.shape
+        query, key = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key))
+        strides = (s for x in (query, key) for s in (x.stride(0), x.stride(2), x.stride(1)))
+        facts, trust, stands, number, products, log_z = (
+            x.contiguous() for x in (facts, trust, stands, number, products, log_z))
+        right, total = (torch.empty_like(log_z) for _ in range(2))
+        _sum_found[(N, C // 16)](facts, query, key, trust, stands, number, products, log_z, right, total,
+                                 number.size(1), *strides, *constants, C=C, E=trust.size(-1) - K, K=K, A=A, BLOCK=16,
+                                 ITEMS=16, num_warps=1)
+        return right, total
+
+    @fused_sums.register_fake
+    def _(facts, query, key, trust, stands, number, products, log_z, constants):
+        return tuple(log_z.new_empty(log_z.shape) for _ in range(2))
 
 
 def dtype_for(matrix):
@@ -574,6 +645,7 @@ class Final(NamedTuple):
     log_z: torch.Tensor         # (N, C) log of the sum over the exponentials of all logits
     embed: object               # tokens -> (.., D), rows of the output matrix; a memory gives them no gradient
     opens: torch.Tensor         # (L, R) or None
+    prepared: object = None     # what the memory's `prepare` gave, where it was asked before
 
 
 class Scores(NamedTuple):
@@ -602,7 +674,7 @@ class Memory(nn.Module):
 
         inside      `places` (-1: on the embedding, l: beside the attention of layer l, n_layer: on the final state),
                     `mix` for a few tokens and, where that can be had faster, `rows` for whole sequences
-        output      `score`, `distribution`, `predict`
+        output      `prepare`, `score`, `distribution`, `predict`
         state       `empty`, `room`: {name: tensor (B, ..)}; what `mix` and `predict` are given is never changed, the
                     next one is returned
         to be seen  `contents`, `retrieved`, `watched`
@@ -610,6 +682,7 @@ class Memory(nn.Module):
     What later tokens wrote is never read, and nothing is carried across the start of a sequence.
 
     Attributes:
+        fused: whether kernels of its own may be called: see GPT.fuse.
         places: where in the backbone `mix` is called.
         own: {name: value} the settings of this kind; config.memory_settings may say otherwise, and no other name.
         watched: names of the scalars that `watch` gives for history.jsonl.
@@ -619,6 +692,7 @@ class Memory(nn.Module):
     """
 
     kinds = {}
+    fused = False
     places = ()
     own = {}
     watched = ()
@@ -685,6 +759,12 @@ class Memory(nn.Module):
 
     # ---- at the output
 
+    def prepare(self, h, tokens, opens, embed):
+        """What `score` wants to know of the final states h (N, C, D) alone, as final.prepared: it can be
+        computed while the backbone's output is; opens, embed: as in Final.
+        """
+        return None
+
     def score(self, final, notes):
         """Scores of the targets of whole sequences."""
         nothing = torch.zeros_like(final.targets, dtype=torch.bool)
@@ -746,15 +826,23 @@ class Affine(nn.Linear):
         return product if self.bias is None else product + self.bias.float()
 
 
+class Vectors(NamedTuple):
+    """What the LTM learns to make of each position t (first two axes (N, C), or any)."""
+
+    query: torch.Tensor         # (.., K, A) unit vectors: what t looks for
+    key: torch.Tensor           # (.., K, A) what the token after t is filed under
+    trust: torch.Tensor         # (.., E + K) log weight of what t finds
+
+
 class Address(NamedTuple):
-    """What the LTM makes of each position t (first two axes (N, C), or any)."""
+    """All that the LTM makes of each position t."""
 
     grams: torch.Tensor         # (.., E) the tokens x_t, x_{t-1}, ..: exact addresses
     known: torch.Tensor         # (..,) bool: x_t was stored
     rare: torch.Tensor          # (.., E) the same tokens where they are rare words, elsewhere NOT_RARE
-    query: torch.Tensor         # (.., K, A) unit vectors: what t looks for
-    key: torch.Tensor           # (.., K, A) what the token after t is filed under
-    trust: torch.Tensor         # (.., E + K) log weight of what t finds
+    query: torch.Tensor         # .. as in Vectors
+    key: torch.Tensor
+    trust: torch.Tensor
 
 
 class Reading(NamedTuple):
@@ -808,8 +896,9 @@ class LongTermMemory(Memory, kind="ltm"):
 
         5,000 steps, learned powers of age, items that have a strength, too         0.9589
             .. fixed powers; the same one for all learned addresses                 0.9584, 0.9605; 0.9626
-            .. fixed powers, no strength (this class)                               0.9582
-            .. and inputs that are always 1 in place of biases                      0.9591
+            .. fixed powers, no strength                                            0.9582
+            .. two seeds: the same; a bias for trust alone; none (this class)       0.9581; 0.9583; 0.9584
+            .. two seeds, 1,024 hidden units                                        0.9587
         5,000 steps, without rare words: learned powers, that start at 0.25 and 1   0.9573
             .. none                                                                 0.9590
             .. a power of 0.5; of 1.5 where learned addresses start at 1            0.9573; 0.9594
@@ -823,6 +912,7 @@ class LongTermMemory(Memory, kind="ltm"):
         every stored token a rare word, weight 0.05; those of 12 bits               0.9661; 0.9598
         10,000 steps, without rare words; with them, of 14 bits at 0.01             0.9579; 0.9587
 
+    (Without hidden units it was some 0.002 more: read off the reported part, by oversight; they stay.)
     So rare words cost 0.0008, for which a fact is found in another format in 90 of 100 cases instead
     of 12 (chance), and in 89 instead of 8 with a word put between its key and its value.
 
@@ -842,24 +932,32 @@ class LongTermMemory(Memory, kind="ltm"):
         self.width = -(-sum(self.sizes) // 16) * 16                     # aligned for tensor cores
         # what comes after t, x_{t+1} and h_{t+1}, has a say in where t files it alone
         parts = self.width + K * A                                      # as h_t, h_{t+1}
-        self.from_state = Affine(D, parts + config.ltm_hidden)          # .. and the hidden units, in one product
+        self.from_state = Affine(D, parts + config.ltm_hidden, bias=False)      # .. and hidden units, in one product
         self.from_hidden = Affine(config.ltm_hidden, parts, bias=False)
         self.from_tokens = nn.Linear(D, K * A + E * self.width, bias=False)     # as x_{t+1}, x_t, x_{t-1}, ..
 
     # ---- addresses
 
-    def addresses(self, h, tokens, known, rare, embed, shift):
-        """Address of each position of some lines of text, the vectors in h's dtype.
+    def addresses(self, vectors, tokens, known, rare, shift):
+        """Address of each position of some lines of text.
 
         Args:
-            h: (N, T, D) final states. tokens: (N, T). known: (N, T) bool, the token was stored.
+            vectors: their Vectors. tokens: (N, T). known: (N, T) bool, the token was stored.
             rare: (N, T) the token where it is a rare word, elsewhere NOT_RARE.
-            embed: tokens -> (.., D). shift(x, lag, fill): x moved `lag` positions along its sequence.
+            shift(x, lag, fill): x moved `lag` positions along its sequence.
         """
-        config, used = self.config, sum(self.sizes)
-        lags = range(config.ltm_ngrams)
+        lags = range(self.config.ltm_ngrams)
         grams = torch.stack([shift(tokens, lag, self.eot) for lag in lags], dim=-1)
         words = torch.stack([shift(rare, lag, NOT_RARE) for lag in lags], dim=-1)
+        return Address(grams, known, words, *vectors)
+
+    def vectors(self, h, tokens, embed, shift):
+        """Vectors of each position of some lines of text, queries and keys in h's dtype.
+
+        Args:
+            h: (N, T, D) final states. tokens: (N, T). embed: tokens -> (.., D). shift: as above.
+        """
+        config, used = self.config, sum(self.sizes)
         if self.foreign:
             h = norm(h)
         of_address = self.sizes[0]
@@ -868,13 +966,17 @@ class LongTermMemory(Memory, kind="ltm"):
         ahead, *parts = self.of_tokens(tokens, embed)
         near = own + sum(shift(part, lag, 0.0) for lag, part in enumerate(parts))
         query, trust = near[..., :used].split(self.sizes, dim=-1)
-        value = shift(ahead + after, -1, 0.0)
+        value = shift(ahead + after, -1, 0.0)           # of the token after t
 
-        def unit(x):
-            heads = x.unflatten(-1, (config.ltm_learned, config.ltm_dim))
-            return F.normalize(heads, dim=-1).to(h.dtype)
+        def unit(x):                                    # lies head by head, as it is compared
+            heads = x.unflatten(-1, (config.ltm_learned, config.ltm_dim)).transpose(1, 2)
+            return F.normalize(heads, dim=-1).to(h.dtype).contiguous().transpose(1, 2)
 
-        return Address(grams, known, words, unit(query), unit(query + value), trust)
+        return Vectors(unit(query), unit(query + value), trust)
+
+    def prepare(self, h, tokens, opens, embed):
+        """Vectors of whole sequences."""
+        return self.vectors(h, tokens, embed, functools.partial(lagged, opens=opens))
 
     def of_tokens(self, tokens, embed):
         """What tokens (N, T) add to the addresses of the position before them, their own, and those
@@ -903,18 +1005,32 @@ class LongTermMemory(Memory, kind="ltm"):
 
     def candidates(self, address, targets, stored, opens=None):
         """The items that each row may retrieve: Address (N, I, ..) of what keys have, values (N,
-        I), age (N, C, I).
+        I); how many items each position comes after (N, C), and the number of each item (N, I): see `ages`.
 
         Item i (value: the target of position i) is visible to t iff it was stored, i < t in the
         same sequence, and fewer than `ltm_slots` items were stored after it before t: see
-        `visible`. Stored items are numbered; a row's candidates are the slots' worth of numbers
-        before it and those stored in it, so the cost is linear in the length.
+        `visible`.
         """
-        M, (N, C) = self.config.ltm_slots, targets.shape
+        stands, before, number = self.numbered(stored, opens)
+
+        def line(x):
+            return x if opens is None else x.flatten(0, 1)[stands]
+
+        keys = address.key if opens is None else Taken.apply(address.key, stands, opens)
+        items = Address(line(address.grams), line(address.known), line(address.rare), None, keys, None)
+        return items, line(targets), before, number
+
+    def numbered(self, stored, opens):
+        """Stored items are numbered; a row's candidates are the slots' worth of numbers before it and
+        those stored in it, so the cost is linear in the length: where they stand among all positions (N, I);
+        `before` (N, C) and `number` (N, I), as above.
+        """
+        M, (N, C) = self.config.ltm_slots, stored.shape
         if opens is None:                                   # every row is a sequence: its own tokens are candidates
             count = stored.cumsum(1)
             before = count - stored.long()                  # items stored before t
-            return address, targets, self.ages(before, torch.where(stored, count - 1, NEVER))
+            stands = torch.arange(N * C, device=stored.device).view(N, C)
+            return stands, before, torch.where(stored, count - 1, NEVER)
         count = stored.flatten().cumsum(0)
         before = count.view(N, C) - stored.long()
         row = torch.arange(N, device=stored.device)
@@ -928,12 +1044,7 @@ class LongTermMemory(Memory, kind="ltm"):
         given = torch.where(stored.flatten(), count - 1, N * C)
         place = torch.arange(N * C, device=stored.device)
         stands = given.new_zeros(N * C + M + C).index_copy(0, given, place)[number]
-
-        def line(x):
-            return x.flatten(0, 1)[stands]
-
-        items = Address(line(address.grams), line(address.known), line(address.rare), None, line(address.key), None)
-        return items, line(targets), self.ages(before, number)
+        return stands, before, number
 
     @staticmethod
     def ages(before, number):
@@ -1007,21 +1118,45 @@ class LongTermMemory(Memory, kind="ltm"):
                 weight = weight + torch.where(asked[..., a, None] == filed[:, None, :, b], each, 0.0)
         return weight
 
+    def located(self, final):
+        """(Address of each position, stored (N, C)) of whole sequences."""
+        h, targets, opens = final.h, final.targets, final.opens
+        bits, stored = self.route(final.log_p, targets)
+        shift = functools.partial(lagged, opens=opens)
+        rare = self.rare_words(final.tokens, shift(bits, 1, 0.0))
+        vectors = final.prepared or self.prepare(h, final.tokens, opens, final.embed)
+        address = self.addresses(vectors, final.tokens, shift(stored, 1, False), rare, shift)
+        return address, stored
+
     def read(self, final):
         """The parallel form, what every position of the rows retrieves: (Reading, values (N, I) of
         the candidates, stored (N, C)).
         """
-        h, targets, opens = final.h, final.targets, final.opens
-        bits, stored = self.route(final.log_p, targets)
+        address, stored = self.located(final)
+        items, values, before, number = self.candidates(address, final.targets, stored, final.opens)
+        item_log_p = (final.h.detach() @ final.embed(values).mT).float() - final.log_z.detach()[..., None]
+        return self.weigh(address, items, item_log_p, self.ages(before, number)), values, stored
 
-        def shift(x, lag, fill):
-            return lagged(x, lag, opens, fill)
+    def sums(self, final):
+        """Weights of the items that hold the target, and of all that are retrieved, (N, C) each; stored
+        (N, C).
+        """
+        if self.fused and not torch.is_grad_enabled():
+            address, stored = self.located(final)
+            stands, before, number = self.numbered(stored, final.opens)
+            products = final.h @ final.embed(final.targets.flatten()[stands]).mT
+            given = facts_of(address, before, final.targets), address.query, address.key, address.trust
+            number = number.clamp(max=2 ** 30)              # NEVER has more bits than a kernel wants to read
+            found = fused_sums(*given, stands.int(), number.int(), products, final.log_z, self.constants())
+            return *found, stored
+        read, values, stored = self.read(final)
+        weight = read.weights
+        return torch.where(values[:, None] == final.targets[..., None], weight, 0.0).sum(-1), weight.sum(-1), stored
 
-        rare = self.rare_words(final.tokens, shift(bits, 1, 0.0))
-        address = self.addresses(h, final.tokens, shift(stored, 1, False), rare, final.embed, shift)
-        items, values, age = self.candidates(address, targets, stored, opens)
-        item_log_p = (h.detach() @ final.embed(values).mT).float() - final.log_z.detach()[..., None]
-        return self.weigh(address, items, item_log_p, age), values, stored
+    def constants(self):
+        """What the kernel is told of the config."""
+        return [float(getattr(self.config, f"ltm_{name}")) for name in (
+            "slots", "cosine", "sharpness", "plausibility", "same", "near", "exact_fade", "learned_fade", "rare_fade")]
 
     # ---- combine
 
@@ -1029,10 +1164,7 @@ class LongTermMemory(Memory, kind="ltm"):
         """Scores of the targets; the objective adds log p_stm: the backbone's own prediction, which
         decides what is stored, keeps learning also where the memory knows.
         """
-        read, values, stored = self.read(final)
-        weight = read.weights
-        right = torch.where(values[:, None] == final.targets[..., None], weight, 0.0).sum(-1)
-        total = weight.sum(-1)
+        right, total, stored = self.sums(final)
         log_p = (final.log_p.exp() + right).clamp(min=1e-38).log() - total.log1p()
         objective = log_p + self.config.ltm_stm_loss * final.log_p
         return Scores(log_p, final.log_p, objective, stored, self.is_hit(total), {})
@@ -1081,9 +1213,9 @@ class LongTermMemory(Memory, kind="ltm"):
         line = torch.cat((state["tail"], tokens), 1)                                    # positions -E .. n-1
         known = torch.cat((F.pad(state["stored"][:, None], (E - 1, 0)), stored), 1)
         surprise = torch.cat((state["surprise"], bits), 1)
-        states = F.pad(earlier, (0, 0, E - 1, 0))
-        address = self.addresses(states, line, known, self.rare_words(line, surprise), embed,
-                                 functools.partial(moved, length=E + n))
+        shift = functools.partial(moved, length=E + n)
+        vectors = self.vectors(F.pad(earlier, (0, 0, E - 1, 0)), line, embed, shift)
+        address = self.addresses(vectors, line, known, self.rare_words(line, surprise), shift)
         address = Address(*(x[:, E - 1:] for x in address))                             # positions -1 .. n-1
         arrived = state["count"][:, None] + stored.cumsum(1)                            # items each position can see
         newest = state["count"][:, None] - 1
@@ -1141,6 +1273,11 @@ class LongTermMemory(Memory, kind="ltm"):
         return sorted(found, key=_share, reverse=True)
 
 
+def facts_of(address, before, targets):
+    """(N, C, 2 E + 3) int32: the whole numbers that a kernel reads of each position."""
+    return torch.cat((address.grams, address.rare, torch.stack((address.known.long(), before, targets), -1)), -1).int()
+
+
 def _share(item):
     return item["share"]
 
@@ -1159,7 +1296,7 @@ def moved(x, lag, fill, length):
     return F.pad(x, padding, value=fill)[:, ahead:ahead + length]
 
 
-def lagged(x, lag, opens, fill):
+def lagged(x, lag, fill, opens):
     """x (N, C, ..) moved `lag` positions to the right (-1: to the left) along its sequence; `fill`
     before the start.
 
@@ -1173,6 +1310,26 @@ def lagged(x, lag, opens, fill):
         return shifted
     start = opens.flatten()[:, None] & (torch.arange(C, device=x.device) < lag)
     return torch.where(start.view(*start.shape, *[1] * (x.dim() - 2)), fill, shifted)
+
+
+class Taken(torch.autograd.Function):
+    """x (N, C, ..) at some of the N C places (N, I) of each row, all of them in its lane. The gradient of a
+    place taken more than once is summed by a matrix product: same bits each time, and sooner than by atomics.
+    """
+
+    @staticmethod
+    def forward(ctx, x, places, opens):
+        ctx.save_for_backward(places, opens)
+        ctx.shape = x.shape
+        return x.flatten(0, 1)[places]
+
+    @staticmethod
+    def backward(ctx, grad):
+        places, opens = ctx.saved_tensors
+        (lanes, rows), C = opens.shape, ctx.shape[1]
+        place = torch.arange(lanes * rows * C, device=places.device).view(lanes, -1, 1)
+        same = (place == places.view(lanes, 1, -1)).to(grad.dtype)
+        return (same @ grad.reshape(lanes, same.size(2), -1)).view(ctx.shape), None, None
 
 
 def into_slots(ring, slot, new):
@@ -1354,7 +1511,8 @@ class GPT(PreTrainedModel, GenerationMixin):
         """log p_stm(target) and log Z, (N, C) each, a slice of positions at a time, to bound the
         logits.
         """
-        pairs, size = [], 2048 if h.is_cuda else 64                     # 64 x V floats: what malloc keeps and reuses
+        # 64 x V floats: what malloc keeps and reuses; a kernel wants no float32 copy of the logits
+        pairs, size = [], 4096 if self.fused else 2048 if h.is_cuda else 64
         for states, wanted in zip(h.flatten(0, 1).split(size), targets.flatten().split(size)):
             if self.fused:
                 pairs.append(fused_log_p(self.all_logits(states), wanted, self.config.vocab_size))
@@ -1382,9 +1540,13 @@ class GPT(PreTrainedModel, GenerationMixin):
         h, notes = self.states(tokens, opens, embedded)
         return self.score_states(h, notes, tokens, targets, *self.log_p(h, targets), opens)
 
-    def score_states(self, h, notes, tokens, targets, log_p, log_z, opens=None):
-        """`score`, given what `states` and `log_p` give."""
-        final = Final(h, tokens, targets, log_p, log_z, self.embed_detached, opens)
+    def prepare(self, h, tokens, opens=None):
+        """What the memory wants to know of the final states alone: see there."""
+        return self.active.prepare(h, tokens, opens, self.embed_detached)
+
+    def score_states(self, h, notes, tokens, targets, log_p, log_z, opens=None, prepared=None):
+        """`score`, given what `states`, `log_p` and, if it was asked, `prepare` give."""
+        final = Final(h, tokens, targets, log_p, log_z, self.embed_detached, opens, prepared)
         return self.active.score(final, notes)
 
     # ---- Hugging Face's forward
@@ -1721,6 +1883,12 @@ class RevenaHybridTiny(GPT):
     @property
     def active(self):
         return self.memory if self.config.memory_enabled else NOTHING
+
+    def fuse(self):
+        """.. and the LTM, for `sums`."""
+        fits = super().fuse().fused and self.config.ltm_slots % self.config.stm_window == 0
+        self.memory.fused = fits and self.config.ltm_dim in (16, 32, 64, 128)
+        return self
 
 
 # ------------------------------------------------------------ what generation carries

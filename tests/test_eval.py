@@ -700,12 +700,11 @@ def test_each_control_is_what_its_name_says():
     phrases = np.random.default_rng(0).integers(0, 5_000, (2, 12))
     model, texts = tiny(**much), [np.concatenate(([EOT], np.tile(phrase, 9))) for phrase in phrases] + texts_of(20)
 
-    def afresh(moved=None, **settings):
-        """The model with these settings; moved: (number of a part of the memory's bias, by how much)."""
+    def afresh(trust=0.0, **settings):
+        """The model with these settings, and with log weights that are so much higher."""
         twin = tiny(**(much | settings))
-        if moved:
-            part, by = moved
-            twin.memory.from_state.bias[:sum(twin.memory.sizes)].split(twin.memory.sizes)[part].add_(by)
+        found = twin.memory.vectors
+        twin.memory.vectors = lambda *given: (one := found(*given))._replace(trust=one.trust + trust)
         return twin
     exact, no_words = torch.tensor([-100.0] * 3 + [0.0] * 4), dict(ltm_same=0.0, ltm_near=0.0)
     with torch.no_grad():
@@ -715,10 +714,9 @@ def test_each_control_is_what_its_name_says():
             "0.8 (as trained)": afresh(), "15.6 (as trained)": afresh(), "24 (as trained)": afresh(),
             "2": afresh(bits=2), "8": afresh(bits=8), "16": afresh(ltm_slots=16), "1024": afresh(ltm_slots=1024),
             "exact ones only": afresh(ltm_cosine=2, **no_words),
-            "learned ones only": afresh((1, exact), **no_words), "no rare words": afresh(**no_words),
+            "learned ones only": afresh(exact, **no_words), "no rare words": afresh(**no_words),
             "rare words in their place only": afresh(ltm_near=0.0)}
         for twin in (model, *expected.values()):    # cosines of all sizes
-            twin.memory.from_state.bias[:twin.memory.sizes[0]] *= 0.03
             twin.memory.from_state.weight[twin.memory.width:] *= 0.2                 # what reads the token filed
     found = {name: bits_of(twin, texts)[0] for _, name, twin in evaluation.memory_controls(model, 0.5)}
     for name, twin in expected.items():
@@ -747,7 +745,8 @@ def test_shuffled_values_stay_in_their_sequence():
     targets = torch.arange(6 * WIDTH).view(6, WIDTH)
     stored, opens = torch.rand(6, WIDTH, generator=draw) < 0.5, torch.tensor([[1, 0, 1], [1, 0, 1]]).bool()
     address = models.Address(*[targets] * len(models.Address._fields))
-    items, values, age = memory.candidates(address, targets, stored, opens)
+    items, values, *numbers = memory.candidates(address, targets, stored, opens)
+    age = memory.ages(*numbers)
     visible = memory.visible(age)
     assert torch.equal(values, memory.candidates(address, targets, stored, opens)[1])
     for last, (first, past) in {1: (0, 2), 2: (2, 3), 4: (3, 5), 5: (5, 6)}.items():
@@ -1041,10 +1040,10 @@ def run_of(root, arm, seed=0, **settings):
 
 
 def save(run, model, step, value=None):
-    """Save a checkpoint; its bias tells which (or is `value`), and is too small to change a thing."""
+    """Save a checkpoint; a parameter tells which (or is `value`), by too little to change a thing."""
     weights = {name: x.clone() for name, x in model.state_dict().items()}
-    marked = weights.get("memory.from_state.bias", weights["backbone.blocks.0.out.weight"][0])
-    marked.fill_(step * MARK if value is None else value)
+    marked = weights.get("memory.from_hidden.weight", weights["backbone.blocks.0.out.weight"])
+    marked[-1].fill_(step * MARK if value is None else value)
     run.save(SimpleNamespace(done=step, weights=lambda: weights, state=lambda: {"statistics": torch.zeros(step, 6)}))
 
 
@@ -1337,7 +1336,7 @@ def test_damaged_weights_give_way_to_the_newest_whole_checkpoint(one_seed, capsy
         checkpoint = folder / "checkpoints" / f"step-{step:06d}"
         assert (found.source, found.step, found.weights, found.config) == (
             checkpoint, step, sha256(checkpoint / "model.safetensors"), sha256(folder / "config.json"))
-        assert (model.memory.from_state.bias == step * MARK).all() and found.settings["steps"] == 8
+        assert (model.memory.from_hidden.weight[-1] == step * MARK).all() and found.settings["steps"] == 8
         said = capsys.readouterr().out
         assert str(weights) in said and str(checkpoint) in said and ("at step 4 of 8" in said) == (step == 4)
         assert ("is missing; using" in said) == (how == "gone")
@@ -1454,7 +1453,7 @@ def test_an_evaluation_beside_a_training_sees_whole_models(one_seed, capsys, mon
 
     def look():
         model, found = load(one_seed)
-        assert found.source == found.folder and (model.memory.from_state.bias == found.step * MARK).all()
+        assert found.source == found.folder and (model.memory.from_hidden.weight[-1] == found.step * MARK).all()
         seen.append(found.step)
 
     def watched(function):
@@ -1486,7 +1485,7 @@ def test_a_checkpoint_saved_while_it_loads(one_seed, capsys, monkeypatch, after)
         return result
     monkeypatch.setattr(evaluation, after, call)
     model, found = load(one_seed)
-    assert (model.memory.from_state.bias == found.step * MARK).all() and found.source == found.folder
+    assert (model.memory.from_hidden.weight[-1] == found.step * MARK).all() and found.source == found.folder
     assert found.weights in json.loads((run.folder / "manifest.json").read_text())["weights"]
     assert "damaged" not in capsys.readouterr().out
 

@@ -35,13 +35,10 @@ def tokenizer(tokenizer_dir):
 @pytest.fixture(scope="module")
 def model():
     """A small model of the real vocabulary with a busy memory, which does not get to say everything by itself."""
-    torch.manual_seed(3)
+    torch.manual_seed(6)
     config = RevenaConfig(n_layer=2, n_embd=64, n_head=2, stm_window=WINDOW, ltm_slots=SLOTS, ltm_sharpness=5.0,
                           ltm_plausibility=0.3, ltm_rare_bits=8.0, ltm_near=0.2)
     model = enliven(RevenaHybridTiny(config).eval(), spread=0.4)
-    trust = slice(model.memory.sizes[0], sum(model.memory.sizes))
-    with torch.no_grad():
-        model.memory.from_state.bias[trust] -= 1
     return model
 
 

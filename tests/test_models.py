@@ -26,7 +26,7 @@ from torch.nn import functional as F
 import add_memory
 import models
 import stages
-from models import GPT, SIZES, Final, RevenaConfig, RevenaHybridTiny
+from models import GPT, SIZES, Final, RevenaConfig, RevenaHybridTiny, Vectors
 from stages import StageError, load_model
 
 VOCAB, WINDOW, SLOTS = 97, 16, 12
@@ -71,7 +71,6 @@ def enliven(model, spread=0.12):
     from_tokens.normal_(std=0.09)
     from_tokens[:address] *= 0.7                                # the token filed
     memory.from_hidden.weight.normal_(std=0.1)
-    memory.from_state.bias[memory.sizes[0]:memory.width].zero_()
     return model
 
 
@@ -81,12 +80,21 @@ def lively(seed=21, **settings):
     return enliven(RevenaHybridTiny(config(**settings)).eval())
 
 
+class Alike(models.LongTermMemory):
+    """All positions look for the same, are filed under it and trust it."""
+
+    def vectors(self, *given):
+        found = super().vectors(*given)
+        same = torch.full_like(found.query, found.query.size(-1) ** -0.5)
+        return Vectors(same, same, torch.ones_like(found.trust))
+
+
 def everything_matches(**settings):
     """A model whose LTM stores every token, and in which all cosines are 1 and old items weigh as new ones."""
     model = lively(**dict(ltm_surprisal_bits=0.0, ltm_exact_fade=0.0, ltm_learned_fade=0.0) | settings)
     for weight in (*model.memory.parameters(),):
         weight.zero_()
-    model.memory.from_state.bias.fill_(1.0)
+    model.memory.__class__ = Alike
     return model
 
 
@@ -220,9 +228,8 @@ class ReferenceLTM:
 
     def of_state(self, memory):
         """(T, ..) what a state says of its own position, and of the one before."""
-        first, bias, second = (x.double() for module in (memory.from_state, memory.from_hidden)
-                               for x in module.parameters())
-        linear, hidden = F.linear(self.h, first, bias).split((memory.width + self.sizes[0], self.config.ltm_hidden), -1)
+        first, second = memory.from_state.weight.double(), memory.from_hidden.weight.double()
+        linear, hidden = (self.h @ first.T).split((memory.width + self.sizes[0], self.config.ltm_hidden), -1)
         return linear + F.linear(F.gelu(hidden), second)
 
     def token(self, t):
@@ -951,12 +958,26 @@ def test_the_study_widens_by_the_ltms_parameters():
     assert wide - usual == pytest.approx(sum(p.numel() for p in ltm.parameters()), rel=0.02)
 
 
+def test_the_gradient_of_what_is_taken_several_times_is_summed():
+    draw = torch.Generator().manual_seed(0)
+    x, opens = torch.randn(6, 4, 3, 2, generator=draw), torch.tensor([[True, False, False], [True, True, False]])
+    places = torch.randint(0, 12, (6, 9), generator=draw) + 12 * (torch.arange(6)[:, None] // 3)    # of its own lane
+    weight, found = torch.randn(6, 9, 3, 2, generator=draw), []
+    with torch.enable_grad():
+        for take in (lambda x: x.flatten(0, 1)[places], lambda x: models.Taken.apply(x, places, opens)):
+            one = x.clone().requires_grad_()
+            found.append((take(one), *torch.autograd.grad((take(one) * weight).sum(), one)))
+    for plain, ours in zip(*found):
+        torch.testing.assert_close(ours, plain)
+
+
 # ------------------------------------------------------------ kernels and their twins
 
 TWINS = """
 import sys, torch
 import models
-from models import Backbone, RevenaConfig, RevenaHybridTiny, fused_heads, fused_log_p, heads, row_attention
+from models import (Backbone, Final, RevenaConfig, RevenaHybridTiny, fused_heads, fused_log_p, heads,
+                    row_attention)
 
 def attention(C, n_head, half, rows, opens, lay=lambda x: x):
     config = RevenaConfig(n_layer=1, n_embd=2 * half * n_head, n_head=n_head, stm_window=C)
@@ -979,6 +1000,23 @@ def readings(V, columns):
     return [(*two, *torch.autograd.grad((torch.stack(two) * weight).sum(), logits))
             for two in (plain, fused_log_p(logits.T.contiguous().T, targets, V))]
 
+def items(opens):
+    settings = dict(ltm_slots=32, ltm_dim=16, ltm_learned=3, ltm_cosine=0.1, ltm_sharpness=2.0, ltm_rare_bits=16.5,
+                    ltm_surprisal_bits=14.0, ltm_near=0.3, ltm_hidden=16)
+    model = RevenaHybridTiny(RevenaConfig(n_layer=1, n_embd=64, n_head=2, stm_window=16, **settings)).eval()
+    memory, tokens = model.memory, torch.randint(0, 12, (6, 16))
+    torch.nn.init.normal_(model.backbone.embed.weight, std=0.2)
+    torch.nn.init.normal_(memory.from_tokens.weight, std=0.2)
+    h, targets, found = model.states(tokens, opens)[0], tokens.roll(-1, 1), []
+    final = Final(h, tokens, targets, *model.log_p(h, targets), model.embed_detached, opens)
+    read = memory.read(final)[0]
+    shares = [(x > 0).float().mean() for x in (read.exact, read.words, read.learned)]
+    assert min(shares) > 0.02 and max(shares) < 0.9, shares
+    for memory.fused in (False, True):
+        with torch.no_grad():
+            found.append(memory.sums(final)[:2])
+    return found
+
 def sequences():
     model = RevenaHybridTiny(RevenaConfig(n_layer=1, n_embd=64, n_head=2, stm_window=16)).eval()
     ids, found = torch.randint(0, 999, (3, 40)), []
@@ -992,6 +1030,7 @@ lanes = torch.tensor([[1, 0, 0], [1, 0, 1]]).bool()
 cases = dict(rows=lambda: attention(16, 2, 16, 3, None), gates=lambda: attention(16, 17, 16, 1, None),
              blocks=lambda: attention(128, 1, 16, 2, None), lanes=lambda: attention(32, 2, 16, 6, lanes),
              far=lambda: attention(128, 1, 16, 6, lanes), logits=lambda: readings(9000, 9024), sequences=sequences,
+             found=lambda: items(None), found_in_lanes=lambda: items(lanes),
              # laid out in memory as no kernel expects it
              lying=lambda: attention(16, 2, 16, 6, lanes[:1].expand(2, 3), lambda y: y.mT.contiguous().mT))
 for name, case in cases.items():
@@ -1007,7 +1046,8 @@ def test_kernels_are_their_twins():
     """What is fused for a GPU, gone through by Triton's interpreter on this machine: values and gradients."""
     done = subprocess.run([sys.executable, "-c", TWINS], cwd=Path(models.__file__).parent, capture_output=True, text=True,
                           env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""})
-    names = ["rows", "gates", "blocks", "lanes", "far", "logits", "sequences", "lying"]
+    names = ["rows", "gates", "blocks", "lanes", "far", "logits", "sequences", "found",
+             "found_in_lanes", "lying"]
     assert done.stdout.split() == names, done.stderr[-2000:]
 
 
