@@ -292,6 +292,16 @@ def adamw(weight, master, gradient, first, second, decay, rate, step, norm, halt
         weight.copy_(master)
 
 
+LAID = 64                       # AdamW takes a parameter as rows of so many elements
+
+
+def adamw_of_odd(*given):
+    """`adamw` of what does not fill such rows. A function of its own: its kernel, which may assume nothing
+    of sizes and so reads one element at a time, would be taken for everything.
+    """
+    adamw(*given)
+
+
 class Group:
     """Parameters that are clipped together, and AdamW's state of them (float32, also where they
     compute in bf16).
@@ -354,8 +364,10 @@ class Training:
         self.halted = torch.zeros((), dtype=torch.bool, device=self.device)
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if dist.is_initialized() else 0
-        self.objective, self.update, self.prepare = self._objective, adamw, batch_of
-        self.add_rows, self.tally = add_rows, tally
+        # what a compiler takes piece by piece
+        self.states, self.prepare, self.log_p = self.model.states, self.model.prepare, self.model.log_p
+        self.batch_of, self.outcome, self.add_rows, self.tally = batch_of, self._outcome, add_rows, tally
+        self.update, self.update_odd = adamw, adamw_of_odd
         self.streams = ()                                               # what the updates are spread over
         self.graphs = {}                                                # {chained: CUDA graph}
 
@@ -379,9 +391,23 @@ class Training:
         """The CUDA graph of the next step; None: it is launched kernel by kernel."""
         return self.graphs.get(self.chained)
 
-    def _objective(self, tokens, embedded, targets, opens, targets_in_batch):
-        """-objective summed over this process's rows / targets in the whole batch; that and the statistics' sums."""
-        scores = self.model.score(tokens, targets, opens, embedded)
+    def objective(self, tokens, embedded, targets, opens, targets_in_batch):
+        """-objective summed over this process's rows / targets in the whole batch; that and the statistics' sums.
+
+        It is model.score, piece by piece: what a memory prepares on the final states is done beside
+        the logits, and so are the gradients of the two (autograd stays on the stream of the forward).
+        """
+        h, notes = self.states(tokens, opens, embedded)
+        with self.side_by_side() as turns:
+            with next(turns):
+                prepared = self.prepare(h, tokens, opens)
+                if self.streams:                # this one may still read h where the first has done with it
+                    h.record_stream(torch.cuda.current_stream())
+            log_p, log_z = self.log_p(h, targets)
+        return self.outcome(h, notes, tokens, targets, log_p, log_z, opens, prepared, targets_in_batch)
+
+    def _outcome(self, h, notes, tokens, targets, log_p, log_z, opens, prepared, targets_in_batch):
+        scores = self.model.score_states(h, notes, tokens, targets, log_p, log_z, opens, prepared)
         real = targets != self.eot
 
         def total(x):
@@ -393,16 +419,9 @@ class Training:
         sums = (loss, -total(scores.log_p), scores.stored.sum(), bits.sum(), (scores.hit & real).sum(), *watched)
         return loss, torch.stack([x.detach().float() for x in sums])
 
-    def lay(self, x):
-        """A parameter's elements as rows of the model's width, where they fill them: AdamW does not
-        mind, and is compiled for the first of them and for any number of rows, not for each size.
-        """
-        width = self.model.config.n_embd
-        return x.view(-1, width) if x.numel() % width == 0 else x
-
     def batch(self):
         """What `batch_of` makes of the next step's rows."""
-        return self.prepare(self.rows, self.order, self.opens if self.chained else None, self.at, self.eot)
+        return self.batch_of(self.rows, self.order, self.opens if self.chained else None, self.at, self.eot)
 
     def gradients(self, tokens, targets, opens, targets_in_batch):
         """(gradients of all parameters, sums) of this process's share of the batch: some of its
@@ -469,11 +488,14 @@ class Training:
         with self.side_by_side() as turns:
             for group, norm in zip(self.groups, norms):
                 share = [next(rest) for _ in group.parameters]
-                laid = ([self.lay(x) for x in tensors] for tensors in (group.masters, share, group.first, group.second))
-                copies = [None if w is p else self.lay(w) for w, p in zip(group.weights, group.masters)]
-                for *tensors, decay, factor in zip(copies, *laid, group.decay, group.rates):
+                copies = [None if w is p else w for w, p in zip(group.weights, group.masters)]
+                every = zip(copies, group.masters, share, group.first, group.second, group.decay, group.rates)
+                for *tensors, decay, factor in every:
+                    odd = tensors[1].numel() % LAID
+                    update = self.update_odd if odd else self.update
+                    tensors = [x if odd or x is None else x.view(-1, LAID) for x in tensors]
                     with next(turns):
-                        self.update(*tensors, decay, own[factor], step, norm, self.halted, self.settings)
+                        update(*tensors, decay, own[factor], step, norm, self.halted, self.settings)
 
     def run(self, steps):
         """Take `steps` steps, all isolated or all chained; returns at once where a CUDA graph is
@@ -503,18 +525,18 @@ class Training:
         """
         if self.device.type != "cuda":
             return f"plain PyTorch step on {self.device.type} (no CUDA)"
-        if self.world > 1:
-            return "plain PyTorch step, shared by several processes"
         torch.set_float32_matmul_precision("high")      # TF32: what a memory keeps in float32 is multiplied no slower
         how = "captured as one CUDA graph, not compiled (that takes Triton, a C compiler and Python's headers)"
         if has_compiler(self.device) and not is_hosted(self.model):     # a host's code is its own
             how = "compiled and captured as one CUDA graph"
-            self.objective = compiled(self._objective, dynamic=False)
+            pieces = self.model.states, self.model.prepare, self.model.log_p, self._outcome
+            self.states, self.prepare, self.log_p, self.outcome = (compiled(x, dynamic=False) for x in pieces)
             # one kernel for tensors of all sizes: its shape is not to be the one that was quickest for a small one
-            self.update = compiled(adamw, {"triton.autotune_pointwise": False})
-            self.prepare, self.add_rows, self.tally = map(compiled, (batch_of, add_rows, tally))
+            by_rule = {"triton.autotune_pointwise": False}
+            self.update, self.update_odd = compiled(adamw, by_rule), compiled(adamw_of_odd, by_rule)
+            self.batch_of, self.add_rows, self.tally = map(compiled, (batch_of, add_rows, tally))
             self.model.fuse()
-            self.streams = [torch.cuda.Stream() for _ in range(2)]
+            self.streams = [torch.cuda.Stream(priority=-1) for _ in range(2)]       # theirs goes first
         chained, end = self.chained, len(self.plan.rows)
         stop = end if chained else self.plan.chained_from
         stream = torch.cuda.Stream()
@@ -526,7 +548,8 @@ class Training:
         torch.cuda.synchronize()
         if self.done < stop:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=stream):
+            # of this thread: NCCL's watchdog asks after earlier work meanwhile
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 self.step()                                             # recorded, not run
             self.graphs[chained] = graph
         return how
@@ -1050,7 +1073,10 @@ class Processes:
             torch.cuda.set_device(local)
         with default_signals():
             try:
-                dist.init_process_group("nccl" if self.device == "cuda" else "gloo")
+                if self.device == "cuda":
+                    dist.init_process_group("nccl", device_id=torch.device("cuda", local))
+                else:
+                    dist.init_process_group("gloo")
             except (RuntimeError, ValueError) as error:
                 raise StageError(f"the {self.world} processes did not find one another ({one_line(error)}); start "
                                  f"them with: torchrun --nproc_per_node={self.world} train.py") from None
@@ -1323,7 +1349,10 @@ def train(args, settings, processes):
     console = Console(run, training, job) if processes.first else Mute()
     if checkpoint and processes.first:
         console.checkpointed = training.done
-    take_steps(training, console, lambda: processes.agree(bool(caught)))
+    try:
+        take_steps(training, console, lambda: processes.agree(bool(caught)))
+    finally:
+        training.graphs.clear()                          # NCCL waits for what was recorded of it before it ends
     console.end()
     if training.done < job.steps:
         return 128 + (caught or [signal.SIGTERM])[0]     # another process of torchrun's may be the one that was told

@@ -275,7 +275,7 @@ def files(folder):
 @pytest.fixture(scope="module")
 def undisturbed(source, tmp_path_factory):
     """undisturbed(arm, *flags): a finished run's root, its fingerprint, and every (tokens, targets, opens) it saw."""
-    runs, objective = {}, train.Training._objective
+    runs, objective = {}, train.Training.objective
 
     def run(arm, *flags):
         if (arm, flags) in runs:
@@ -289,7 +289,7 @@ def undisturbed(source, tmp_path_factory):
             patch.setattr(train, "FULL", SETTINGS)
             patch.setattr(train, "Wandb", NoWandb)
             patch.setattr(signal, "signal", lambda *_: None)
-            patch.setattr(train.Training, "_objective", watched)
+            patch.setattr(train.Training, "objective", watched)
             assert train.main(["--root", str(root), arm_flag(arm), *flags]) == 0
         runs[arm, flags] = root, fingerprint(root / "trained" / arm), seen
         return runs[arm, flags]
@@ -792,13 +792,13 @@ def test_no_weight_moves_after_a_nan(source, monkeypatch, field, spoil):
     """Row 14, the device's side: also the steps that are already under way when the host learns of it."""
     training = training_of(source)
     training.run(3)
-    before, score = {name: x.clone() for name, x in training.weights().items()}, training.model.score
+    before, score = {name: x.clone() for name, x in training.weights().items()}, training.model.score_states
 
     def spoilt(*arguments, **named):
         scores = score(*arguments, **named)
         return scores._replace(**{field: spoil(getattr(scores, field))})
     with monkeypatch.context() as patch:
-        patch.setattr(training.model, "score", spoilt)
+        patch.setattr(training.model, "score_states", spoilt)
         training.run(1)
     training.run(2)
     assert all(torch.equal(x, before[name]) for name, x in training.weights().items())
@@ -1359,13 +1359,13 @@ def test_a_full_disk_keeps_the_checkpoint_before(root, away, here, undisturbed, 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_a_number_stops_the_run(root, here, monkeypatch, undisturbed, value):
     """Row 14."""
-    objective = train.Training._objective
+    objective = train.Training.objective
 
     def spoilt(self, *arguments):
         loss, sums = objective(self, *arguments)
         return (loss * value, sums * value) if self.done == 6 else (loss, sums)
     with monkeypatch.context() as patch:
-        patch.setattr(train.Training, "_objective", spoilt)
+        patch.setattr(train.Training, "objective", spoilt)
         code, _, err = here(root, "--baseline")
     folder = root / "trained" / "baseline"
     assert code == 1 and "not finite at step 7" in err and str(folder / "checkpoints" / "step-000004") in err
@@ -1382,7 +1382,7 @@ def test_out_of_memory_says_what_to_lower(finished, here, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
     before = files(back_to(finished, 8) / "trained" / "baseline" / "checkpoints")
-    monkeypatch.setattr(train.Training, "_objective", full)
+    monkeypatch.setattr(train.Training, "objective", full)
     code, _, err = here(finished, "--baseline", "--resume")
     assert code == 1 and "out of memory" in err and "lower the batch size" in err and "Traceback" not in err
     assert files(finished / "trained" / "baseline" / "checkpoints") == before
