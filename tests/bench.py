@@ -6,6 +6,7 @@ writes  results_bench.json and results_bench.png into --out; prints the tables; 
     python tests/bench.py                           everything, in one run (the Trainer: pip install accelerate)
     python tests/bench.py --only baseline trainer   only these
     python tests/bench.py --only "baseline, chained" "with_gru, chained"
+    python tests/bench.py --only processes          trainings that two GPUs share
     python tests/bench.py --seconds 5 --out /tmp    longer timings, results elsewhere
 
 On a CUDA GPU all has the size of train.py: 8 x 128 tokens a step, the 70M model, bfloat16. Elsewhere a small version
@@ -37,7 +38,8 @@ How to read it, from runs on H100 machines (torch 2.11):
   (stages.compiled).
 * The first arm that a machine compiles has what later ones share to do as well: 19 s where the second took 28 s with a
   memory's own. The stages' import of torch and transformers, some 7 s each, is in none of these numbers.
-* torchrun's processes share a batch without a graph: at this batch two make 30,000 tokens/s where one makes 395,000.
+* torchrun's processes share a batch; the sum of their gradients is part of the graph. Two H200 make 428,000 tokens/s at
+  8 rows a step, where one makes 485,000; at 64 rows 1.40 million, where one makes 0.84.
 * An estimate, not a measurement, for a card of 30 TFLOP/s (bfloat16, float32 sums) and 272 GB/s, an RTX 4060: the floor
   is 26 ms a step there, and twice that, as on an H100 at its published rates, some 9 minutes for 10,000 steps.
 """
@@ -59,19 +61,19 @@ import transformers
 from matplotlib.figure import Figure
 
 import contenders
-from contenders import PROJECT, C, Setup, Skip, has_memory, in_regime
+from contenders import PROJECT, REFERENCE, SPECIFIED_MEMORY, C, Setup, Skip, has_memory, in_regime
 from stages import ARMS, SPECIFIED, arm_flag, default_root, pick_device, run_stage, sha256, write_atomic, write_json
 
 ROUNDS = 3
 CODE = ("models.py", "memories.py", "stages.py", "train.py", "eval.py", "tests/contenders.py")
-REFERENCE, SPECIFIED_MEMORY = SPECIFIED                 # what is compared with what, where only one memory can be
 COMPARED = [arm for arm in ARMS if has_memory(arm) and not ARMS[arm].control]
 MEMORIES = [arm for arm in COMPARED if arm != REFERENCE]
 OWN = {in_regime(arm, chained): (arm, chained) for chained in (False, True) for arm in COMPARED}
 TRAINING = {name: f"train.py {arm_flag(arm)}{' --chained' * chained}" for name, (arm, chained) in OWN.items()}
 TRAINING |= {"compiled": f"step of {REFERENCE}, torch.compile", "eager": f"step of {REFERENCE}, eager",
              "conventional": "conventional compiled loop", "trainer": "Hugging Face Trainer, GPT-2", "floor": "floor"}
-PARTS = ("evaluation", "generation")
+PARTS = ("evaluation", "generation", "processes")
+SHARES = {f"{rows} rows a step, {n} process{'es' * (n > 1)}": (rows, n) for rows in (8, 64) for n in (1, 2)}
 SHARE = {SPECIFIED_MEMORY: 0.95, "with_store": 0.8, "with_gru": 0.8}    # of the baseline's steps/s that a memory keeps
 SHARE_OF_ANY = 0.7
 RATIOS = (                      # what, numerator, denominator, the bound that one GPU must keep
@@ -86,6 +88,8 @@ RATIOS = (                      # what, numerator, denominator, the bound that o
        ("≥", 0.95) if arm == SPECIFIED_MEMORY else None) for arm in MEMORIES),
     ("evaluation, one long document over many", "evaluation, one document", f"evaluation, {SPECIFIED_MEMORY}",
      ("≥", 0.9)),
+    *((f"two GPUs over one, {rows} rows a step", f"{rows} rows a step, 2 processes", f"{rows} rows a step, 1 process",
+       ("≥", least)) for rows, least in ((8, 0.8), (64, 1.7))),
     *((f"generation over KV-cached GPT after {n:,} tokens", f"generation, {SPECIFIED_MEMORY}, {n:,}",
        f"generation, GPT, {n:,}", bound)
       for n, bound in ((128, ("≥", 0.5)), (512, None), (2048, ("≥", 1.0)), (4096, ("≥", 1.0)))))
@@ -118,8 +122,9 @@ class Turns:
         cases, calls, rates = {}, {}, {name: [] for name in builders}
         for name, build in builders.items():
             with self.noted(name):
-                case, n = build(), self.warm
+                case, n, began = build(), self.warm, time.time()
                 case.seconds(min(n, case.most))                     # compiles
+                print(f"{name}: ready in {time.time() - began:.0f} s", flush=True)
                 calls[name] = 1 if case.most == 1 else max(1, min(case.most, int(seconds * n / case.seconds(n))))
                 cases[name] = case
         for turn in range(ROUNDS):
@@ -184,6 +189,18 @@ def bench_generation(setup, turns, wanted, seconds):
                           for length in setup.set.lengths for name, model in models.items()}, seconds)
 
 
+def bench_processes(setup, turns, wanted, seconds):
+    """Steps per second of one training that the processes of torchrun share, each with a GPU of its own."""
+    rates = {}
+    for name, (rows, processes) in SHARES.items() if "processes" in wanted else ():
+        with turns.noted(name):
+            if setup.cuda and torch.cuda.device_count() < 2:
+                raise Skip("needs two GPUs")
+            rates[name] = contenders.shared(setup.root, rows, processes)
+            print(f"{name}: {statistics.median(rates[name]):,.4g}/s", flush=True)
+    return rates
+
+
 # ------------------------------------------------------------------------------------ what it shows
 
 def summary(values, **more):
@@ -210,7 +227,7 @@ def tables(rates, compared, notes):
     """Both tables, and what has no number, as markdown."""
     lines = ["| | median | lowest to highest |", "|---|---|---|"]
     for name, values in rates.items():
-        s, unit = summary(values), "steps/s" if name in TRAINING else "tokens/s"
+        s, unit = summary(values), "steps/s" if name in TRAINING or name in SHARES else "tokens/s"
         form = ",.0f" if s["median"] >= 100 else ".2f"
         lines.append(f"| {TRAINING.get(name, name)} | {s['median']:{form}} {unit} "
                      f"| {s['low']:{form}} to {s['high']:{form}} |")
@@ -276,7 +293,7 @@ def main(argv=None):
     print(f"{machine}, torch {torch.__version__}, {setup.data}\n{small}".strip(), flush=True)
     rates, limits = bench_training(setup, turns, args.only, seconds)
     setup.trainings.clear()
-    for part in (bench_evaluation, bench_generation):
+    for part in (bench_evaluation, bench_generation, bench_processes):
         gc.collect()
         if setup.cuda:
             torch.cuda.empty_cache()

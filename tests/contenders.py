@@ -1,13 +1,17 @@
 """What tests/bench.py times: each function here makes one contender, a Case, out of a Setup.
 
 Training: train.py's own step, of each arm and in both regimes; the baseline's without its graph, and without a compiler;
-a loop like nanoGPT's; Hugging Face's Trainer; the two measured limits of the floor, a matrix product and a copy.
+a loop like nanoGPT's; Hugging Face's Trainer; the two measured limits of the floor, a matrix product and a copy; the
+baseline's step shared by several processes, each with a GPU of its own (torchrun starts this file).
 Evaluation: scoring packed documents. Generation: one token after another.
 """
 
 import copy
+import dataclasses
 import gc
 import importlib.util
+import json
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -26,8 +30,10 @@ import add_memory                                                               
 import eval as evaluation                                                           # noqa: E402
 import train                                                                        # noqa: E402
 from models import EOT, GPT, SIZES, Memory, RevenaCache, RevenaConfig               # noqa: E402
-from stages import (ARMS, StageError, has_compiler, load_split, lower_precision, model_class,     # noqa: E402
-                    pick_device)
+from stages import (ARMS, SPECIFIED, StageError, has_compiler, load_split, lower_precision,     # noqa: E402
+                    model_class, pick_device)
+
+REFERENCE, SPECIFIED_MEMORY = SPECIFIED                 # what is compared with what, where only one memory can be
 
 CAP = 8e9                       # bytes that a training may take while it starts: those of a small consumer GPU
 CALLS = 10_000                  # of a contender in one window, at most
@@ -35,6 +41,7 @@ STEPS = 8 * CALLS               # steps laid out: more than all windows take
 C = 128                         # tokens in a row
 DOCUMENT = 16                   # rows of one, where tokens are random
 LOG_INTERVAL = 10               # steps; so often nanoGPT reads its loss
+SHARED_STEPS, SHARED_ROUNDS = 400, 3    # of each training that processes share
 # documents: length in rows, and how many of them, beside one document of as many rows
 FULL = dict(size="70M", seconds=1.5, warm=5, documents=(16, 32), generated=64, lengths=(128, 512, 2048, 4096),
             product=8192, copied=1 << 30)
@@ -73,7 +80,7 @@ class Setup:
     """What the contenders share: device, sizes, rows of tokens, initial weights; train.py's step once it is made."""
 
     def __init__(self, root):
-        self.device = pick_device()
+        self.root, self.device = root, pick_device()
         self.cuda = self.device == "cuda"
         self.set = SimpleNamespace(**FULL if self.cuda else SMALL)
         self.settings = train.FULL if self.cuda else train.QUICK
@@ -257,6 +264,37 @@ def device_copy(setup):
     return setup.case(repeated(lambda: target.copy_(source)), 2 * len(source), most=200)
 
 
+def shared(root, rows, processes):
+    """Steps per second, a number a round, of a baseline's training of so many rows a step, shared by processes."""
+    told = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", __file__]
+    done = subprocess.run([*told, str(root), str(rows)], capture_output=True, text=True, timeout=600)
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip()[-300:])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def share(root, rows):
+    """What one of those processes does; the first prints the numbers."""
+    processes = train.Processes()
+    setup = Setup(root)
+    setup.settings = dataclasses.replace(setup.settings, batch=rows)
+    training = setup.training(REFERENCE, chained=False)
+    case = setup.case(training.run, most=SHARED_STEPS)
+    steps = SHARED_STEPS if setup.cuda else 2
+    try:
+        training.accelerate()
+        case.seconds(setup.set.warm)
+        rates = []
+        for _ in range(SHARED_ROUNDS):
+            processes.wait()
+            rates.append(steps / case.seconds(steps))
+    finally:
+        training.graphs.clear()
+    if processes.first:
+        print(json.dumps(rates), flush=True)
+    processes.leave()
+
+
 # ------------------------------------------------------------------------------------ evaluation and generation
 
 def scoring(setup, arm, lanes, rows):
@@ -296,3 +334,7 @@ def generating(setup, model, length):
         step()                                                              # records it, the first time
         return setup.case(repeated(step)).seconds(setup.set.generated)
     return Case(seconds, setup.set.generated, most=1)
+
+
+if __name__ == "__main__":
+    share(Path(sys.argv[1]), int(sys.argv[2]))
