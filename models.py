@@ -1141,7 +1141,7 @@ class LongTermMemory(Memory, kind="ltm"):
         """Weights of the items that hold the target, and of all that are retrieved, (N, C) each; stored
         (N, C).
         """
-        if self.fused and not torch.is_grad_enabled():
+        if self.fused and not torch.is_grad_enabled() and final.targets.size(1) == self.config.stm_window:
             address, stored = self.located(final)
             stands, before, number = self.numbered(stored, final.opens)
             products = final.h @ final.embed(final.targets.flatten()[stands]).mT
