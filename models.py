@@ -1016,7 +1016,9 @@ class LongTermMemory(Memory, kind="ltm"):
         def line(x):
             return x if opens is None else x.flatten(0, 1)[stands]
 
-        keys = address.key if opens is None else Taken.apply(address.key, stands, opens)
+        key = address.key
+        few = opens is not None and opens.size(1) <= 16     # what is quadratic in a lane's length is small
+        keys = key if opens is None else Taken.apply(key, stands, opens) if few else line(key)
         items = Address(line(address.grams), line(address.known), line(address.rare), None, keys, None)
         return items, line(targets), before, number
 
@@ -1141,7 +1143,10 @@ class LongTermMemory(Memory, kind="ltm"):
         """Weights of the items that hold the target, and of all that are retrieved, (N, C) each; stored
         (N, C).
         """
-        if self.fused and not torch.is_grad_enabled() and final.targets.size(1) == self.config.stm_window:
+        N, C = final.targets.shape
+        # rows as the kernel takes them, no more than its offsets reach; what a subclass changes, it does not know
+        fits = C == self.config.stm_window and N * C * (self.config.ltm_slots + C) < 2 ** 31
+        if self.fused and fits and type(self) is LongTermMemory and not torch.is_grad_enabled():
             address, stored = self.located(final)
             stands, before, number = self.numbered(stored, final.opens)
             products = final.h @ final.embed(final.targets.flatten()[stands]).mT
@@ -1313,8 +1318,9 @@ def lagged(x, lag, fill, opens):
 
 
 class Taken(torch.autograd.Function):
-    """x (N, C, ..) at some of the N C places (N, I) of each row, all of them in its lane. The gradient of a
-    place taken more than once is summed by a matrix product: same bits each time, and sooner than by atomics.
+    """x (N, C, ..) at some of the N C places (N, I) for each row. The gradient of a place taken more than once
+    is summed by a matrix product: same bits each time, and sooner than by atomics. Places in another lane, where
+    numbers stand that were not given out, get none.
     """
 
     @staticmethod
@@ -1885,7 +1891,7 @@ class RevenaHybridTiny(GPT):
         return self.memory if self.config.memory_enabled else NOTHING
 
     def fuse(self):
-        """.. and the LTM, for `sums`."""
+        """.. and the LTM's `sums`."""
         fits = super().fuse().fused and self.config.ltm_slots % self.config.stm_window == 0
         self.memory.fused = fits and self.config.ltm_dim in (16, 32, 64, 128)
         return self

@@ -399,11 +399,11 @@ class Training:
         """
         h, notes = self.states(tokens, opens, embedded)
         with self.side_by_side() as turns:
+            log_p, log_z = self.log_p(h, targets)
             with next(turns):
                 prepared = self.prepare(h, tokens, opens)
                 if self.streams:                # this one may still read h where the first has done with it
                     h.record_stream(torch.cuda.current_stream())
-            log_p, log_z = self.log_p(h, targets)
         return self.outcome(h, notes, tokens, targets, log_p, log_z, opens, prepared, targets_in_batch)
 
     def _outcome(self, h, notes, tokens, targets, log_p, log_z, opens, prepared, targets_in_batch):
@@ -547,12 +547,17 @@ class Training:
                 self.done += 1
         torch.cuda.synchronize()
         if self.done < stop:
-            graph = torch.cuda.CUDAGraph()
+            graph = self.graphs[chained] = torch.cuda.CUDAGraph()
             # of this thread: NCCL's watchdog asks after earlier work meanwhile
             with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 self.step()                                             # recorded, not run
-            self.graphs[chained] = graph
         return how
+
+    def release(self):
+        """Give back what was recorded: NCCL waits for that before it ends, whoever else still holds it."""
+        for graph in self.graphs.values():
+            graph.reset()
+        self.graphs.clear()
 
     def state(self):
         """Everything a resumed run needs beside the weights: optimizer, statistics so far. On the
@@ -1289,10 +1294,9 @@ def parse(argv=None):
 def main(argv=None):
     args = parse(argv)
     processes = Processes()
-    try:
-        return train(args, QUICK if args.quick else FULL, processes)
-    finally:
-        processes.leave()
+    code = train(args, QUICK if args.quick else FULL, processes)
+    processes.leave()                                    # not where one failed: the others would never come
+    return code
 
 
 def open_run(job, args, processes):
@@ -1352,7 +1356,7 @@ def train(args, settings, processes):
     try:
         take_steps(training, console, lambda: processes.agree(bool(caught)))
     finally:
-        training.graphs.clear()                          # NCCL waits for what was recorded of it before it ends
+        training.release()
     console.end()
     if training.done < job.steps:
         return 128 + (caught or [signal.SIGTERM])[0]     # another process of torchrun's may be the one that was told

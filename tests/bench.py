@@ -6,7 +6,7 @@ writes  results_bench.json and results_bench.png into --out; prints the tables; 
     python tests/bench.py                           everything, in one run (the Trainer: pip install accelerate)
     python tests/bench.py --only baseline trainer   only these
     python tests/bench.py --only "baseline, chained" "with_gru, chained"
-    python tests/bench.py --only processes          trainings that two GPUs share
+    python tests/bench.py --only processes          trainings that two GPUs share, of 400 steps
     python tests/bench.py --seconds 5 --out /tmp    longer timings, results elsewhere
 
 On a CUDA GPU all has the size of train.py: 8 x 128 tokens a step, the 70M model, bfloat16. Elsewhere a small version

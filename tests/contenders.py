@@ -6,11 +6,14 @@ baseline's step shared by several processes, each with a GPU of its own (torchru
 Evaluation: scoring packed documents. Generation: one token after another.
 """
 
+import contextlib
 import copy
 import dataclasses
 import gc
 import importlib.util
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -267,10 +270,17 @@ def device_copy(setup):
 def shared(root, rows, processes):
     """Steps per second, a number a round, of a baseline's training of so many rows a step, shared by processes."""
     told = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", __file__]
-    done = subprocess.run([*told, str(root), str(rows)], capture_output=True, text=True, timeout=600)
-    if done.returncode:
-        raise RuntimeError(done.stderr.strip()[-300:])
-    return json.loads(done.stdout.splitlines()[-1])
+    run = subprocess.Popen([*told, str(root), str(rows)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                           start_new_session=True)
+    try:
+        out, _ = run.communicate(timeout=600)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)          # the workers, too, where it took too long
+    said = json.loads((out.splitlines() or ['"it said nothing"'])[-1])
+    if run.returncode:
+        raise RuntimeError(said)
+    return said
 
 
 def share(root, rows):
@@ -279,8 +289,7 @@ def share(root, rows):
     setup = Setup(root)
     setup.settings = dataclasses.replace(setup.settings, batch=rows)
     training = setup.training(REFERENCE, chained=False)
-    case = setup.case(training.run, most=SHARED_STEPS)
-    steps = SHARED_STEPS if setup.cuda else 2
+    case, steps = setup.case(training.run), SHARED_STEPS if setup.cuda else 2
     try:
         training.accelerate()
         case.seconds(setup.set.warm)
@@ -288,8 +297,10 @@ def share(root, rows):
         for _ in range(SHARED_ROUNDS):
             processes.wait()
             rates.append(steps / case.seconds(steps))
+        if bool(training.halted):
+            raise ValueError("the loss or its gradient is not finite")
     finally:
-        training.graphs.clear()
+        training.release()
     if processes.first:
         print(json.dumps(rates), flush=True)
     processes.leave()
@@ -337,4 +348,8 @@ def generating(setup, model, length):
 
 
 if __name__ == "__main__":
-    share(Path(sys.argv[1]), int(sys.argv[2]))
+    try:
+        share(Path(sys.argv[1]), int(sys.argv[2]))
+    except Exception as error:
+        print(json.dumps(f"{type(error).__name__}: {error}"), flush=True)
+        raise
