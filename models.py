@@ -493,7 +493,6 @@ if triton:
 
     fused_log_p.register_autograd(_log_p_back, setup_context=_keep_log_p)
 
-
     @torch.library.custom_op(f"{OWN}::sums", mutates_args=())
     def fused_sums(facts: torch.Tensor, query: torch.Tensor, key: torch.Tensor, trust: torch.Tensor,
                    stands: torch.Tensor, number: torch.Tensor, products: torch.Tensor, log_z: torch.Tensor,
@@ -1016,9 +1015,8 @@ class LongTermMemory(Memory, kind="ltm"):
         def line(x):
             return x if opens is None else x.flatten(0, 1)[stands]
 
-        key = address.key
         few = opens is not None and opens.size(1) <= 16     # what is quadratic in a lane's length is small
-        keys = key if opens is None else Taken.apply(key, stands, opens) if few else line(key)
+        keys = Taken.apply(address.key, stands, opens) if few else line(address.key)
         items = Address(line(address.grams), line(address.known), line(address.rare), None, keys, None)
         return items, line(targets), before, number
 

@@ -368,7 +368,7 @@ class Training:
         self.states, self.prepare, self.log_p = self.model.states, self.model.prepare, self.model.log_p
         self.batch_of, self.outcome, self.add_rows, self.tally = batch_of, self._outcome, add_rows, tally
         self.update, self.update_odd = adamw, adamw_of_odd
-        self.streams = ()                                               # what the updates are spread over
+        self.streams = ()                                               # what is done side by side is spread over them
         self.graphs = {}                                                # {chained: CUDA graph}
 
     def group(self, prefix, originals, memory=None):
@@ -407,6 +407,7 @@ class Training:
         return self.outcome(h, notes, tokens, targets, log_p, log_z, opens, prepared, targets_in_batch)
 
     def _outcome(self, h, notes, tokens, targets, log_p, log_z, opens, prepared, targets_in_batch):
+        """The last piece of `objective`: scores of the targets, and what becomes of them."""
         scores = self.model.score_states(h, notes, tokens, targets, log_p, log_z, opens, prepared)
         real = targets != self.eot
 
