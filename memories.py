@@ -31,12 +31,12 @@ from transformers import AutoConfig, AutoModel, DynamicCache
 
 try:
     from .models import (Affine, Memory, RevenaCache, RevenaConfig, RevenaHybridTiny, dtype_for, into_slots, lagged,
-                         norm, noted_change, text_of, where)
+                         norm, noted_change, operator, text_of, tl, triton, where)
 except ImportError:
     if __package__:
         raise
     from models import (Affine, Memory, RevenaCache, RevenaConfig, RevenaHybridTiny, dtype_for, into_slots, lagged,
-                        norm, noted_change, text_of, where)
+                        norm, noted_change, operator, text_of, tl, triton, where)
 
 
 # ------------------------------------------------------------ what decays, without a loop
@@ -107,6 +107,87 @@ def scan(log_a, b, first=None, opens=None):
     return h.flatten(1, 2)[:, :T], ends[..., -1]
 
 
+# The same as one kernel each way, for whole sequences from their start: see GPT.fuse
+
+if triton:
+    @triton.jit
+    def _composed(a, b, then_a, then_b):
+        """h -> a h + b, and then h -> then_a h + then_b."""
+        return a * then_a, b * then_a + then_b
+
+    @triton.jit
+    def _factors(log_a, opens, where, t, inside, s, R, C):
+        """a_t (BLOCK, UNITS) of places t; 0 where a sequence starts, and where nothing is."""
+        starts = tl.load(opens + s * R + t // C, mask=t // C < R, other=0) & (t % C == 0)
+        a = tl.exp(tl.load(log_a + where, mask=inside, other=float("-inf")))
+        return tl.where(starts[:, None] != 0, 0.0, a)
+
+    @triton.jit
+    def _scan_forward(log_a, b, opens, h, T, U, R, C, BLOCK: tl.constexpr, UNITS: tl.constexpr):
+        """Some units of one sequence: h of all its tokens."""
+        s, t, u = tl.program_id(0), tl.arange(0, BLOCK), tl.program_id(1) * UNITS + tl.arange(0, UNITS)
+        inside = (t[:, None] < T) & (u[None, :] < U)
+        where = (s * T + t[:, None]) * U + u[None, :]
+        a = _factors(log_a, opens, where, t, inside, s, R, C)
+        _, found = tl.associative_scan((a, tl.load(b + where, mask=inside, other=0.0)), 0, _composed)
+        tl.store(h + where, found, mask=inside)
+
+    @triton.jit
+    def _scan_backward(log_a, opens, h, grad, of_log_a, of_b, T, U, R, C, BLOCK: tl.constexpr, UNITS: tl.constexpr):
+        """Gradients of the same: that of b_t is the recurrence from the end, by the factors of t + 1."""
+        s, t, u = tl.program_id(0), tl.arange(0, BLOCK), tl.program_id(1) * UNITS + tl.arange(0, UNITS)
+        inside = (t[:, None] < T) & (u[None, :] < U)
+        where = (s * T + t[:, None]) * U + u[None, :]
+        after = _factors(log_a, opens, where + U, t + 1, inside & (t[:, None] < T - 1), s, R, C)
+        given = tl.load(grad + where, mask=inside, other=0.0)
+        _, summed = tl.associative_scan((after, given), 0, _composed, reverse=True)
+        a = _factors(log_a, opens, where, t, inside, s, R, C)
+        before = tl.load(h + where - U, mask=inside & (t[:, None] > 0), other=0.0)
+        tl.store(of_log_a + where, summed * a * before, mask=inside)
+        tl.store(of_b + where, summed, mask=inside)
+
+    def _scan_sizes(log_a, opens):
+        """Grid and sizes for log_a (S, T, U) in rows as `opens` (S, R) has them."""
+        S, T, U = log_a.shape
+        told = dict(T=T, U=U, R=opens.size(1), C=T // opens.size(1), BLOCK=triton.next_power_of_2(T), UNITS=4)
+        return (S, triton.cdiv(U, told["UNITS"])), told
+
+    @operator("scan")
+    def fused_scan(log_a: torch.Tensor, b: torch.Tensor, opens: torch.Tensor) -> torch.Tensor:
+        """h (S, T, U) of `scan`, where nothing came before."""
+        log_a, b, opens = log_a.contiguous(), b.contiguous(), opens.contiguous()
+        grid, told = _scan_sizes(log_a, opens)
+        h = torch.empty_like(b)
+        _scan_forward[grid](log_a, b, opens, h, **told, num_warps=8)
+        return h
+
+    @operator("scan_backward")
+    def _scan_gradient(log_a: torch.Tensor, opens: torch.Tensor, h: torch.Tensor,
+                       grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        log_a, opens, h, grad = (x.contiguous() for x in (log_a, opens, h, grad))
+        grid, told = _scan_sizes(log_a, opens)
+        of_log_a, of_b = torch.empty_like(h), torch.empty_like(h)
+        _scan_backward[grid](log_a, opens, h, grad, of_log_a, of_b, **told, num_warps=8)
+        return of_log_a, of_b
+
+    @fused_scan.register_fake
+    def _(log_a, b, opens):
+        return b.new_empty(b.shape)
+
+    @_scan_gradient.register_fake
+    def _(log_a, opens, h, grad):
+        return h.new_empty(h.shape), h.new_empty(h.shape)
+
+    def _keep_scan(ctx, inputs, output):
+        ctx.save_for_backward(inputs[0], inputs[2], output)
+
+    def _scan_back(ctx, grad):
+        log_a, opens, h = ctx.saved_tensors
+        return *_scan_gradient(log_a, opens, h, grad), None
+
+    fused_scan.register_autograd(_scan_back, setup_context=_keep_scan)
+
+
 def sequences(x, opens):
     """x (N, C, ..) of rows as sequences (S, T, ..): each row alone, or (L, R C, ..) where `opens`
     (L, R) chains them.
@@ -130,6 +211,7 @@ class Fading(nn.Module):
 
     FASTEST, SLOWEST = 4, 1024          # tokens
     GROUPS = 8                          # of units that are normalised together
+    fused = False                       # whether the kernel made for it may be called
 
     def __init__(self, units):
         super().__init__()
@@ -152,7 +234,12 @@ class Fading(nn.Module):
         if real is not None:
             log_a = log_a.masked_fill(~real[..., None], 0.0)
             b = b.masked_fill(~real[..., None], 0.0)
-        h, last = scan(log_a, b, first, opens)
+        if self.fused and first is None and b.size(1) <= SPAN:
+            starts = torch.ones_like(b[:, :1, 0], dtype=torch.bool) if opens is None else opens
+            h = fused_scan(log_a, b, starts)
+            last = h[:, -1]
+        else:
+            h, last = scan(log_a, b, first, opens)
         return h, last, z.mean(), log_a.mean()
 
     def half_lives(self, bias):
@@ -1201,11 +1288,16 @@ class Mag(RowMemory, kind="mag"):
             flag = begins.view(len(begins), 1, -1, *[1] * (x.dim() - 3))
             return moved.masked_fill(flag, fill)
 
-        added = (earlier(course.by_update, 0.0).to(u.dtype) @ u.flatten(3)).view_as(u)
-        found = added + earlier(course.by_weights, 1.0)[..., None, None] * weights[..., None, :, :]
+        shares = [earlier(course.by_update, 0.0), earlier(course.by_weights, 1.0)[..., None]]
+        stood = [u, weights.expand_as(u[:, :, 0])[:, :, None]]
         if momentum is not None:
-            found = found + earlier(course.by_momentum, 0.0)[..., None, None] * momentum[:, :, None]
-        return found.to(u.dtype)
+            shares.append(earlier(course.by_momentum, 0.0)[..., None])
+            stood.append(momentum[:, :, None])
+        # one product, also for its gradients; with room, so that tensor cores find them aligned
+        more = -(u.size(2) + len(stood) - 1) % 8
+        shares = F.pad(torch.cat(shares, -1), (0, more)).to(u.dtype)
+        stood = F.pad(torch.cat([x.flatten(3).to(u.dtype) for x in stood], 2), (0, 0, 0, more))
+        return (shares @ stood).view_as(u)
 
     # ---- a few tokens
 
@@ -1410,6 +1502,14 @@ class RevenaHybrid(RevenaHybridTiny):
     def __init__(self, config):
         super().__init__(config)
         self.memory.embedding = self.get_input_embeddings
+
+    def fuse(self):
+        """.. and what fades."""
+        fits = super().fuse().fused
+        for part in self.memory.modules():
+            if isinstance(part, Fading):
+                part.fused = fits
+        return self
 
     def ids_of(self, text, tokenizer):
         """Token ids (1, T) of a text, or of ids in whatever form they came."""

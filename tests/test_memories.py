@@ -7,6 +7,9 @@ because an output matrix is zero. The vocabulary is small, so that whole distrib
 
 import copy
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -577,6 +580,62 @@ def test_what_fades_at_once_has_a_gradient_that_is_a_number():
     assert log_a.grad.isfinite().all()
     decay(log_a[..., 0]).sum().backward()
     assert log_a.grad.isfinite().all()
+
+
+TWIN = """
+import torch
+from memories import Fading
+
+def both(S, R, C, units, opens):
+    torch.manual_seed(0)
+    fading, gates = Fading(units), torch.randn(S, R * C, 2 * units).requires_grad_()
+    with torch.no_grad():
+        fading.fade.copy_(torch.linspace(-2, 8, units))
+    weight, found = torch.randn(S, R * C, units), []
+    for fading.fused in (False, True):
+        h, last, *_ = fading(gates, None, opens)
+        found.append((h, last, *torch.autograd.grad((h * weight).sum() + last.sum(), [gates, fading.fade])))
+    for plain, fused in zip(*found):
+        assert plain.abs().max() > 0.1
+        torch.testing.assert_close(plain, fused, rtol=1e-4, atol=1e-5)
+
+both(3, 1, 16, 8, None)
+both(2, 3, 8, 5, torch.tensor([[1, 0, 0], [1, 0, 1]]).bool())
+both(2, 3, 16, 4, torch.tensor([[1, 1, 0]]).bool().expand(2, 3))
+print("alike")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
+def test_the_scans_kernels_are_its_twins():
+    """Gone through by Triton's interpreter on this machine: values and gradients."""
+    done = subprocess.run([sys.executable, "-c", TWIN], cwd=stages.PROJECT, capture_output=True, text=True,
+                          env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""})
+    assert done.stdout == "alike\n", done.stderr[-2000:]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="compares kernels on a CUDA device")
+@pytest.mark.parametrize("arm", ["with_store", "with_gru"])
+def test_a_gpu_fades_alike(arm):
+    """What the kernels make of whole lanes in bfloat16 is what the plain form makes."""
+    about = stages.ARMS[arm]
+    torch.manual_seed(0)
+    config = RevenaConfig(n_layer=2, memory=about.memory, memory_settings=about.settings)
+    model = stages.lower_precision(RevenaHybrid(config).cuda()).eval()
+    for name, weight in model.memory.named_parameters():
+        if name.startswith("out."):
+            torch.nn.init.normal_(weight, std=0.02)
+    tokens = torch.randint(0, 999, (8, 128), device="cuda")
+    opens = torch.tensor([[True, False, False, False], [True, False, True, False]], device="cuda")
+    found = []
+    for fused in (False, True):
+        for part in model.fuse().memory.modules():
+            if isinstance(part, memories.Fading):
+                part.fused = part.fused and fused
+        with torch.no_grad():
+            found.append(model.score(tokens, tokens.roll(-1, 1), opens).log_p.float())
+    plain, fused = found
+    assert (plain - fused).abs().mean() < 0.02
 
 
 # ------------------------------------------------------------ the store
