@@ -215,11 +215,12 @@ def packs(sequences, width, device, settings, shape=None):
     """Lay sequences out in Packs of lanes that no sequence crosses.
 
     `shape`: (lanes, rows of a lane), by default settings.pack rows in lanes of
-    settings.lane. A sequence longer than a lane has a pack of its own.
+    settings.lane. Sequences longer than a lane have lanes of their own length, beside others
+    of that length where there is room for them.
     """
     usual = settings.pack // settings.lane, settings.lane
     count, rows = shape or usual
-    waiting = []
+    waiting, longer = [], {}                                # longer: {rows of a lane: lanes}
 
     def emit(lanes, rows, usual):
         *arrays, places = lay_out(sequences, lanes, rows, width, settings.eot)
@@ -228,12 +229,17 @@ def packs(sequences, width, device, settings, shape=None):
     for lane in lanes_of(sequences, width, rows):
         taken = sum(rows_of(sequences[i], width) for i in lane)
         if taken > rows:
-            yield emit([lane], taken, False)
+            beside = longer.setdefault(taken, [])
+            beside.append(lane)
+            if (len(beside) + 1) * taken > count * rows:
+                yield emit(longer.pop(taken), taken, False)
             continue
         waiting.append(lane)
         if len(waiting) == count:
             yield emit(waiting, rows, (count, rows) == usual)
             waiting = []
+    for taken, lanes in longer.items():
+        yield emit(lanes, taken, False)
     if waiting:
         waiting += [[] for _ in range(count - len(waiting))]
         yield emit(waiting, rows, (count, rows) == usual)

@@ -1714,8 +1714,8 @@ class HostedCache(RevenaCache):
         self.keys, self.values = ([empty] * model.config.n_layer for _ in range(2))
         self.real, self.place = self.real[:, :0], torch.zeros(B, dtype=torch.long, device=model.device)
 
-    def replay(self, tokens, real):
-        return self.model.stream(tokens, self, real)
+    def replay(self, tokens, real, keep=0):
+        return self.model.stream(tokens, self, real, keep=keep)
 
     def tensors(self):
         return super().tensors() | {"place": self.place}

@@ -782,11 +782,11 @@ class Memory(nn.Module):
         """
         return logits.log_softmax(-1)
 
-    def predict(self, logits, h, tokens, real, state, embed):
-        """`distribution` after n new tokens of each sequence: (log p (B, n, V), next state, what
-        was drawn on).
+    def predict(self, logits, h, tokens, real, state, embed, keep=0):
+        """`distribution` after the last `keep` (0: all) of n new tokens of each sequence:
+        (log p (B, keep, V), next state, what was drawn on); logits: states -> (.., V).
         """
-        return logits.log_softmax(-1), state, {}
+        return logits(kept(h, keep)).log_softmax(-1), state, {}
 
     # ---- to be seen
 
@@ -1207,8 +1207,9 @@ class LongTermMemory(Memory, kind="ltm"):
                     stored=zeros(dtype=torch.bool), started=zeros(dtype=torch.bool), place=zeros(dtype=torch.long))
         return ring | last | dict(count=zeros(dtype=torch.long))
 
-    def predict(self, logits, h, tokens, real, state, embed):
+    def predict(self, logits, h, tokens, real, state, embed, keep=0):
         E, M, n = self.config.ltm_ngrams, self.config.ltm_slots, tokens.size(1)
+        logits = logits(h)
         log_z = logits.logsumexp(-1)
 
         # write: the tokens that came, under the states that should have predicted them (one
@@ -1248,12 +1249,13 @@ class LongTermMemory(Memory, kind="ltm"):
 
         # keep: the newest `ltm_slots` items, each in the slot of its number; what is older than
         # the ring falls out
-        kept = stored & (arrived > arrived[:, -1:] - M)
-        slot = torch.where(kept, (arrived - 1) % M, M)
+        lasting = stored & (arrived > arrived[:, -1:] - M)
+        slot = torch.where(lasting, (arrived - 1) % M, M)
         state = {name: into_slots(state[name], slot, new[name]) for name in RING} | dict(
             count=arrived[:, -1], h=h[:, -1].to(state["h"].dtype), log_z=log_z[:, -1], tail=line[:, n:],
             surprise=surprise[:, n:], stored=stored[:, -1], started=real[:, -1] | state["started"],
             place=state["place"] + n)
+        logits, log_z, weight = (kept(x, keep) for x in (logits, log_z, weight))
         return mix(logits - log_z[..., None], weight, items["value"]), state, drawn
 
     # ---- to be seen
@@ -1647,18 +1649,19 @@ class GPT(PreTrainedModel, GenerationMixin):
     @torch.compiler.disable(reason="what it changes in the cache is no result of a compiled function")
     def _streamed(self, ids, real, cache, keep, hidden):
         """forward with a cache: blocks of at most a window, each continuing what `cache` holds."""
-        parts, states = [], []
+        parts, states, window = [], [], self.config.stm_window
+        every = keep if isinstance(keep, int) else 0
+        # one token of a model with a window has the same shapes whatever came before, and so have
+        # whole windows: a GPU replays them, the latter where there are many
+        replayed = () if not window else (1,) if ids.size(1) < REPLAYED * window else (1, window)
+        inference = not (torch.is_grad_enabled() or self.training or torch.compiler.is_compiling())
         for block, mask in cache.blocks(ids.masked_fill(~real, self.config.pad_token_id), real):
             collected = None if hidden is None else []
-            # one token of a model with a window has the same shapes whatever came before: a GPU
-            # replays it
-            same = (block.is_cuda and block.size(1) == 1 and self.config.stm_window
-                    and not (torch.is_grad_enabled() or self.training))
-            if same and hidden is None and not torch.compiler.is_compiling():
-                parts.append(cache.replay(block, mask))
+            if block.is_cuda and inference and hidden is None and block.size(1) in replayed:
+                parts.append(cache.replay(block, mask, every))
             else:
-                parts.append(self.stream(block, cache, mask, collected))
-            if isinstance(keep, int) and keep:                          # not all of a long text at once
+                parts.append(self.stream(block, cache, mask, collected, every))
+            if every:                                       # not all of a long text at once
                 parts = [kept(torch.cat(parts, 1), keep)]
             states.append(collected)
         if hidden is not None:
@@ -1702,9 +1705,9 @@ class GPT(PreTrainedModel, GenerationMixin):
         cache.length += n
         return h
 
-    def stream(self, tokens, cache, real=None, collect=None):
+    def stream(self, tokens, cache, real=None, collect=None, keep=0):
         """Go on from `cache` with tokens (B, n), n at most a window: log p (B, n, V) of what comes
-        after each.
+        after each; after the last `keep`, where that is not 0.
 
         Constant memory and constant cost a token; equal to the parallel form. `real` (B, n) is
         False on padding.
@@ -1714,8 +1717,8 @@ class GPT(PreTrainedModel, GenerationMixin):
         h = self.advance(tokens, cache, real, collect)
         if collect is not None:
             collect.append(h)
-        log_p, cache.state, cache.drawn = self.active.predict(self.logits(h), h, tokens, real, cache.state,
-                                                              self.embed_detached)
+        given = self.logits, h, tokens, real, cache.state, self.embed_detached, keep
+        log_p, cache.state, cache.drawn = self.active.predict(*given)
         return log_p
 
     # ---- generation
@@ -1908,6 +1911,17 @@ def gathered(x):
 
 
 TAIL = 3                        # last tokens that a cache remembers, to tell a text that goes on from a new one
+REPLAYED = 8                    # windows that a text has where recording one pays
+
+
+class Recorded(NamedTuple):
+    """A CUDA graph that streams blocks of one shape."""
+
+    graph: object
+    fixed: dict                 # {name: tensor} that it works on: the cache's, tokens, mask
+    log_p: torch.Tensor         # what it gives
+    drawn: dict                 # .. and what that drew on
+    settings: dict              # of the config
 
 
 class RevenaCache(Cache):
@@ -1948,7 +1962,7 @@ class RevenaCache(Cache):
         self.tail = zeros(TAIL, dtype=torch.long) + config.pad_token_id
         memory = getattr(model, "memory", NOTHING)
         self.state = {name: gathered(x).detach().clone() for name, x in memory.empty(B, model.device).items()}
-        self.drawn, self.length, self.graph = {}, 0, None
+        self.drawn, self.length, self.graphs = {}, 0, {}
 
     def blocks(self, ids, real):
         """Cut new tokens (B, T) into blocks that the model streams: (tokens, real) each, at most a
@@ -1966,50 +1980,52 @@ class RevenaCache(Cache):
             yield ids[:, start:stop], real[:, start:stop]
             start = stop
 
-    # ---- one token at a time on a GPU
+    # ---- blocks of one shape on a GPU
 
     def settings(self):
         """What of the config a recorded graph depends on."""
         config = vars(self.model.config)
         return {name: copy.deepcopy(value) for name, value in config.items() if name.startswith(("ltm_", "memory"))}
 
-    def replay(self, tokens, real):
-        """`stream` of one token a sequence (B, 1) as a CUDA graph: log p (B, 1, V), and the cache
-        has moved on.
+    def replay(self, tokens, real, keep=0):
+        """`stream` of a block of each sequence as a CUDA graph, recorded where there is none of
+        this shape: log p, and the cache has moved on.
 
         The graph works on tensors of its own: what else happened to the cache since is copied
         into them first.
         """
-        length = self.length
-        if self.graph is None or self.recorded_with != self.settings():     # a graph has those that it was made with
-            self.record(tokens, real)
+        length, shape = self.length, (tokens.size(1), keep)
+        one = self.graphs.get(shape)
+        if one is None or one.settings != self.settings():      # a graph has those it was made with
+            one = self.graphs[shape] = self.record(tokens, real, keep)
         for name, x in {**self.tensors(), "tokens": tokens, "mask": real}.items():
-            if x is not self.fixed[name]:
-                self.fixed[name].copy_(x)
-        self.graph.replay()
-        self.put({name: self.fixed[name] for name in self.tensors()})
-        self.length, self.drawn = length + 1, self.found
-        return self.log_p.clone()
+            if x is not one.fixed[name]:
+                one.fixed[name].copy_(x)
+        one.graph.replay()
+        self.put({name: one.fixed[name] for name in self.tensors()})
+        self.length, self.drawn = length + tokens.size(1), one.drawn
+        return one.log_p.clone()
 
-    def record(self, tokens, real):
-        """Record the graph that `replay` replays; the cache is as it was."""
-        self.recorded_with = self.settings()
-        current = self.tensors()
-        self.fixed = {name: x.clone() for name, x in current.items()}
-        self.fixed |= {"tokens": tokens.clone(), "mask": real.clone()}
+    def record(self, tokens, real, keep):
+        """The Recorded that `replay` replays; the cache is as it was."""
+        current, length, drawn = self.tensors(), self.length, self.drawn
+        fixed = {name: x.clone() for name, x in current.items()}
+        fixed |= {"tokens": tokens.clone(), "mask": real.clone()}
         stream, trial = torch.cuda.Stream(), copy.deepcopy(self)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):                                     # what is set up once is set up here
-            self.model.stream(tokens, trial, real)
+            self.model.stream(tokens, trial, real, keep=keep)
         torch.cuda.current_stream().wait_stream(stream)
-        self.put({name: self.fixed[name] for name in current})
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):                                  # recorded, not run
-            self.log_p = self.model.stream(self.fixed["tokens"], self, self.fixed["mask"])
+        self.put({name: fixed[name] for name in current})
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):                                       # recorded, not run
+            log_p = self.model.stream(fixed["tokens"], self, fixed["mask"], keep=keep)
             for name, x in self.tensors().items():
-                self.fixed[name].copy_(x)
-        self.found = self.drawn
+                fixed[name].copy_(x)
+        recorded = Recorded(graph, fixed, log_p, self.drawn, self.settings())
         self.put(current)
+        self.length, self.drawn = length, drawn
+        return recorded
 
     # ---- to be seen
 
@@ -2087,7 +2103,7 @@ class RevenaCache(Cache):
             return {name: x.index_select(0, beam_idx.to(x.device)) for name, x in tensors.items()}
 
         if len(beam_idx) != len(self.real):
-            self.graph = None                               # it was recorded for another number of sequences
+            self.graphs = {}                                # recorded for another number of sequences
         self.put(chosen(self.tensors()))
         self.drawn = chosen(self.drawn)
 
@@ -2107,10 +2123,9 @@ class RevenaCache(Cache):
         memo[id(self.model)] = self.model                   # a copy of the memory, not of the model
         made = (*self.tensors().values(), *self.drawn.values())
         memo |= {id(x): x.clone() for x in made if not x.is_leaf}       # with a gradient, which deepcopy refuses
-        recorded = ("graph", "fixed", "found", "log_p", "recorded_with")
-        own = {name: x for name, x in self.__dict__.items() if name not in recorded}
+        own = {name: x for name, x in self.__dict__.items() if name != "graphs"}
         twin = type(self).__new__(type(self))
-        twin.__dict__ = copy.deepcopy(own, memo) | {"graph": None}
+        twin.__dict__ = copy.deepcopy(own, memo) | {"graphs": {}}
         return twin
 
     def reset(self):
