@@ -397,6 +397,7 @@ class Form(NamedTuple):
         return [*self.opening, key, *self.middle, value, *self.closing]
 
 
+@functools.cache
 def form_of(tokenizer, name):
     """The Form of that name."""
     before, _, stop = FORMATS[name]
@@ -413,12 +414,16 @@ def keys_and_values(tokenizer, settings):
     return words[:len(words) // 2][own], words[len(words) // 2:][own]
 
 
-def scatter(text, facts, draw):
-    """Facts at random places of a text, in their order: int64 tokens."""
-    cuts = np.sort(draw.integers(0, len(text) + 1, len(facts)))
-    pieces = np.split(np.asarray(text), cuts)
-    parts = [pieces[0], *(np.concatenate(pair) for pair in zip(facts, pieces[1:]))]
-    return np.concatenate(parts).astype(np.int64)
+def places_in(length, count, draw):
+    """`count` random places in a text of that length, ascending; its two ends are places too."""
+    return sorted(draw.integers(0, length + 1, count).tolist())
+
+
+def plant(text, facts, places):
+    """The tokens of a text with each of some facts before the token at its place: ascending, and
+    where several stand at one place, the first comes first."""
+    of_tokens = [place for fact, place in zip(facts, places) for _ in fact]
+    return np.insert(text, of_tokens, [token for fact in facts for token in fact])
 
 
 def distracted_distance(tokenizer, name, extra, settings):
@@ -440,15 +445,15 @@ def before_and_after(facts, room, draw, most):
     Half of the `most` first ones stand after it, as far as they fit; the distractors, which
     come after those, all do, as far as they fit, or are left out.
     """
-    early, late = [], []
-    for number, other in enumerate(facts[1:]):
-        wanted = number >= most - 1 or draw.random() < 0.5
-        if wanted and room >= len(other):
+    early, late, size = [], [], len(facts[0])               # all are of one size
+    for other, wanted in zip(facts[1:most], draw.random(most - 1) < 0.5):
+        if wanted and room >= size:
             late.append(other)
-            room -= len(other)
-        elif number < most - 1:
+            room -= size
+        else:
             early.append(other)
-    return early, late, room
+    distractors = facts[most:][:room // size]
+    return early, late + distractors, room - size * len(distractors)
 
 
 def questions(texts, tokenizer, name, distance, count, settings, extra=0):
@@ -470,7 +475,7 @@ def questions(texts, tokenizer, name, distance, count, settings, extra=0):
     for _ in range(count):
         own_keys = draw.choice(keys, settings.facts + extra, replace=False)
         own_values = draw.choice(values, settings.facts + extra, replace=False)
-        facts = [form.fact(key, value) for key, value in zip(own_keys, own_values)]
+        facts = [form.fact(*pair) for pair in zip(own_keys.tolist(), own_values.tolist())]
         room = distance - 1 - len(form.closing) - form.asked    # between the fact and the question
         early, late, room = before_and_after(facts, room, draw, settings.facts)
         question = facts[0][:form.asked]
@@ -488,9 +493,10 @@ def laid(texts, fact, early, late, question, room, settings, draw):
     text = texts[draw.integers(len(texts))][1:]
     offset = draw.integers(0, len(text) - lead - room + 1)
     real = text[offset:offset + lead + room]
-    head = np.concatenate(([settings.eot], scatter(real[:lead], early, draw)))
-    tail = scatter(real[lead:], late, draw)
-    return np.concatenate((head, fact, tail, question)), len(head)
+    before = places_in(lead, len(early), draw)
+    after = [lead + place for place in places_in(room, len(late), draw)]
+    tokens = plant(real, [[settings.eot], *early, fact, *late, question], [0, *before, lead, *after, len(real)])
+    return tokens, 1 + lead + sum(map(len, early))
 
 
 class Dialogues(NamedTuple):
@@ -523,15 +529,22 @@ def make_dialogues(texts, tokenizer, settings):
         first, second, third = np.split(real, (free, free + turn))
         shuffled = [planted[i] for i in draw.permutation(facts)]
         question = planted[0][:form.asked]
-        turns.append([[settings.eot, *scatter(first, shuffled, draw)], second, [*third, *question]])
+        first = plant(first, shuffled, places_in(free, facts, draw))
+        turns.append([[settings.eot, *first], second, [*third, *question]])
         choices.append(own_values)
     return Dialogues(np.array(turns, np.int64), np.array(choices))
 
 
+@functools.cache
+def chain_words(tokenizer, part):
+    """The tokens before and after the key where the end of a chain is asked for."""
+    return [encoded(tokenizer, words) for words in CHAINS.get(part, CHAINS[CHOOSING])]
+
+
 def chain_question(key, tokenizer, settings):
     """The tokens that ask for the end of the chain that begins with a key."""
-    before, after = CHAINS.get(settings.part, CHAINS[CHOOSING])
-    return [*encoded(tokenizer, before), key, *encoded(tokenizer, after)]
+    before, after = chain_words(tokenizer, settings.part)
+    return [*before, key, *after]
 
 
 def make_streamed(line, tokenizer, length, hops, width, settings):
@@ -560,8 +573,9 @@ def make_streamed(line, tokenizer, length, hops, width, settings):
         room = length - 1 - len(facts) * form.size - len(question)
         offset = draw.integers(0, len(line) - room + 1)
         real = line[offset:offset + room]
-        early = scatter(real[:settings.lead], shuffled, draw)
-        turns.append(np.concatenate(([settings.eot], early, real[settings.lead:], question)).reshape(-1, width))
+        places = places_in(settings.lead, len(shuffled), draw)
+        text = plant(real, [[settings.eot], *shuffled, question], [0, *places, len(real)])
+        turns.append(text.reshape(-1, width))
         choices.append(ends)
     return Dialogues(np.array(turns, np.int64), np.array(choices))
 
@@ -614,7 +628,7 @@ def plan_indirect(kind, forms, words, tokenizer, settings, draw):
     """
     (form, asked), (keys, values), count = forms, words, settings.facts
     ends = draw.choice(values, count, replace=False)
-    own = draw.choice(keys, (2, count), replace=False)
+    own = draw.choice(keys, (2, count), replace=False).tolist()
     facts, earlier = [form.fact(*pair) for pair in zip(own[0], ends)], []
     question, value_at = asked.fact(own[0][0], ends[0])[:asked.asked], form.asked
     if kind == "filler":
