@@ -1844,10 +1844,9 @@ def kinds_of_all(evidence):
                            for text, flags in zip(texts, stored)])
 
 
-def targets_of_gain(evidence):
-    """Where the gain in bits comes from, by what kind of target it is: {kind:
+def targets_of_gain(evidence, kinds):
+    """Where the gain in bits comes from, by what kind of target it is (kinds_of_all): {kind:
     {"share_of_tokens", "arms", "share_of_gain"}}."""
-    kinds = kinds_of_all(evidence)
     own = {arm: evidence.bits(evidence.of(arm)) for arm in evidence.seeds}
     gain = {arm: evidence.bits(evidence.paired(arm)) - own[arm] for arm in evidence.others}
     targets = {}
@@ -1865,19 +1864,34 @@ def targets_of_gain(evidence):
 MUCH = 0.1                      # bits by which a token is clearly dearer
 
 
-def mean_by_documents(values, chosen, texts, settings):
-    """The mean of values (T,) over chosen targets (T,) bool, documents resampled: {"mean", "ci95"};
-    None where none is chosen."""
-    if not chosen.any():
-        return None
+def means_of_kinds(values, kinds, texts, settings):
+    """The mean of each arm's values over the targets of each of KINDS, documents resampled: {arm:
+    {kind: {"mean", "ci95"}}}; None where no target is of the kind.
+
+    Args: values {arm: (T,)}, kinds (T,).
+    """
     ends = np.cumsum([len(text) - 1 for text in texts])[:-1]
-    sums = np.array([part.sum() for part in np.split(np.where(chosen, values, 0.0), ends)])
-    counts = np.array([part.sum() for part in np.split(chosen, ends)])
-    draw, found = np.random.default_rng((settings.seed, 6)), []
-    for _ in range(0, settings.bootstrap, 1_000):
-        drawn = draw.multinomial(len(texts), np.full(len(texts), 1 / len(texts)), min(1_000, settings.bootstrap))
-        found.append(drawn @ sums / np.maximum(1, drawn @ counts))
-    return {"mean": float(values[chosen].mean()), "ci95": interval(np.concatenate(found))}
+    means = {arm: dict.fromkeys(KINDS) for arm in values}
+    sums, counts, samples = {}, {}, {}
+    for number, name in enumerate(KINDS):
+        chosen = kinds == number
+        if not chosen.any():
+            continue
+        counts[name] = np.array([part.sum() for part in np.split(chosen, ends)])
+        for arm, own in values.items():
+            parts = np.split(np.where(chosen, own, 0.0), ends)
+            sums[arm, name], samples[arm, name] = np.array([part.sum() for part in parts]), []
+            means[arm][name] = {"mean": float(own[chosen].mean())}
+    draw = np.random.default_rng((settings.seed, 6))
+    # drawn once for all arms and kinds, which takes longest; in parts, as documents may be many
+    for start in range(0, settings.bootstrap, 1_000):
+        some = min(1_000, settings.bootstrap - start)
+        drawn = draw.multinomial(len(texts), np.full(len(texts), 1 / len(texts)), some).astype(float)
+        for (arm, name), own in sums.items():
+            samples[arm, name].append(drawn @ own / np.maximum(1, drawn @ counts[name]))
+    for (arm, name), found in samples.items():
+        means[arm][name]["ci95"] = interval(np.concatenate(found))
+    return means
 
 
 def beyond_eviction(evidence, recall, arm):
@@ -1902,26 +1916,24 @@ def oracle(evidence, arm, characters):
     return {"bpc": float(np.mean(best) / characters), "ratio": float(np.sum(best) / np.sum(theirs))}
 
 
-def summarise_calibration(evidence, recall):
+def summarise_calibration(evidence, recall, kinds):
     """What each arm costs where it does not help, beside the baseline, token by token: bits above it,
     so less is better.
 
     worse: share of tokens that got dearer, and of those that did by more than MUCH bits. lost,
-    saved: bits a token, over all. by_kind: bits above for each kind of target; the first are new
-    words. oracle: the bound of every gate.
+    saved: bits a token, over all. by_kind: bits above for each kind of target (kinds_of_all); the
+    first are new words. oracle: the bound of every gate.
     """
-    exam, kinds = evidence.exam, kinds_of_all(evidence)
+    exam = evidence.exam
     characters = sum(exam.per_token[text].sum() for text in exam.texts)
-    arms = {}
-    for arm in evidence.others:
-        above = evidence.bits(evidence.of(arm)) - evidence.bits(evidence.paired(arm))
-        by_kind = {name: mean_by_documents(above, kinds == number, exam.texts, exam.settings)
-                   for number, name in enumerate(KINDS)}
+    dearer = {arm: evidence.bits(evidence.of(arm)) - evidence.bits(evidence.paired(arm)) for arm in evidence.others}
+    by_kind, arms = means_of_kinds(dearer, kinds, exam.texts, exam.settings), {}
+    for arm, above in dearer.items():
         arms[arm] = {"worse": float((above > 0).mean()),
                      "much_worse": float((above > MUCH).mean()),
                      "lost": float(np.maximum(above, 0).mean()),
                      "saved": float(np.maximum(-above, 0).mean()),
-                     "by_kind": by_kind,
+                     "by_kind": by_kind[arm],
                      "evicted": beyond_eviction(evidence, recall, arm),
                      "oracle": oracle(evidence, arm, characters)}
     return {"much": MUCH, "arms": arms}
@@ -2010,6 +2022,7 @@ def assemble(evidence, meta, root):
     recall = asked.summary()
     far = recall["long_range"]["arms"]
     hits = {arm: summarise_hits(evidence, arm) for arm in arms}
+    kinds = kinds_of_all(evidence)
     speed, training = {}, {}
     for arm, seeds in arms.items():
         tensors = evidence.first(arm).tensors
@@ -2028,14 +2041,14 @@ def assemble(evidence, meta, root):
               "bpc_windows": windows,
               "recall": recall,
               "indirect": Indirect(evidence).summary(),
-              "calibration": summarise_calibration(evidence, asked),
+              "calibration": summarise_calibration(evidence, asked, kinds),
               "turns": summarise_turns(evidence),
               "streamed": summarise_streamed(evidence),
               "tokens_per_sec": speed,
               "training": training,
               "memory_hit_rate": hits,
               "position": position_of_bits(evidence),
-              "targets": targets_of_gain(evidence)}
+              "targets": targets_of_gain(evidence, kinds)}
     if "with_ltm" in arms:
         detail["memory"] = evidence.first("with_ltm").facts["observation"]
     detail["explorer"] = summarise_explorer(evidence)
