@@ -403,6 +403,7 @@ class Form(NamedTuple):
         return [*self.opening, key, *self.middle, value, *self.closing]
 
 
+@functools.cache
 def form_of(tokenizer, name):
     """The Form of that name."""
     before, _, stop = FORMATS[name]
@@ -419,12 +420,16 @@ def keys_and_values(tokenizer, settings):
     return words[:len(words) // 2][own], words[len(words) // 2:][own]
 
 
-def scatter(text, facts, draw):
-    """Facts at random places of a text, in their order: int64 tokens."""
-    cuts = np.sort(draw.integers(0, len(text) + 1, len(facts)))
-    pieces = np.split(np.asarray(text), cuts)
-    parts = [pieces[0], *(np.concatenate(pair) for pair in zip(facts, pieces[1:]))]
-    return np.concatenate(parts).astype(np.int64)
+def places_in(length, count, draw):
+    """`count` random places in a text of that length, ascending; its two ends are places too."""
+    return sorted(draw.integers(0, length + 1, count).tolist())
+
+
+def plant(text, facts, places):
+    """The tokens of a text with each of some facts before the token at its place: ascending, and
+    where several stand at one place, the first comes first."""
+    of_tokens = [place for fact, place in zip(facts, places) for _ in fact]
+    return np.insert(text, of_tokens, [token for fact in facts for token in fact])
 
 
 def distracted_distance(tokenizer, name, extra, settings):
@@ -446,15 +451,15 @@ def before_and_after(facts, room, draw, most):
     Half of the `most` first ones stand after it, as far as they fit; the distractors, which
     come after those, all do, as far as they fit, or are left out.
     """
-    early, late = [], []
-    for number, other in enumerate(facts[1:]):
-        wanted = number >= most - 1 or draw.random() < 0.5
-        if wanted and room >= len(other):
+    early, late, size = [], [], len(facts[0])               # all are of one size
+    for other, wanted in zip(facts[1:most], draw.random(most - 1) < 0.5):
+        if wanted and room >= size:
             late.append(other)
-            room -= len(other)
-        elif number < most - 1:
+            room -= size
+        else:
             early.append(other)
-    return early, late, room
+    distractors = facts[most:][:room // size]
+    return early, late + distractors, room - size * len(distractors)
 
 
 def questions(texts, tokenizer, name, distance, count, settings, extra=0):
@@ -476,7 +481,7 @@ def questions(texts, tokenizer, name, distance, count, settings, extra=0):
     for _ in range(count):
         own_keys = draw.choice(keys, settings.facts + extra, replace=False)
         own_values = draw.choice(values, settings.facts + extra, replace=False)
-        facts = [form.fact(key, value) for key, value in zip(own_keys, own_values)]
+        facts = [form.fact(*pair) for pair in zip(own_keys.tolist(), own_values.tolist())]
         room = distance - 1 - len(form.closing) - form.asked    # between the fact and the question
         early, late, room = before_and_after(facts, room, draw, settings.facts)
         question = facts[0][:form.asked]
@@ -494,9 +499,10 @@ def laid(texts, fact, early, late, question, room, settings, draw):
     text = texts[draw.integers(len(texts))][1:]
     offset = draw.integers(0, len(text) - lead - room + 1)
     real = text[offset:offset + lead + room]
-    head = np.concatenate(([settings.eot], scatter(real[:lead], early, draw)))
-    tail = scatter(real[lead:], late, draw)
-    return np.concatenate((head, fact, tail, question)), len(head)
+    before = places_in(lead, len(early), draw)
+    after = [lead + place for place in places_in(room, len(late), draw)]
+    tokens = plant(real, [[settings.eot], *early, fact, *late, question], [0, *before, lead, *after, len(real)])
+    return tokens, 1 + lead + sum(map(len, early))
 
 
 class Dialogues(NamedTuple):
@@ -529,15 +535,22 @@ def make_dialogues(texts, tokenizer, settings):
         first, second, third = np.split(real, (free, free + turn))
         shuffled = [planted[i] for i in draw.permutation(facts)]
         question = planted[0][:form.asked]
-        turns.append([[settings.eot, *scatter(first, shuffled, draw)], second, [*third, *question]])
+        first = plant(first, shuffled, places_in(free, facts, draw))
+        turns.append([[settings.eot, *first], second, [*third, *question]])
         choices.append(own_values)
     return Dialogues(np.array(turns, np.int64), np.array(choices))
 
 
+@functools.cache
+def chain_words(tokenizer, part):
+    """The tokens before and after the key where the end of a chain is asked for."""
+    return [encoded(tokenizer, words) for words in CHAINS.get(part, CHAINS[CHOOSING])]
+
+
 def chain_question(key, tokenizer, settings):
     """The tokens that ask for the end of the chain that begins with a key."""
-    before, after = CHAINS.get(settings.part, CHAINS[CHOOSING])
-    return [*encoded(tokenizer, before), key, *encoded(tokenizer, after)]
+    before, after = chain_words(tokenizer, settings.part)
+    return [*before, key, *after]
 
 
 def make_streamed(line, tokenizer, length, hops, width, settings):
@@ -566,8 +579,9 @@ def make_streamed(line, tokenizer, length, hops, width, settings):
         room = length - 1 - len(facts) * form.size - len(question)
         offset = draw.integers(0, len(line) - room + 1)
         real = line[offset:offset + room]
-        early = scatter(real[:settings.lead], shuffled, draw)
-        turns.append(np.concatenate(([settings.eot], early, real[settings.lead:], question)).reshape(-1, width))
+        places = places_in(settings.lead, len(shuffled), draw)
+        text = plant(real, [[settings.eot], *shuffled, question], [0, *places, len(real)])
+        turns.append(text.reshape(-1, width))
         choices.append(ends)
     return Dialogues(np.array(turns, np.int64), np.array(choices))
 
@@ -620,7 +634,7 @@ def plan_indirect(kind, forms, words, tokenizer, settings, draw):
     """
     (form, asked), (keys, values), count = forms, words, settings.facts
     ends = draw.choice(values, count, replace=False)
-    own = draw.choice(keys, (2, count), replace=False)
+    own = draw.choice(keys, (2, count), replace=False).tolist()
     facts, earlier = [form.fact(*pair) for pair in zip(own[0], ends)], []
     question, value_at = asked.fact(own[0][0], ends[0])[:asked.asked], form.asked
     if kind == "filler":
@@ -1836,10 +1850,9 @@ def kinds_of_all(evidence):
                            for text, flags in zip(texts, stored)])
 
 
-def targets_of_gain(evidence):
-    """Where the gain in bits comes from, by what kind of target it is: {kind:
+def targets_of_gain(evidence, kinds):
+    """Where the gain in bits comes from, by what kind of target it is (kinds_of_all): {kind:
     {"share_of_tokens", "arms", "share_of_gain"}}."""
-    kinds = kinds_of_all(evidence)
     own = {arm: evidence.bits(evidence.of(arm)) for arm in evidence.seeds}
     gain = {arm: evidence.bits(evidence.paired(arm)) - own[arm] for arm in evidence.others}
     targets = {}
@@ -1857,19 +1870,34 @@ def targets_of_gain(evidence):
 MUCH = 0.1                      # bits by which a token is clearly dearer
 
 
-def mean_by_documents(values, chosen, texts, settings):
-    """The mean of values (T,) over chosen targets (T,) bool, documents resampled: {"mean", "ci95"};
-    None where none is chosen."""
-    if not chosen.any():
-        return None
+def means_of_kinds(values, kinds, texts, settings):
+    """The mean of each arm's values over the targets of each of KINDS, documents resampled: {arm:
+    {kind: {"mean", "ci95"}}}; None where no target is of the kind.
+
+    Args: values {arm: (T,)}, kinds (T,).
+    """
     ends = np.cumsum([len(text) - 1 for text in texts])[:-1]
-    sums = np.array([part.sum() for part in np.split(np.where(chosen, values, 0.0), ends)])
-    counts = np.array([part.sum() for part in np.split(chosen, ends)])
-    draw, found = np.random.default_rng((settings.seed, 6)), []
-    for _ in range(0, settings.bootstrap, 1_000):
-        drawn = draw.multinomial(len(texts), np.full(len(texts), 1 / len(texts)), min(1_000, settings.bootstrap))
-        found.append(drawn @ sums / np.maximum(1, drawn @ counts))
-    return {"mean": float(values[chosen].mean()), "ci95": interval(np.concatenate(found))}
+    means = {arm: dict.fromkeys(KINDS) for arm in values}
+    sums, counts, samples = {}, {}, {}
+    for number, name in enumerate(KINDS):
+        chosen = kinds == number
+        if not chosen.any():
+            continue
+        counts[name] = np.array([part.sum() for part in np.split(chosen, ends)])
+        for arm, own in values.items():
+            parts = np.split(np.where(chosen, own, 0.0), ends)
+            sums[arm, name], samples[arm, name] = np.array([part.sum() for part in parts]), []
+            means[arm][name] = {"mean": float(own[chosen].mean())}
+    draw = np.random.default_rng((settings.seed, 6))
+    # drawn once for all arms and kinds, which takes longest; in parts, as documents may be many
+    for start in range(0, settings.bootstrap, 1_000):
+        some = min(1_000, settings.bootstrap - start)
+        drawn = draw.multinomial(len(texts), np.full(len(texts), 1 / len(texts)), some).astype(float)
+        for (arm, name), own in sums.items():
+            samples[arm, name].append(drawn @ own / np.maximum(1, drawn @ counts[name]))
+    for (arm, name), found in samples.items():
+        means[arm][name]["ci95"] = interval(np.concatenate(found))
+    return means
 
 
 def beyond_eviction(evidence, recall, arm):
@@ -1894,26 +1922,24 @@ def oracle(evidence, arm, characters):
     return {"bpc": float(np.mean(best) / characters), "ratio": float(np.sum(best) / np.sum(theirs))}
 
 
-def summarise_calibration(evidence, recall):
+def summarise_calibration(evidence, recall, kinds):
     """What each arm costs where it does not help, beside the baseline, token by token: bits above it,
     so less is better.
 
     worse: share of tokens that got dearer, and of those that did by more than MUCH bits. lost,
-    saved: bits a token, over all. by_kind: bits above for each kind of target; the first are new
-    words. oracle: the bound of every gate.
+    saved: bits a token, over all. by_kind: bits above for each kind of target (kinds_of_all); the
+    first are new words. oracle: the bound of every gate.
     """
-    exam, kinds = evidence.exam, kinds_of_all(evidence)
+    exam = evidence.exam
     characters = sum(exam.per_token[text].sum() for text in exam.texts)
-    arms = {}
-    for arm in evidence.others:
-        above = evidence.bits(evidence.of(arm)) - evidence.bits(evidence.paired(arm))
-        by_kind = {name: mean_by_documents(above, kinds == number, exam.texts, exam.settings)
-                   for number, name in enumerate(KINDS)}
+    dearer = {arm: evidence.bits(evidence.of(arm)) - evidence.bits(evidence.paired(arm)) for arm in evidence.others}
+    by_kind, arms = means_of_kinds(dearer, kinds, exam.texts, exam.settings), {}
+    for arm, above in dearer.items():
         arms[arm] = {"worse": float((above > 0).mean()),
                      "much_worse": float((above > MUCH).mean()),
                      "lost": float(np.maximum(above, 0).mean()),
                      "saved": float(np.maximum(-above, 0).mean()),
-                     "by_kind": by_kind,
+                     "by_kind": by_kind[arm],
                      "evicted": beyond_eviction(evidence, recall, arm),
                      "oracle": oracle(evidence, arm, characters)}
     return {"much": MUCH, "arms": arms}
@@ -2002,6 +2028,7 @@ def assemble(evidence, meta, root):
     recall = asked.summary()
     far = recall["long_range"]["arms"]
     hits = {arm: summarise_hits(evidence, arm) for arm in arms}
+    kinds = kinds_of_all(evidence)
     speed, training = {}, {}
     for arm, seeds in arms.items():
         tensors = evidence.first(arm).tensors
@@ -2020,14 +2047,14 @@ def assemble(evidence, meta, root):
               "bpc_windows": windows,
               "recall": recall,
               "indirect": Indirect(evidence).summary(),
-              "calibration": summarise_calibration(evidence, asked),
+              "calibration": summarise_calibration(evidence, asked, kinds),
               "turns": summarise_turns(evidence),
               "streamed": summarise_streamed(evidence),
               "tokens_per_sec": speed,
               "training": training,
               "memory_hit_rate": hits,
               "position": position_of_bits(evidence),
-              "targets": targets_of_gain(evidence)}
+              "targets": targets_of_gain(evidence, kinds)}
     if "with_ltm" in arms:
         detail["memory"] = evidence.first("with_ltm").facts["observation"]
     detail["explorer"] = summarise_explorer(evidence)

@@ -601,6 +601,10 @@ def evidence_of(texts, costs, per_token, stored=None):
     return evaluation.Evidence(measured, dict.fromkeys(costs, (0,)), exam)
 
 
+def targets_of_gain(evidence):
+    return evaluation.targets_of_gain(evidence, evaluation.kinds_of_all(evidence))
+
+
 @torch.no_grad()
 def test_the_window_of_kinds_is_what_attention_sees():
     """A token `window` places before the target moves its prediction; one further back does not."""
@@ -614,7 +618,7 @@ def test_the_window_of_kinds_is_what_attention_sees():
     text = np.array([EOT, 7, *range(10, 9 + WIDTH), 7])
     saved = np.eye(WIDTH + 1)[-1]
     evidence = evidence_of([text], {"baseline": 1 + saved, "with_ltm": 1 + 0 * saved}, np.ones(EOT))
-    targets = evaluation.targets_of_gain(evidence)["last seen inside the window"]
+    targets = targets_of_gain(evidence)["last seen inside the window"]
     assert targets["share_of_tokens"] == 1 / (WIDTH + 1) and targets["share_of_gain"] == {"with_ltm": 1.0}
     assert targets["arms"] == pytest.approx({"baseline": 2.0, "with_ltm": 1.0})
 
@@ -625,7 +629,7 @@ def test_without_an_ltm_surprise_says_what_is_in_reach():
     for bits, kind in ((5.0, "last seen beyond the window, in memory"), (4.0, "last seen beyond both")):
         costs = np.ones(len(text) - 1)
         costs[0] = bits
-        targets = evaluation.targets_of_gain(evidence_of([text], {"baseline": costs, "with_gru": costs}, np.ones(EOT)))
+        targets = targets_of_gain(evidence_of([text], {"baseline": costs, "with_gru": costs}, np.ones(EOT)))
         assert targets[kind]["share_of_tokens"] == 1 / (len(text) - 1)
 
 
@@ -639,7 +643,7 @@ def test_a_memory_that_changes_nothing_is_a_result_too():
     position = evaluation.position_of_bits(evidence)
     assert position["edges"] == [0, 64]
     assert position["arms"] == {arm: pytest.approx([1.0]) for arm in ARMS}
-    targets = evaluation.targets_of_gain(evidence)
+    targets = targets_of_gain(evidence)
     assert {part["share_of_gain"]["with_ltm"] for part in targets.values()} == {0.0}
 
 
@@ -658,7 +662,8 @@ def test_calibration_by_hand(tokenizer):
     exam = evidence.exam._replace(asked={("pair", 40, 0): [question], ("pair", 99, 0): [question]},
                                   distances=[40, 99], settings=dataclasses.replace(SMALL, forms=("pair",)))
     evidence = evidence._replace(exam=exam)
-    part = evaluation.summarise_calibration(evidence, evaluation.Recall(evidence))["arms"]["with_ltm"]
+    kinds = evaluation.kinds_of_all(evidence)
+    part = evaluation.summarise_calibration(evidence, evaluation.Recall(evidence), kinds)["arms"]["with_ltm"]
     assert part["worse"] == 0.5 and part["much_worse"] == 0.25
     assert part["lost"] == pytest.approx(0.55 / 4, abs=1e-5) and part["saved"] == pytest.approx(3 / 4)
     new, seen, *nothing = part["by_kind"].values()
