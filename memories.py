@@ -3,7 +3,7 @@ GRU.
 
 Store   keys and values of hidden states in two layers, up to 10,000 slots each, beside a short-term state that fades
 Bank    1,024 learned vectors, read by cross-attention in every layer; nothing of the text: a control
-Mag     the weights of a small network in two layers, rewritten by the gradient of its own surprise
+Mag     the weights of a small network in two layers, in one layer, rewritten by the gradient of its own surprise
 Gru     a vector that fades, at the embedding, in the middle and at the final state
 
 RevenaHosted, at the end of the file, puts any memory on a model that is trained already.
@@ -1118,13 +1118,17 @@ class Mag(RowMemory, kind="mag"):
     recurrences are matrices over its chunks, and over all chunks of a lane. In training that
     weight is a constant of the gradient grad l (first order, as in Nichol et al. 2018): what was
     written is learned through what it adds, not through where later gradients are taken. So only
-    the weights at the rows' starts need a loop, without gradients. Query refinement: the earlier
-    place's output is projected into the next one's query.
+    the weights at the rows' starts need a loop, without gradients. Query refinement, where it has
+    several places: the earlier one's output is projected into the next one's query.
 
     Start: alpha = sigmoid(-6), eta = sigmoid(0), theta = 2 sigmoid(0), g = sigmoid(-3): near
     attention; W_o = 0, so that an arm begins as the baseline with 0.953 of attention at its
-    places; the refinement 0. Tried as the store was (baseline 4.908): as it is 4.908, gate 0 4.908,
-    in layers 6 and 8 of 8 4.906, theta at most 0.5 4.908.
+    places; the refinement 0. Tried as the store was (baseline 4.908), in layers 3 and 6 of 8: as it
+    is 4.908, gate 0 4.908, theta at most 0.5 4.908; in layers 6 and 8 4.906. By the bits of documents
+    that are not reported: in layers 3 and 6 1, at 0.67 of the baseline's steps a second; in layer 6
+    or 4 alone 1.0002 and 1.0003, at 0.80. So it has one place; an early one, since in two layers
+    that are to carry pairs from row to row the first learns it in 700 steps and the second, by
+    1,400, half of it.
 
     Settings: heads; dim: d (None: a tenth of the width); inner: h
     (None: 2 d); chunk; theta; persistent; forget, momentum, gate: the logits above.
@@ -1173,6 +1177,10 @@ class Mag(RowMemory, kind="mag"):
             into.bias.data[3 * width + 2 * H:3 * width + 3 * H] = self.set["forget"]
         for refine in self.refine:
             nn.init.zeros_(refine.weight)
+
+    def default_places(self):
+        """One, at a third: layer 3 of 8, counted from 1."""
+        return (self.config.n_layer // 3,)
 
     def first_weights(self, i):
         """(H, 2, d, h) float32."""

@@ -77,6 +77,7 @@ CASES = {
     "mag": ("mag", dict(chunk=4)),
     "mag, long chunks": ("mag", dict()),
     "mag, nothing persistent": ("mag", dict(chunk=4, persistent=0, placement="all")),
+    "mag, refined": ("mag", dict(chunk=4, placement="all")),
     "mag, reset": ("mag", dict(chunk=4, carry=False)),
     "gru": ("gru", dict()),
     "gru, cell": ("gru", dict(cell=True)),
