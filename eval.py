@@ -58,7 +58,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from models import EOT, GPT, Address, Final, LongTermMemory, Memory, Reading, Vectors, lagged, mix
+from models import EOT, GPT, Address, Final, LongTermMemory, Memory, Reading, Vectors, lagged, mix, of_asked, of_rows
 from stages import (ARMS, PROJECT, SPECIFIED, STUDY, StageError, about, arm_flag, arm_folder, byte_level,
                     characters_per_token, command, commit, compiled, default_root, device_name, documents,
                     encoded, has_compiler, is_hosted, load_model, load_own, load_split, load_tokenizer,
@@ -855,10 +855,10 @@ def last_word(model, final, row, column, log_p_stm, truth, fact):
     """
     memory, never = model.active, torch.zeros_like(truth, dtype=torch.bool)
     if isinstance(memory, LongTermMemory):
-        read, values, stored = memory.read(final)
-        weight = read.weights[row, column]
-        retrieved = ((weight > 0) & (values[row] == truth[:, None])).any(1)
-        log_p = mix(log_p_stm[:, None], weight[:, None], values[row])[:, 0]
+        read, values, stored = memory.read(final, (row, column))
+        weight = read.weights
+        retrieved = ((weight[:, 0] > 0) & (values == truth[:, None])).any(1)
+        log_p = mix(log_p_stm[:, None], weight, values)[:, 0]
         return log_p, stored.flatten()[fact], retrieved
     if type(memory).distribution is not Memory.distribution:
         log_p = memory.distribution(model.logits(final.h), final)[row, column]
@@ -2384,8 +2384,8 @@ class OtherReads(LongTermMemory):
         super().__init__(config)
         self.change = change
 
-    def read(self, final):
-        read, values, stored = super().read(final)
+    def read(self, final, asked=None):
+        read, values, stored = super().read(final, asked)
         return self.change(read), values, stored
 
 
@@ -2451,7 +2451,7 @@ class NeuralCache(LongTermMemory):
         super().__init__(config)
         self.theta, self.share = theta, share
 
-    def read(self, final):
+    def read(self, final, asked=None):
         h, targets = final.h, final.targets
         stored = targets != self.eot
         # only the key is asked for
@@ -2461,7 +2461,7 @@ class NeuralCache(LongTermMemory):
         # at the start there is none
         cache = match.masked_fill(~self.visible(self.ages(*numbers)), -math.inf).softmax(-1).nan_to_num()
         weight = self.share / (1 - self.share) * cache
-        return only_exact(weight), values, stored
+        return only_exact(of_asked(weight, asked)), of_rows(values, asked), stored
 
 
 def neural_cache(model, slots, theta, share=0.5):
@@ -2592,13 +2592,13 @@ class Mixture(LongTermMemory):
         visible = self.visible(self.ages(*numbers))
         return self.matches(address, items, visible), h.float() @ items.key.float().mT, visible, values, stored
 
-    def read(self, final):
+    def read(self, final, asked=None):
         matches, products, visible, values, stored = self.found(final)
         trust, cache, theta, slope = self.scalars
         weight = math.exp(cache) * (theta * products).masked_fill(~visible, -math.inf).softmax(-1).nan_to_num()
         weight = weight + sum(math.exp(one) * found for one, found in zip(trust, matches))
         weight = weight * (slope * self.entropy(final.h)).exp()[..., None]
-        return only_exact(weight), values, stored
+        return only_exact(of_asked(weight, asked)), of_rows(values, asked), stored
 
 
 def training_free(model, slots, scalars):

@@ -1133,13 +1133,19 @@ class LongTermMemory(Memory, kind="ltm"):
         address = self.addresses(vectors, final.tokens, shift(stored, 1, False), rare, shift)
         return address, stored
 
-    def read(self, final):
+    def read(self, final, asked=None):
         """The parallel form, what every position of the rows retrieves: (Reading, values (N, I) of
         the candidates, stored (N, C)).
+
+        asked: (rows, columns), (Q,) each: what these positions retrieve alone, as Q rows of one.
         """
         address, stored = self.located(final)
         items, values, before, number = self.candidates(address, final.targets, stored, final.opens)
-        item_log_p = (final.h.detach() @ final.embed(values).mT).float() - final.log_z.detach()[..., None]
+        h, log_z, before = (of_asked(x, asked) for x in (final.h.detach(), final.log_z.detach(), before))
+        address = Address(*(of_asked(x, asked) for x in address))
+        items = Address(*(x if x is None else of_rows(x, asked) for x in items))
+        values, number = of_rows(values, asked), of_rows(number, asked)
+        item_log_p = (h @ final.embed(values).mT).float() - log_z[..., None]
         return self.weigh(address, items, item_log_p, self.ages(before, number)), values, stored
 
     def sums(self, final):
@@ -1281,6 +1287,16 @@ class LongTermMemory(Memory, kind="ltm"):
                       share=weight / total)
                  for token, position, cosine, weight in zip(*columns) if weight > 0]
         return sorted(found, key=_share, reverse=True)
+
+
+def of_asked(x, asked):
+    """x (N, C, ..) at positions (rows, columns) as rows of one, (Q, 1, ..); None: all of it."""
+    return x if asked is None else x[asked][:, None]
+
+
+def of_rows(x, asked):
+    """x (N, ..) of the rows of positions (rows, columns), (Q, ..); None: all of it."""
+    return x if asked is None else x[asked[0]]
 
 
 def facts_of(address, before, targets):
