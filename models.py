@@ -650,6 +650,7 @@ class Final(NamedTuple):
     embed: object               # tokens -> (.., D), rows of the output matrix; a memory gives them no gradient
     opens: torch.Tensor         # (L, R) or None
     prepared: object = None     # what the memory's `prepare` gave, where it was asked before
+    found: object = None        # .. and its `find`
 
 
 class Scores(NamedTuple):
@@ -678,7 +679,7 @@ class Memory(nn.Module):
 
         inside      `places` (-1: on the embedding, l: beside the attention of layer l, n_layer: on the final state),
                     `mix` for a few tokens and, where that can be had faster, `rows` for whole sequences
-        output      `prepare`, `score`, `distribution`, `predict`
+        output      `prepare`, `find`, `score`, `distribution`, `predict`
         state       `empty`, `room`: {name: tensor (B, ..)}; what `mix` and `predict` are given is never changed, the
                     next one is returned
         to be seen  `contents`, `retrieved`, `watched`
@@ -766,6 +767,12 @@ class Memory(nn.Module):
     def prepare(self, h, tokens, opens, embed):
         """What `score` wants to know of the final states h (N, C, D) alone, as final.prepared: it can be
         computed while the backbone's output is; opens, embed: as in Final.
+        """
+        return None
+
+    def find(self, final):
+        """What `score` wants to know of what is retrieved, as final.found: then its gradient can be
+        computed while that of the backbone's output is.
         """
         return None
 
@@ -1148,6 +1155,9 @@ class LongTermMemory(Memory, kind="ltm"):
         item_log_p = (h @ final.embed(values).mT).float() - log_z[..., None]
         return self.weigh(address, items, item_log_p, self.ages(before, number)), values, stored
 
+    def find(self, final):
+        return self.sums(final)
+
     def sums(self, final):
         """Weights of the items that hold the target, and of all that are retrieved, (N, C) each; stored
         (N, C).
@@ -1178,7 +1188,7 @@ class LongTermMemory(Memory, kind="ltm"):
         """Scores of the targets; the objective adds log p_stm: the backbone's own prediction, which
         decides what is stored, keeps learning also where the memory knows.
         """
-        right, total, stored = self.sums(final)
+        right, total, stored = final.found or self.sums(final)
         log_p = (final.log_p.exp() + right).clamp(min=1e-38).log() - total.log1p()
         objective = log_p + self.config.ltm_stm_loss * final.log_p
         return Scores(log_p, final.log_p, objective, stored, self.is_hit(total), {})
@@ -1571,9 +1581,13 @@ class GPT(PreTrainedModel, GenerationMixin):
         """What the memory wants to know of the final states alone: see there."""
         return self.active.prepare(h, tokens, opens, self.embed_detached)
 
-    def score_states(self, h, notes, tokens, targets, log_p, log_z, opens=None, prepared=None):
-        """`score`, given what `states`, `log_p` and, if it was asked, `prepare` give."""
-        final = Final(h, tokens, targets, log_p, log_z, self.embed_detached, opens, prepared)
+    def find(self, h, tokens, targets, log_p, log_z, opens=None, prepared=None):
+        """What the memory wants to know of what it retrieves: see there."""
+        return self.active.find(Final(h, tokens, targets, log_p, log_z, self.embed_detached, opens, prepared))
+
+    def score_states(self, h, notes, tokens, targets, log_p, log_z, opens=None, found=None):
+        """`score`, given what `states`, `log_p` and, if it was asked, `find` give."""
+        final = Final(h, tokens, targets, log_p, log_z, self.embed_detached, opens, found=found)
         return self.active.score(final, notes)
 
     # ---- Hugging Face's forward

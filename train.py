@@ -365,7 +365,8 @@ class Training:
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         # what a compiler takes piece by piece
-        self.states, self.prepare, self.log_p = self.model.states, self.model.prepare, self.model.log_p
+        self.states, self.prepare = self.model.states, self.model.prepare
+        self.log_p, self.find = self.model.log_p, self.model.find
         self.batch_of, self.outcome, self.add_rows, self.tally = batch_of, self._outcome, add_rows, tally
         self.update, self.update_odd = adamw, adamw_of_odd
         self.streams = ()                                               # what is done side by side is spread over them
@@ -394,21 +395,25 @@ class Training:
     def objective(self, tokens, embedded, targets, opens, targets_in_batch):
         """-objective summed over this process's rows / targets in the whole batch; that and the statistics' sums.
 
-        It is model.score, piece by piece: what a memory prepares on the final states is done beside
-        the logits, and so are the gradients of the two (autograd stays on the stream of the forward).
+        It is model.score, piece by piece. What a memory prepares on the final states is done beside the
+        logits. Its gradient, and that of what it finds, are computed beside the gradient of the logits:
+        autograd stays on the stream of the forward.
         """
         h, notes = self.states(tokens, opens, embedded)
         with self.side_by_side() as turns:
             log_p, log_z = self.log_p(h, targets)
             with next(turns):
                 prepared = self.prepare(h, tokens, opens)
-                if self.streams:                # this one may still read h where the first has done with it
-                    h.record_stream(torch.cuda.current_stream())
-        return self.outcome(h, notes, tokens, targets, log_p, log_z, opens, prepared, targets_in_batch)
+        with self.side_by_side() as turns, next(turns):
+            found = self.find(h, tokens, targets, log_p, log_z, opens, prepared)
+            if self.streams:                    # this one may still read them where the first has done with them
+                for x in (h, log_p, log_z):
+                    x.record_stream(torch.cuda.current_stream())
+        return self.outcome(h, notes, tokens, targets, log_p, log_z, opens, found, targets_in_batch)
 
-    def _outcome(self, h, notes, tokens, targets, log_p, log_z, opens, prepared, targets_in_batch):
+    def _outcome(self, h, notes, tokens, targets, log_p, log_z, opens, found, targets_in_batch):
         """The last piece of `objective`: scores of the targets, and what becomes of them."""
-        scores = self.model.score_states(h, notes, tokens, targets, log_p, log_z, opens, prepared)
+        scores = self.model.score_states(h, notes, tokens, targets, log_p, log_z, opens, found)
         real = targets != self.eot
 
         def total(x):
@@ -530,8 +535,9 @@ class Training:
         how = "captured as one CUDA graph, not compiled (that takes Triton, a C compiler and Python's headers)"
         if has_compiler(self.device) and not is_hosted(self.model):     # a host's code is its own
             how = "compiled and captured as one CUDA graph"
-            pieces = self.model.states, self.model.prepare, self.model.log_p, self._outcome
-            self.states, self.prepare, self.log_p, self.outcome = (compiled(x, dynamic=False) for x in pieces)
+            pieces = self.states, self.prepare, self.log_p, self.find, self.outcome
+            pieces = (compiled(piece, dynamic=False) for piece in pieces)
+            self.states, self.prepare, self.log_p, self.find, self.outcome = pieces
             # one kernel for tensors of all sizes: its shape is not to be the one that was quickest for a small one
             by_rule = {"triton.autotune_pointwise": False}
             self.update, self.update_odd = compiled(adamw, by_rule), compiled(adamw_of_odd, by_rule)
