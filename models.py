@@ -412,27 +412,22 @@ if triton:
                     found = same
                     if n == 0:
                         found = same & (tl.load(ask + 2 * E) != 0)[:, None] & (tl.load(hold + 2 * E) != 0)[None, :]
-                    if tl.max(found.to(tl.int32)) > 0:  # mostly not, here and below
-                        score = tl.load(trust + at * (E + K) + n)[:, None] - exact_fade * old
-                        weight += tl.where(found, tl.exp(tl.minimum(score, 10.0)), 0.0)
+                    score = tl.load(trust + at * (E + K) + n)[:, None] - exact_fade * old
+                    weight += tl.where(found, tl.exp(tl.minimum(score, 10.0)), 0.0)
                 for a in tl.static_range(E):
                     asked = tl.load(ask + E + a)[:, None]
                     for b in tl.static_range(E):
                         each = same_place if a == b else near
                         words += tl.where((asked == tl.load(hold + E + b)[None, :]) & (asked >= 0), each, 0.0)
-                if tl.max(words) > 0:
-                    weight += tl.where(seen, words * tl.exp(-rare_fade * old), 0.0)
+                weight += tl.where(seen, words * tl.exp(-rare_fade * old), 0.0)
+                likely = tl.load(products + at[:, None] * I + i[None, :]).to(tl.float32) - tl.load(log_z + at)[:, None]
                 for k in range(0, K):
                     q = tl.load(query + row * q_row + k * q_head + c[:, None] * q_at + d[None, :])
                     found_by = tl.load(k_place[:, None] + k * k_head + d[None, :])
                     cosine = tl.dot(q, tl.trans(found_by)).to(q.dtype).to(tl.float32)
-                    found = seen & (cosine > least)
-                    if tl.max(found.to(tl.int32)) > 0:
-                        likely = tl.load(products + at[:, None] * I + i[None, :]).to(tl.float32)
-                        score = tl.load(trust + at * (E + K) + E + k)[:, None] + sharpness * (cosine - 1)
-                        score += plausibility * (likely - tl.load(log_z + at)[:, None])
-                        score -= learned_fade * (1 - k / K) * old
-                        weight += tl.where(found, tl.exp(tl.minimum(score, 10.0)), 0.0)
+                    score = tl.load(trust + at * (E + K) + E + k)[:, None] + sharpness * (cosine - 1)
+                    score += plausibility * likely - learned_fade * (1 - k / K) * old
+                    weight += tl.where(seen & (cosine > least), tl.exp(tl.minimum(score, 10.0)), 0.0)
                 of_all += tl.sum(weight, 1)
                 of_right += tl.sum(tl.where(tl.load(hold + 2 * E + 2)[None, :] == target[:, None], weight, 0.0), 1)
         tl.store(right + at, of_right)
