@@ -458,7 +458,7 @@ def before_and_after(facts, room, draw, most):
             room -= size
         else:
             early.append(other)
-    distractors = facts[most:][:room // size]
+    distractors = facts[most:][:max(0, room) // size]
     return early, late + distractors, room - size * len(distractors)
 
 

@@ -789,11 +789,11 @@ class Memory(nn.Module):
         """
         return logits.log_softmax(-1)
 
-    def predict(self, logits, h, tokens, real, state, embed, keep=0):
+    def predict(self, logits_of, h, tokens, real, state, embed, keep=0):
         """`distribution` after the last `keep` (0: all) of n new tokens of each sequence:
-        (log p (B, keep, V), next state, what was drawn on); logits: states -> (.., V).
+        (log p (B, keep, V), next state, what was drawn on); logits_of: states -> (.., V).
         """
-        return logits(kept(h, keep)).log_softmax(-1), state, {}
+        return logits_of(kept(h, keep)).log_softmax(-1), state, {}
 
     # ---- to be seen
 
@@ -1223,10 +1223,13 @@ class LongTermMemory(Memory, kind="ltm"):
                     stored=zeros(dtype=torch.bool), started=zeros(dtype=torch.bool), place=zeros(dtype=torch.long))
         return ring | last | dict(count=zeros(dtype=torch.long))
 
-    def predict(self, logits, h, tokens, real, state, embed, keep=0):
+    def predict(self, logits_of, h, tokens, real, state, embed, keep=0):
         E, M, n = self.config.ltm_ngrams, self.config.ltm_slots, tokens.size(1)
-        logits = logits(h)
-        log_z = logits.logsumexp(-1)
+        logits = logits_of(kept(h, keep))
+        if logits.size(1) == n:
+            log_z = logits.logsumexp(-1)
+        else:                                               # of the others only this, a few at a time
+            log_z = torch.cat([logits_of(some).logsumexp(-1) for some in h.split(16, 1)], 1)
 
         # write: the tokens that came, under the states that should have predicted them (one
         # position earlier)
@@ -1271,7 +1274,7 @@ class LongTermMemory(Memory, kind="ltm"):
             count=arrived[:, -1], h=h[:, -1].to(state["h"].dtype), log_z=log_z[:, -1], tail=line[:, n:],
             surprise=surprise[:, n:], stored=stored[:, -1], started=real[:, -1] | state["started"],
             place=state["place"] + n)
-        logits, log_z, weight = (kept(x, keep) for x in (logits, log_z, weight))
+        log_z, weight = (kept(x, keep) for x in (log_z, weight))
         return mix(logits - log_z[..., None], weight, items["value"]), state, drawn
 
     # ---- to be seen
@@ -1585,9 +1588,9 @@ class GPT(PreTrainedModel, GenerationMixin):
         """What the memory wants to know of what it retrieves: see there."""
         return self.active.find(Final(h, tokens, targets, log_p, log_z, self.embed_detached, opens, prepared))
 
-    def score_states(self, h, notes, tokens, targets, log_p, log_z, opens=None, found=None):
-        """`score`, given what `states`, `log_p` and, if it was asked, `find` give."""
-        final = Final(h, tokens, targets, log_p, log_z, self.embed_detached, opens, found=found)
+    def score_states(self, h, notes, tokens, targets, log_p, log_z, opens=None, prepared=None, found=None):
+        """`score`, given what `states`, `log_p` and, if they were asked, `prepare` and `find` give."""
+        final = Final(h, tokens, targets, log_p, log_z, self.embed_detached, opens, prepared, found)
         return self.active.score(final, notes)
 
     # ---- Hugging Face's forward
@@ -1683,7 +1686,8 @@ class GPT(PreTrainedModel, GenerationMixin):
         every = keep if isinstance(keep, int) else 0
         # one token of a model with a window has the same shapes whatever came before, and so have
         # whole windows: a GPU replays them, the latter where there are many
-        replayed = () if not window else (1,) if ids.size(1) < REPLAYED * window else (1, window)
+        many = window and every < 2 and cache.length + ids.size(1) >= REPLAYED * window
+        replayed = () if not window else (1, window) if many else (1,)
         inference = not (torch.is_grad_enabled() or self.training or torch.compiler.is_compiling())
         for block, mask in cache.blocks(ids.masked_fill(~real, self.config.pad_token_id), real):
             collected = None if hidden is None else []
@@ -2024,7 +2028,9 @@ class RevenaCache(Cache):
         The graph works on tensors of its own: what else happened to the cache since is copied
         into them first.
         """
-        length, shape = self.length, (tokens.size(1), keep)
+        length, keep = self.length, 0 if keep >= tokens.size(1) else keep
+        # tensors made in inference mode can't be written to outside of it
+        shape = tokens.size(1), keep, torch.is_inference_mode_enabled()
         one = self.graphs.get(shape)
         if one is None or one.settings != self.settings():      # a graph has those it was made with
             one = self.graphs[shape] = self.record(tokens, real, keep)

@@ -397,7 +397,8 @@ class Training:
 
         It is model.score, piece by piece. What a memory prepares on the final states is done beside the
         logits. Its gradient, and that of what it finds, are computed beside the gradient of the logits:
-        autograd stays on the stream of the forward.
+        autograd stays on the stream of the forward, and what `find` gave is not given back before its
+        own gradient, the next to want room there, has waited for `outcome`'s.
         """
         h, notes = self.states(tokens, opens, embedded)
         with self.side_by_side() as turns:
@@ -409,11 +410,11 @@ class Training:
             if self.streams:                    # this one may still read them where the first has done with them
                 for x in (h, log_p, log_z):
                     x.record_stream(torch.cuda.current_stream())
-        return self.outcome(h, notes, tokens, targets, log_p, log_z, opens, found, targets_in_batch)
+        return self.outcome(h, notes, tokens, targets, log_p, log_z, opens, prepared, found, targets_in_batch)
 
-    def _outcome(self, h, notes, tokens, targets, log_p, log_z, opens, found, targets_in_batch):
+    def _outcome(self, h, notes, tokens, targets, log_p, log_z, opens, prepared, found, targets_in_batch):
         """The last piece of `objective`: scores of the targets, and what becomes of them."""
-        scores = self.model.score_states(h, notes, tokens, targets, log_p, log_z, opens, found)
+        scores = self.model.score_states(h, notes, tokens, targets, log_p, log_z, opens, prepared, found)
         real = targets != self.eot
 
         def total(x):

@@ -951,7 +951,7 @@ def test_a_gpu_replays_single_tokens(model):
         check(ids[:, :20])
         for t in range(20, 60):
             check(ids[:, t:t + 1])
-        assert set(replayed.graphs) == {(1, 0)}
+        assert set(replayed.graphs) == {(1, 0, False)}
         check(ids[:, 60:70])
         check(ids[:, 70:71])
         for cache in (replayed, plain):
@@ -960,9 +960,9 @@ def test_a_gpu_replays_single_tokens(model):
         twin = copy.deepcopy(replayed)
         check(ids[:, 72:73])
         assert twin.length == 72 and not twin.graphs, "a copy stays where it was"
-        gpu.config.ltm_sharpness, recorded = 9.0, replayed.graphs[1, 0]
+        gpu.config.ltm_sharpness, recorded = 9.0, replayed.graphs[1, 0, False]
         check(ids[:, 73:74])
-        assert replayed.graphs[1, 0] is not recorded, "a graph has the settings that it was made with"
+        assert replayed.graphs[1, 0, False] is not recorded, "a graph has the settings that it was made with"
         for cache in (replayed, plain):
             cache.batch_repeat_interleave(2)
         check(ids[:, 74:75].repeat_interleave(2, 0))
@@ -970,7 +970,7 @@ def test_a_gpu_replays_single_tokens(model):
             cache.clear(2)
         check(ids[:, :1])
         check(ids[:, 1:1 + 9 * WINDOW + 5])             # many whole windows, and what is left over
-        assert set(replayed.graphs) == {(1, 0), (WINDOW, 0)}
+        assert set(replayed.graphs) == {(1, 0, False), (WINDOW, 0, False)}
         check(ids[:, 250:251])
         last = gpu(ids, past_key_values=replayed, logits_to_keep=1).logits
         torch.testing.assert_close(last, gpu(ids, past_key_values=plain).logits[:, -1:], rtol=1e-4, atol=1e-4)

@@ -615,28 +615,42 @@ def test_the_scans_kernels_are_its_twins():
     assert done.stdout == "alike\n", done.stderr[-2000:]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="compares kernels on a CUDA device")
-@pytest.mark.parametrize("arm", ["with_store", "with_gru"])
-def test_a_gpu_fades_alike(arm):
-    """What the kernels make of whole lanes in bfloat16 is what the plain form makes."""
-    about = stages.ARMS[arm]
-    torch.manual_seed(0)
-    config = RevenaConfig(n_layer=2, memory=about.memory, memory_settings=about.settings)
-    model = stages.lower_precision(RevenaHybrid(config).cuda()).eval()
-    for name, weight in model.memory.named_parameters():
-        if name.startswith("out."):
-            torch.nn.init.normal_(weight, std=0.02)
-    tokens = torch.randint(0, 999, (8, 128), device="cuda")
-    opens = torch.tensor([[True, False, False, False], [True, False, True, False]], device="cuda")
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="compares what a CUDA device does")
+
+
+@on_a_gpu
+@with_gradients
+@pytest.mark.parametrize("length, rows", [(1, 1), (100, 1), (384, 3), (2048, 16)])
+def test_on_a_gpu_the_scans_kernels_are_its_twins(length, rows):
+    draw = torch.Generator().manual_seed(length)
+    shape = 3, length, 10
+    given = [-torch.rand(shape, generator=draw), torch.randn(shape, generator=draw)]
+    given = [x.cuda().requires_grad_() for x in given]
+    weight = torch.randn(shape, generator=draw).cuda()
+    opens = torch.arange(3 * rows, device="cuda").view(3, rows) % 5 == 0
     found = []
-    for fused in (False, True):
-        for part in model.fuse().memory.modules():
-            if isinstance(part, memories.Fading):
-                part.fused = part.fused and fused
-        with torch.no_grad():
-            found.append(model.score(tokens, tokens.roll(-1, 1), opens).log_p.float())
-    plain, fused = found
-    assert (plain - fused).abs().mean() < 0.02
+    for h in (scan(*given, None, opens)[0], memories.fused_scan(*given, opens)):
+        found.append((h, *torch.autograd.grad((h * weight).sum(), given)))
+    for plain, fused in zip(*found):
+        torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-4)
+
+
+@on_a_gpu
+@every_kind
+def test_a_gpu_replays_windows(name):
+    """Of every kind, from amid a row on: what is replayed is what is streamed, and leaves the same state."""
+    model = make(name).cuda()
+    ids = text(2, 12 * WINDOW).cuda()
+    replayed, plain = model.new_cache(2), model.new_cache(2)
+    for tokens in ids.split((5, 10 * WINDOW, 2 * WINDOW - 5), 1):
+        got = model(tokens, past_key_values=replayed, logits_to_keep=1).logits
+        blocks = plain.blocks(tokens, torch.ones_like(tokens, dtype=torch.bool))
+        for block, real in blocks:
+            wanted = model.stream(block, plain, real)[:, -1:]
+        torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-3)
+    assert (WINDOW, 1, False) in replayed.graphs
+    for held, state in plain.state.items():
+        torch.testing.assert_close(replayed.state[held], state, rtol=1e-3, atol=1e-3)
 
 
 # ------------------------------------------------------------ the store
