@@ -363,17 +363,23 @@ if triton:
             tl.store(dy + offset + 2 * width + i[:, None] * stride + tl.arange(0, 2 * HALF)[None, :], dv.to(dtype))
 
     @triton.jit
-    def _read_logits(logits, targets, log_p, log_z, stride, V: tl.constexpr, BLOCK: tl.constexpr):
-        """One position: log p of its target, and log Z, in one pass over its V logits."""
-        position, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-        most, total = -1e30, tl.zeros((BLOCK,), tl.float32)
+    def _read_logits(logits, targets, log_p, log_z, V: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+        """One position: log p of its target, and log Z, in one pass over its V logits. Each 32 of a block keep
+        a maximum of their own: no warp waits for another before the end. And what is read ends with the
+        COLUMNS, not amid eight of them, which are one load.
+        """
+        position, part = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK // 32)
+        column = part[:, None] * 32 + tl.arange(0, 32)[None, :]
+        most, total = tl.full((BLOCK // 32,), -1e30, tl.float32), tl.zeros((BLOCK // 32, 32), tl.float32)
         for first in range(0, V, BLOCK):
-            x = tl.load(logits + position * stride + first + column, first + column < V, other=-1e38).to(tl.float32)
-            higher = tl.maximum(most, tl.max(x, 0))
-            total = total * tl.exp(most - higher) + tl.exp(x - higher)
+            x = tl.load(logits + position * COLUMNS + first + column, first + column < COLUMNS, other=0.0)
+            x = tl.where(first + column < V, x.to(tl.float32), -1e38)
+            higher = tl.maximum(most, tl.max(x, 1))
+            total = total * tl.exp(most - higher)[:, None] + tl.exp(x - higher[:, None])
             most = higher
-        z = most + tl.log(tl.sum(total, 0))
-        picked = tl.load(logits + position * stride + tl.load(targets + position)).to(tl.float32)
+        top = tl.max(most, 0)
+        z = top + tl.log(tl.sum(tl.sum(total, 1) * tl.exp(most - top), 0))
+        picked = tl.load(logits + position * COLUMNS + tl.load(targets + position)).to(tl.float32)
         tl.store(log_p + position, picked - z)
         tl.store(log_z + position, z)
 
@@ -477,8 +483,8 @@ if triton:
         """log softmax of (T, columns) at targets (T,), and log Z, of the first `vocabulary` columns."""
         log_p, log_z = (logits.new_empty(len(logits), dtype=torch.float32) for _ in range(2))
         logits = logits.contiguous()
-        _read_logits[(len(logits),)](logits, targets, log_p, log_z, logits.stride(0), V=vocabulary, BLOCK=4096,
-                                     num_warps=4)
+        _read_logits[(len(logits),)](logits, targets, log_p, log_z, V=vocabulary, COLUMNS=logits.size(1),
+                                     BLOCK=4096, num_warps=8)
         return log_p, log_z
 
     @fused_log_p.register_fake
