@@ -211,6 +211,11 @@ def lay_out(sequences, lanes, rows, width, eot=EOT):
     return tokens.reshape(-1, width), targets.reshape(-1, width), opens, places
 
 
+def sent(array, device):
+    """An array as a tensor of a device, which is not waited for."""
+    return torch.from_numpy(array).to(device, non_blocking=True)
+
+
 def packs(sequences, width, device, settings, shape=None):
     """Lay sequences out in Packs of lanes that no sequence crosses.
 
@@ -224,7 +229,7 @@ def packs(sequences, width, device, settings, shape=None):
 
     def emit(lanes, rows, usual):
         *arrays, places = lay_out(sequences, lanes, rows, width, settings.eot)
-        return Pack(*(torch.from_numpy(x).to(device) for x in arrays), places, usual)
+        return Pack(*(sent(x, device) for x in arrays), places, usual)
 
     for lane in lanes_of(sequences, width, rows):
         taken = sum(rows_of(sequences[i], width) for i in lane)
@@ -874,29 +879,31 @@ def answer(variants, asked, width, settings, wiped=False, shape=None, note=None)
     `wiped`: nothing that came before the question is in memory. width, shape: as in `packs`.
     """
     model, device = variants[0], variants[0].device
-    said = [Answers.of(len(asked)) for _ in variants]
-    log_p = log_z = None
+    said, log_p, log_z = [], None, None
     for pack in packs([question.tokens for question in asked], width, device, settings, shape):
         if wiped:
             pack = wipe(pack, asked, settings.eot)
         numbers, first, length = map(np.array, zip(*pack.places))
         h, _ = states(model, pack)
-        row, column = (torch.from_numpy(x).to(device) for x in divmod(first + length - 1, width))
+        row, column = (sent(x, device) for x in divmod(first + length - 1, width))
         log_p_stm = model.logits(h[row, column]).log_softmax(-1)
         if model.config.memory_enabled:
             log_p, log_z = fast("log_p", model, pack, h, pack.targets)
         final = Final(h, pack.tokens, pack.targets, log_p, log_z, model.embed_detached, pack.opens)
-        choices = torch.from_numpy(np.stack([asked[i].choices for i in numbers])).to(device)
+        choices = sent(np.stack([asked[i].choices for i in numbers]), device)
         truth = choices[:, 0]
-        fact = torch.tensor([f + asked[i].place - 1 for i, f in zip(numbers, first)], device=device)
-        for variant, answers in zip(variants, said):
+        fact = sent(first + [asked[i].place - 1 for i in numbers], device)
+        for variant in variants:
             p, *known = last_word(variant, final, row, column, log_p_stm, truth, fact)
             found = torch.stack((picked(p, choices, truth), p.argmax(1) == truth, *known))
-            answers.outcomes[:, numbers] = found.cpu().numpy()
-            answers.value_nats[numbers] = -p.gather(1, truth[:, None])[:, 0].cpu().numpy()
+            said.append((numbers, found, -p.gather(1, truth[:, None])[:, 0]))
         if note:
             note(len(numbers))
-    return said
+    answers = [Answers.of(len(asked)) for _ in variants]
+    for (numbers, found, nats), of_one in zip(said, itertools.cycle(answers)):  # waits for the device
+        of_one.outcomes[:, numbers] = found.cpu().numpy()
+        of_one.value_nats[numbers] = nats.cpu().numpy()
+    return answers
 
 
 @torch.no_grad()
