@@ -519,7 +519,7 @@ if triton:
         right, total = (torch.empty_like(log_z) for _ in range(2))
         _sum_found[(N, C // 16)](facts, query, key, trust, stands, number, products, log_z, right, total,
                                  number.size(1), *strides, *constants, C=C, E=trust.size(-1) - K, K=K, A=A, BLOCK=16,
-                                 ITEMS=16, num_warps=1)
+                                 ITEMS=16, num_warps=2, maxnreg=128)   # twice as many at once: 94 us, not 103
         return right, total
 
     @fused_sums.register_fake
