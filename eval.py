@@ -225,29 +225,23 @@ def packs(sequences, width, device, settings, shape=None):
     """
     usual = settings.pack // settings.lane, settings.lane
     count, rows = shape or usual
-    waiting, longer = [], {}                                # longer: {rows of a lane: lanes}
+    waiting = {}                                            # {rows of a lane: lanes}
 
-    def emit(lanes, rows, usual):
-        *arrays, places = lay_out(sequences, lanes, rows, width, settings.eot)
-        return Pack(*(sent(x, device) for x in arrays), places, usual)
+    def emit(size):
+        lanes = waiting.pop(size)
+        if size == rows:
+            lanes += [[] for _ in range(count - len(lanes))]
+        *arrays, places = lay_out(sequences, lanes, size, width, settings.eot)
+        return Pack(*(sent(x, device) for x in arrays), places, (len(lanes), size) == usual)
 
     for lane in lanes_of(sequences, width, rows):
-        taken = sum(rows_of(sequences[i], width) for i in lane)
-        if taken > rows:
-            beside = longer.setdefault(taken, [])
-            beside.append(lane)
-            if (len(beside) + 1) * taken > count * rows:
-                yield emit(longer.pop(taken), taken, False)
-            continue
-        waiting.append(lane)
-        if len(waiting) == count:
-            yield emit(waiting, rows, (count, rows) == usual)
-            waiting = []
-    for taken, lanes in longer.items():
-        yield emit(lanes, taken, False)
-    if waiting:
-        waiting += [[] for _ in range(count - len(waiting))]
-        yield emit(waiting, rows, (count, rows) == usual)
+        size = max(rows, sum(rows_of(sequences[i], width) for i in lane))
+        beside = waiting.setdefault(size, [])
+        beside.append(lane)
+        if len(beside) == max(1, count * rows // size):
+            yield emit(size)
+    for size in list(waiting):
+        yield emit(size)
 
 
 # ------------------------------------------------------------ scores
@@ -916,8 +910,7 @@ def take_turns(model, dialogues, persistent, settings):
     right, nats = [], []
     for start in range(0, len(dialogues.turns), settings.together):
         some = slice(start, start + settings.together)
-        turns = torch.from_numpy(dialogues.turns[some]).to(model.device)
-        choices = torch.from_numpy(dialogues.choices[some]).to(model.device)
+        turns, choices = (sent(x[some], model.device) for x in (dialogues.turns, dialogues.choices))
         cache = model.new_cache(len(turns))
         for turn in turns.unbind(1):
             if not persistent:
@@ -2132,7 +2125,7 @@ def observe(model, texts, tally, tokenizer, settings):
     is_word = words_of(tokenizer)
     number = worth_showing(texts, tally, config, is_word, settings)
     model = altered(model).float()
-    ids = torch.from_numpy(texts[number][None, :settings.shown + 1]).to(model.device)
+    ids = sent(texts[number][None, :settings.shown + 1], model.device)
 
     def cost(model):
         log_p = model(ids).logits[0, :-1].gather(1, ids[0, 1:, None])[:, 0]
@@ -2272,7 +2265,7 @@ def contents_of(model, text, tokenizer, settings):
     of the predictions from target `after` on; `held` are the numbers of its rows, `of` is how
     many `contents` gave.
     """
-    ids = torch.from_numpy(text[None]).to(model.device)
+    ids = sent(text[None], model.device)
     cache, moments, numbers, same = model.new_cache(), [], {}, False
     step = settings.moment * -(-len(text) // (settings.moment * settings.moments))
     stops = [*range(step - 1, len(text) - 1, step), len(text) - 1]

@@ -116,6 +116,14 @@ if triton:
         return a * then_a, b * then_a + then_b
 
     @triton.jit
+    def _tile(T, U, BLOCK: tl.constexpr, UNITS: tl.constexpr):
+        """A program's sequence, the places t of it, where they and its units stand in (S, T, U), and which
+        of these there are.
+        """
+        s, t, u = tl.program_id(0), tl.arange(0, BLOCK), tl.program_id(1) * UNITS + tl.arange(0, UNITS)
+        return s, t, (s * T + t[:, None]) * U + u[None, :], (t[:, None] < T) & (u[None, :] < U)
+
+    @triton.jit
     def _factors(log_a, opens, where, t, inside, s, R, C):
         """a_t (BLOCK, UNITS) of places t; 0 where a sequence starts, and where nothing is."""
         starts = tl.load(opens + s * R + t // C, mask=t // C < R, other=0) & (t % C == 0)
@@ -125,9 +133,7 @@ if triton:
     @triton.jit
     def _scan_forward(log_a, b, opens, h, T, U, R, C, BLOCK: tl.constexpr, UNITS: tl.constexpr):
         """Some units of one sequence: h of all its tokens."""
-        s, t, u = tl.program_id(0), tl.arange(0, BLOCK), tl.program_id(1) * UNITS + tl.arange(0, UNITS)
-        inside = (t[:, None] < T) & (u[None, :] < U)
-        where = (s * T + t[:, None]) * U + u[None, :]
+        s, t, where, inside = _tile(T, U, BLOCK, UNITS)
         a = _factors(log_a, opens, where, t, inside, s, R, C)
         _, found = tl.associative_scan((a, tl.load(b + where, mask=inside, other=0.0)), 0, _composed)
         tl.store(h + where, found, mask=inside)
@@ -135,9 +141,7 @@ if triton:
     @triton.jit
     def _scan_backward(log_a, opens, h, grad, of_log_a, of_b, T, U, R, C, BLOCK: tl.constexpr, UNITS: tl.constexpr):
         """Gradients of the same: that of b_t is the recurrence from the end, by the factors of t + 1."""
-        s, t, u = tl.program_id(0), tl.arange(0, BLOCK), tl.program_id(1) * UNITS + tl.arange(0, UNITS)
-        inside = (t[:, None] < T) & (u[None, :] < U)
-        where = (s * T + t[:, None]) * U + u[None, :]
+        s, t, where, inside = _tile(T, U, BLOCK, UNITS)
         after = _factors(log_a, opens, where + U, t + 1, inside & (t[:, None] < T - 1), s, R, C)
         given = tl.load(grad + where, mask=inside, other=0.0)
         _, summed = tl.associative_scan((after, given), 0, _composed, reverse=True)
@@ -1510,14 +1514,6 @@ class RevenaHybrid(RevenaHybridTiny):
     def __init__(self, config):
         super().__init__(config)
         self.memory.embedding = self.get_input_embeddings
-
-    def fuse(self):
-        """.. and what fades."""
-        fits = super().fuse().fused
-        for part in self.memory.modules():
-            if isinstance(part, Fading):
-                part.fused = fits
-        return self
 
     def ids_of(self, text, tokenizer):
         """Token ids (1, T) of a text, or of ids in whatever form they came."""

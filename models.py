@@ -200,7 +200,7 @@ def row_attention(q, k, v, table, opens=None):
 # Rows of 128 tokens are so short that starting kernels takes longer than what they compute. Where fuse() was called, as
 # train.py and eval.py do on a GPU, whole rows go through these instead of their twins: `fused_heads` is `heads` with
 # `row_attention` (norm, rotary positions, attention, gate), `fused_log_p` is what GPT.log_p makes of logits, which it
-# reads once; `fused_sums`, without a gradient, LongTermMemory.sums, which writes no weight down. On one H200 a
+# reads once; `fused_sums`, without a gradient, LongTermMemory.find, which writes no weight down. On one H200 a
 # baseline's step takes 2.09 ms with all that is fused, and took 2.38 ms before.
 
 
@@ -508,7 +508,7 @@ if triton:
     def fused_sums(facts: torch.Tensor, query: torch.Tensor, key: torch.Tensor, trust: torch.Tensor,
                    stands: torch.Tensor, number: torch.Tensor, products: torch.Tensor, log_z: torch.Tensor,
                    constants: list[float]) -> tuple[torch.Tensor, torch.Tensor]:
-        """What LongTermMemory.sums makes of `facts_of`, Vectors, candidates (N, I) as `numbered` gives them,
+        """What LongTermMemory.find makes of `facts_of`, Vectors, candidates (N, I) as `numbered` gives them,
         products (N, C, I) and log Z (N, C). No gradient.
         """
         N, C, K, A = query.shape
@@ -1162,15 +1162,14 @@ class LongTermMemory(Memory, kind="ltm"):
         return self.weigh(address, items, item_log_p, self.ages(before, number)), values, stored
 
     def find(self, final):
-        return self.sums(final)
-
-    def sums(self, final):
         """Weights of the items that hold the target, and of all that are retrieved, (N, C) each; stored
         (N, C).
         """
-        N, C = final.targets.shape
-        # rows as the kernel takes them, no more than its offsets reach; what a subclass changes, it does not know
-        fits = C == self.config.stm_window and N * C * (self.config.ltm_slots + C) < 2 ** 31
+        config, (N, C) = self.config, final.targets.shape
+        # sizes and rows as the kernel takes them, no more than its offsets reach; what a subclass
+        # changes, it does not know
+        fits = config.ltm_dim in (16, 32, 64, 128) and config.ltm_slots % config.stm_window == 0
+        fits = fits and C == config.stm_window and N * C * (config.ltm_slots + C) < 2 ** 31
         if self.fused and fits and type(self) is LongTermMemory and not torch.is_grad_enabled():
             address, stored = self.located(final)
             stands, before, number = self.numbered(stored, final.opens)
@@ -1194,7 +1193,7 @@ class LongTermMemory(Memory, kind="ltm"):
         """Scores of the targets; the objective adds log p_stm: the backbone's own prediction, which
         decides what is stored, keeps learning also where the memory knows.
         """
-        right, total, stored = final.found or self.sums(final)
+        right, total, stored = final.found or self.find(final)
         log_p = (final.log_p.exp() + right).clamp(min=1e-38).log() - total.log1p()
         objective = log_p + self.config.ltm_stm_loss * final.log_p
         return Scores(log_p, final.log_p, objective, stored, self.is_hit(total), {})
@@ -1937,9 +1936,11 @@ class RevenaHybridTiny(GPT):
         return self.memory if self.config.memory_enabled else NOTHING
 
     def fuse(self):
-        """.. and the LTM's `sums`."""
-        fits = super().fuse().fused and self.config.ltm_slots % self.config.stm_window == 0
-        self.memory.fused = fits and self.config.ltm_dim in (16, 32, 64, 128)
+        """.. and what of the memory has kernels of its own."""
+        fits = super().fuse().fused
+        for part in self.memory.modules():
+            if hasattr(part, "fused"):
+                part.fused = fits
         return self
 
 

@@ -1044,12 +1044,17 @@ def run_of(root, arm, seed=0, **settings):
     return train.Run(folder, settings, 2)
 
 
+def marked(model, weights=None):
+    """What tells a checkpoint from another, of a model or its tensors by name: a row that fills a matrix up."""
+    weights = model.state_dict() if weights is None else weights
+    own = weights.get("memory.from_state.weight")
+    return weights["backbone.blocks.0.out.weight"][0] if own is None else own[model.memory.width - 1]
+
+
 def save(run, model, step, value=None):
     """Save a checkpoint; a parameter tells which (or is `value`), by too little to change a thing."""
     weights = {name: x.clone() for name, x in model.state_dict().items()}
-    own = weights.get("memory.from_state.weight")
-    marked = weights["backbone.blocks.0.out.weight"][0] if own is None else own[model.memory.width - 1]    # fills up
-    marked.fill_(step * MARK if value is None else value)
+    marked(model, weights).fill_(step * MARK if value is None else value)
     run.save(SimpleNamespace(done=step, weights=lambda: weights, state=lambda: {"statistics": torch.zeros(step, 6)}))
 
 
@@ -1342,7 +1347,7 @@ def test_damaged_weights_give_way_to_the_newest_whole_checkpoint(one_seed, capsy
         checkpoint = folder / "checkpoints" / f"step-{step:06d}"
         assert (found.source, found.step, found.weights, found.config) == (
             checkpoint, step, sha256(checkpoint / "model.safetensors"), sha256(folder / "config.json"))
-        assert (model.memory.from_state.weight[model.memory.width - 1] == step * MARK).all() and found.settings["steps"] == 8
+        assert (marked(model) == step * MARK).all() and found.settings["steps"] == 8
         said = capsys.readouterr().out
         assert str(weights) in said and str(checkpoint) in said and ("at step 4 of 8" in said) == (step == 4)
         assert ("is missing; using" in said) == (how == "gone")
@@ -1459,7 +1464,7 @@ def test_an_evaluation_beside_a_training_sees_whole_models(one_seed, capsys, mon
 
     def look():
         model, found = load(one_seed)
-        assert found.source == found.folder and (model.memory.from_state.weight[model.memory.width - 1] == found.step * MARK).all()
+        assert found.source == found.folder and (marked(model) == found.step * MARK).all()
         seen.append(found.step)
 
     def watched(function):
@@ -1491,7 +1496,7 @@ def test_a_checkpoint_saved_while_it_loads(one_seed, capsys, monkeypatch, after)
         return result
     monkeypatch.setattr(evaluation, after, call)
     model, found = load(one_seed)
-    assert (model.memory.from_state.weight[model.memory.width - 1] == found.step * MARK).all() and found.source == found.folder
+    assert (marked(model) == found.step * MARK).all() and found.source == found.folder
     assert found.weights in json.loads((run.folder / "manifest.json").read_text())["weights"]
     assert "damaged" not in capsys.readouterr().out
 
