@@ -484,7 +484,7 @@ if triton:
         log_p, log_z = (logits.new_empty(len(logits), dtype=torch.float32) for _ in range(2))
         logits = logits.contiguous()
         _read_logits[(len(logits),)](logits, targets, log_p, log_z, V=vocabulary, COLUMNS=logits.size(1),
-                                     BLOCK=4096, num_warps=8)
+                                     BLOCK=2048, num_warps=4)
         return log_p, log_z
 
     @fused_log_p.register_fake
