@@ -916,6 +916,7 @@ class LongTermMemory(Memory, kind="ltm"):
             .. fixed powers, no strength                                            0.9582
             .. two seeds: the same; a bias for trust alone; none (this class)       0.9581; 0.9583; 0.9584
             .. two seeds, 1,024 hidden units                                        0.9587
+            .. twice, four times the backbone's rate; no weight decay: more by      0.0003; 0.0006; 0.0005
         5,000 steps, without rare words: learned powers, that start at 0.25 and 1   0.9573
             .. none                                                                 0.9590
             .. a power of 0.5; of 1.5 where learned addresses start at 1            0.9573; 0.9594

@@ -1323,12 +1323,13 @@ def table_of_hosts(*several):
     """
     header = ["on a trained model", "learns", "bits per character", "recall", "training, tokens/s"]
     rows = [row for results in several for row in rows_of_host(results)]
-    prints = []
+    prints = {}
     for results in several:
         run = results["detail"]["run"]
         rows_are = "chained" if run["settings"].get("chained") else "isolated"
-        prints.append(f"{how_trained(results)}, {rows_are} rows. {run['device']}, commit {run['commit']}.")
-    return markdown(header, rows, " ".join(dict.fromkeys(prints)))
+        same = f"{how_trained(results)}, {rows_are} rows. {run['device']}"
+        prints.setdefault(same, {})[run["commit"]] = None       # an ordered set
+    return markdown(header, rows, " ".join(f"{same}, commit {' and '.join(of)}." for same, of in prints.items()))
 
 
 def table_of_speed(bench):
