@@ -94,7 +94,9 @@ def scan(log_a, b, first=None, opens=None):
     begins = None
     if opens is not None:
         begins = F.pad(opens[..., None], (0, length // c - 1)).flatten(1)[:, None]      # (S, 1, n)
-    ends = (decay(line(total), begins) * line(within[..., -1])[..., None, :]).sum(-1)   # (S, U, n)
+    # in float64: strong gates make sums of hundreds, whose differences float32 knows to a thousandth
+    lasts = decay(line(total).double(), begins).to(b.dtype)
+    ends = (lasts * line(within[..., -1])[..., None, :]).sum(-1)        # (S, U, n)
     if first is not None:
         reach = line(total).cumsum(-1).exp()
         if begins is not None:
@@ -264,12 +266,15 @@ def by_pace(h):
 
 def places_of(placement, layers):
     """Numbers of layers: "all", "first", "last", "every 3", "upper" (the middle, half-way up and the
-    final state), or a list of them.
+    final state), or a list of them. Raises ValueError where there is no such place.
     """
     if isinstance(placement, str) and placement.startswith("every "):
         return tuple(range(0, layers, int(placement.split()[1])))
     named = {"all": range(layers), "first": [0], "last": [layers - 1], "upper": [layers // 2, 3 * layers // 4, layers]}
-    chosen = named[placement] if isinstance(placement, str) else placement
+    chosen = named.get(placement) if isinstance(placement, str) else placement
+    if not chosen or not all(-1 <= place <= layers for place in chosen):
+        raise ValueError(f"placement={placement!r} names no place of {layers} layers: give {', '.join(named)}, "
+                         f"every N, or numbers from -1 (the embedding) to {layers} (the final state)")
     return tuple(sorted(set(chosen)))
 
 
@@ -315,10 +320,12 @@ class RowMemory(Memory):
         return tuple(sorted({layers // 3, 2 * layers // 3}))
 
     def width_of(self, name, share, least):
-        """A setting that is a size; None: so much of the model's width, at least `least`, a
-        multiple of 8.
+        """A setting that is a size, a multiple of 8; None: so much of the model's width, at least
+        `least`. Raises ValueError where it is none.
         """
         chosen = self.set[name]
+        if chosen is not None and (chosen <= 0 or chosen % 8):
+            raise ValueError(f"{name}={chosen} is no multiple of 8")
         return max(least, int(share * self.config.n_embd) // 8 * 8) if chosen is None else chosen
 
     # ---- state
@@ -433,7 +440,7 @@ HALVINGS = 14                   # of that: scores are told apart by 0.0007
 
 def threshold(score, best, top):
     """The least threshold, as near as halving comes, that at most `top` of the scores (.., I)
-    reach; best (.., 1).
+    reach; best (.., 1). Where more tie for the best, all of these do.
 
     A compiler makes all of it one pass over the scores; sorting them, or torch.topk, takes more
     time than the rest.
@@ -459,6 +466,7 @@ class Store(RowMemory, kind="store"):
         item s      key k_s = unit(W_k x_{s-1}), value v_s = W_v x_s (what followed),
                     importance i_s = log sigmoid(w x_s)
         score       a_ts = scale_h cos(W_q x_t, k_s) + i_s  for s <= t of the same sequence, the best `top` of them
+                    (of those that tie for the last place all, or none)
         read        r_t = sigmoid(g x_t)_h softmax(0, a_t)(0, v): a null item of logit 0 lets a head find nothing
         output      y_t + W_o (r_t, h_t), h_t the short-term state of `Fading` with U units
 
@@ -469,8 +477,8 @@ class Store(RowMemory, kind="store"):
 
     At a row's end, its items join the slots. With `merge_above` below 1, an item whose key has a
     greater cosine (mean over heads) with an older one is merged into it: keys and values become
-    means weighted by counts, importances add. When full, the least important of the older half go
-    first.
+    means weighted by counts (kept in the model's precision), importances add. When full, the least
+    important of the older half go first.
 
     Start: W_o = 0, scale 10, importance and gates 0.5; W_o learns four times as fast. Tried at
     5,000 chained steps (seed 0, nats a token over the last 1,000, all of them of text not seen
@@ -480,8 +488,8 @@ class Store(RowMemory, kind="store"):
     Settings: heads; dim: of a head (None: a fifth of the width); slots; top; scale; cosine_above:
     nothing below is found; merge_above; units: U (None: a fifth of the width).
 
-    The state, at each place p: `keys.p`, `values.p`, `facts.p` (B, M, ..), oldest last to go
-    first in order; the same of the current row, `row_keys.p` .. (B, C, ..); `last.p` the last
+    The state, at each place p: `keys.p`, `values.p`, `facts.p` (B, M, ..), oldest first,
+    empty slots among them; the same of the current row, `row_keys.p` .. (B, C, ..); `last.p` the last
     token's W_k x; `fading.p`; `merged.p` and `dropped.p`, how many items were; `read.p` (B,),
     tokens read. Watched: `found`, the share of attention that is not the null item's; `gate`;
     `held`, the share of slots in use; `merged`, items merged a sequence.
@@ -728,6 +736,8 @@ class Store(RowMemory, kind="store"):
             items = Items(*(state[f"{name}.{p}"] for name in Items._fields))
             count = items.facts.size(1)
             used = int((items.facts[..., 0] > -math.inf).any(0).sum())
+            if not used:
+                continue
             kept = self.kept(items.facts[..., 0], used)                 # of those in use only: I x I cosines
             small = Items(*(x.gather(1, kept[..., None].expand(-1, -1, x.size(-1))) for x in items))
             small, merged = self.merge(small, 0, threshold)
@@ -808,6 +818,7 @@ class Bank(RowMemory, kind="bank"):
     layers, with one W_k, W_v; x_t (D) the layer's normalised input:
 
         chapter     log p_t = log softmax(R x_t) over 16 chapters of 64 slots each; the best 4 of each token are read
+                    (and what ties with them)
         read        r_t = softmax(scale_h q_t k_j / sqrt(d) + log p_t(chapter of j)) v_j, q, k normalised
         output      y_t + W_o r_t
 
@@ -856,7 +867,8 @@ class Bank(RowMemory, kind="bank"):
         self.ask = nn.ModuleList(Affine(D, aligned(sum(self.sizes))) for _ in self.places)
         self.out = nn.ModuleList(nn.Linear(inner, D, bias=False) for _ in self.places)
         self.scale = nn.ParameterList(nn.Parameter(torch.zeros(self.heads)) for _ in self.places)
-        self.undecayed = tuple(f"bank.{b}" for b in range(count))
+        self.undecayed = (*(f"bank.{b}" for b in range(count)),
+                          *(f"spread.{b}.weight" for b in range(len(self.spread))))
         for ask, out in zip(self.ask, self.out):
             nn.init.zeros_(ask.bias)
             nn.init.zeros_(out.weight)
@@ -1096,7 +1108,7 @@ class Parts(NamedTuple):
 
 
 class Mag(RowMemory, kind="mag"):
-    """Memory as a gate: the weights of a small network in two layers, rewritten while reading.
+    """Memory as a gate: the weights of a small two-layer network, rewritten while reading.
 
     Follows MemoryMAG and Titans (Behrouz et al. 2024, section 3.1 and, memory as a gate, 4.2). At
     one place, x_t (D) the layer's normalised input, H heads, M(k; W) = W_2 silu(W_1 k), d -> h ->
@@ -1355,7 +1367,11 @@ class Mag(RowMemory, kind="mag"):
             weights, first = state[f"weights.{p}"][sequence], self.first_weights(i).detach()
             found.append(dict(place=p, distance=float((weights - first).norm() / first.norm()),
                               momentum=float(state[f"momentum.{p}"][sequence].norm())))
-            parts = self.parts(state[f"row.{p}"][sequence:sequence + 1], 1)
+            row = state[f"row.{p}"][sequence:sequence + 1].clone()
+            begun = filled // self.chunk * self.chunk
+            if filled > begun:                              # a chunk's rates are means of what it has so far
+                row[:, filled:begun + self.chunk] = row[:, begun:filled].mean(1, keepdim=True)
+            parts = self.parts(row, 1)
             k, v, theta = (x[0, :, 0] for x in (parts.k, parts.v, parts.theta))
             surprise, theta = slopes_of(k, v, theta, weights).surprise.mean(0).flatten(), theta.mean(0).flatten()
             eta, alpha = parts.log_eta[0, :, 0].exp().mean(0), 1 - parts.log_keep[0, :, 0].exp().mean(0)
@@ -1542,6 +1558,8 @@ class RevenaHybrid(RevenaHybridTiny):
         """
         if not isinstance(self.memory, Store):
             raise ValueError(f"a {self.config.memory} holds no items to ask for; see cache.contents()")
+        if not all(0 <= place < self.config.n_layer for place in self.memory.places):
+            raise ValueError("what a store at the embedding or the final state would look for is not told")
         ids, trial = self.ids_of(text, tokenizer), copy.deepcopy(cache)
         ids = ids.expand(len(cache.real), -1)
         into = self(ids, past_key_values=trial, output_hidden_states=True).hidden_states

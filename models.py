@@ -1256,7 +1256,8 @@ class LongTermMemory(Memory, kind="ltm"):
         held = newest - (newest - torch.arange(M, device=h.device)) % M                 # number of each slot's item
         held = torch.where(held < 0, NEVER, held)
         number = torch.cat((held, torch.where(stored, arrived - 1, NEVER)), dim=1)      # (B, M + n)
-        position = state["place"][:, None] + torch.arange(n, device=h.device)
+        came = real.cumsum(1)                                                           # padding has no place
+        position = state["place"][:, None] + came - 1
         new = dict(grams=address.grams[:, :n], known=address.known[:, :n], rare=address.rare[:, :n],
                    key=address.key[:, :n], value=tokens, bits=bits, position=position)
         items = {name: torch.cat((state[name], new[name].to(state[name].dtype)), 1) for name in RING}
@@ -1279,7 +1280,7 @@ class LongTermMemory(Memory, kind="ltm"):
         state = {name: into_slots(state[name], slot, new[name]) for name in RING} | dict(
             count=arrived[:, -1], h=h[:, -1].to(state["h"].dtype), log_z=log_z[:, -1], tail=line[:, n:],
             surprise=surprise[:, n:], stored=stored[:, -1], started=real[:, -1] | state["started"],
-            place=state["place"] + n)
+            place=state["place"] + came[:, -1])
         log_z, weight = (kept(x, keep) for x in (log_z, weight))
         return mix(logits - log_z[..., None], weight, items["value"]), state, drawn
 
@@ -1613,7 +1614,8 @@ class GPT(PreTrainedModel, GenerationMixin):
             position_ids: only as they follow from the mask and the cache; others are refused.
             past_key_values: a RevenaCache (see new_cache) to go on from; use_cache=True starts one. Then `input_ids`
                 are only the new tokens, any number; the cost of a token does not depend on how many came before.
-            labels: (B, T), -100 ignored; gives `loss`, the mean negative log-likelihood of labels[:, 1:] in nats.
+            labels: (B, T), -100 ignored; gives `loss`, the mean negative log-likelihood of labels[:, 1:] in nats. What
+                train.py minimises, `objective` of `score`, has terms of a memory's own besides.
             output_hidden_states, output_attentions, return_dict, use_cache: None: what the config says of them.
             logits_to_keep: give the last so many positions only, 0: all; or those of a 1-D tensor.
 

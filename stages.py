@@ -67,7 +67,7 @@ ARMS = {
     # what else a number could come from, one seed each
     "wide": Arm(None, "wider feed-forward", backbone=dict(n_inner=2784), control=True),
     "with_bank_low_rank": Arm("bank", "bank of rank 64", dict(rank=64), control=True),
-    "with_gru_cell": Arm("gru", "GRUCell a row, decay 0.97", dict(cell=True, fade=0.97), control=True),
+    "with_gru_cell": Arm("gru", "GRUCell a row", dict(placement="upper", cell=True, fade=0.97), control=True),
     "with_gru_reset": Arm("gru", "GRU, reset at every row", dict(placement="upper", carry=False), control=True),
     "with_mag_reset": Arm("mag", "MAG, reset at every row", dict(carry=False), control=True),
     "with_store_reset": Arm("store", "store, reset at every row", dict(carry=False), control=True),
@@ -94,7 +94,7 @@ def study():
         found[name] = Arm(None, label, group="baseline", config=dict(stm_window=window))
     found["study_wide"] = Arm(None, "the LTM's parameters in the feed-forward", group="baseline",
                               backbone=dict(n_inner=2_720))
-    found["more_steps"] = Arm(None, "the LTM's time in steps", group="baseline", share=1.08)
+    found["more_steps"] = Arm(None, "the LTM's time in steps", group="baseline", share=1.05)     # README's
     stored = {"surprisal": {}, "random": dict(ltm_random=0.576), "every": dict(ltm_surprisal_bits=-1.0)}
     # an isolated row never fills 256 slots: 1,024 of them change what is evaluated, not what is trained
     labels = {"surprisal": "surprising tokens", "random": "random ones, same rate", "every": "every token"}

@@ -675,6 +675,9 @@ def test_padding_is_nothing(side, form):
         torch.testing.assert_close(out.logits[row, mine], alone.logits[0], **CLOSE)
         for states, wanted in zip(out.hidden_states, alone.hidden_states, strict=True):
             torch.testing.assert_close(states[row, mine], wanted[0], **CLOSE)
+    if form == "streaming":                                 # items stand where they do in the text
+        for row, one in enumerate(sequences):
+            assert held_by(out.past_key_values, row) == held_by(model(one, use_cache=True).past_key_values)
     if use_cache:                                           # and what is remembered is right: the next token agrees
         longer = F.pad(mask, (0, 1), value=1)
         after = model(torch.full((5, 1), 9), past_key_values=out.past_key_values, attention_mask=longer).logits
