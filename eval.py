@@ -59,11 +59,11 @@ from tqdm import tqdm
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from models import EOT, GPT, Address, Final, LongTermMemory, Memory, Reading, Vectors, lagged, mix, of_asked, of_rows
-from stages import (ARMS, PROJECT, SPECIFIED, STUDY, StageError, about, arm_flag, arm_folder, byte_level,
+from stages import (ARMS, PROJECT, REGIME, SPECIFIED, STUDY, StageError, about, arm_flag, arm_folder, byte_level,
                     characters_per_token, command, commit, compiled, default_root, device_name, documents,
-                    encoded, has_compiler, is_hosted, load_model, load_own, load_split, load_tokenizer,
+                    encoded, has_compiler, init_name, is_hosted, load_model, load_own, load_split, load_tokenizer,
                     lower_precision, own_name, parser_of, pick_device, read_json, read_manifest, read_meta,
-                    run_stage, seal, sha256, spaced_words, write_atomic, write_json)
+                    regime_flags, run_stage, seal, sha256, spaced_words, write_atomic, write_json)
 
 FORMATS = {                     # how a fact is written; the question stops before the value
     "pair": (" {key}", " {value}", "."),
@@ -1142,7 +1142,7 @@ def measured_arm(found, exam, place):
         tensors, seen = measure(model, exam, bar.update)
     numbers = [x for x in tensors.values() if x.dtype.kind == "f"]
     if not all(np.isfinite(x).all() for x in numbers):
-        again = train_command(found.seed, found.arm, place)
+        again = train_command(found.seed, found.arm, place, found.settings)
         raise StageError(f"a metric of {found.folder} is NaN or infinite: the weights are not sane; "
                          f"train again: {again} --fresh")
     facts = expected_of(found, exam) | facts_of(model, place.device, found.settings) | seen
@@ -1182,9 +1182,9 @@ class Found(NamedTuple):
     settings: dict              # of its training
 
 
-def train_command(seed, arm, place, flags=""):
-    """The command that makes an arm."""
-    return command(f"train.py {arm_flag(arm)}{flags}", place.root, place.quick, seed or None)
+def train_command(seed, arm, place, settings=None):
+    """The command that makes an arm, with the flags of a training's settings."""
+    return command(f"train.py {arm_flag(arm)}{regime_flags(settings or {})}", place.root, place.quick, seed or None)
 
 
 def newest_checkpoint(folder):
@@ -1287,7 +1287,7 @@ def trained_arms(root):
 # what trainings that are compared may differ in
 OWN = ("arm", "seed", "memory", "memory_settings", "backbone", "config", "replay", "init",
        "init_config", "lora")
-REGIME = ("steps", "chained", "planted", "train_backbone")      # what train.py has flags for
+OTHER_MODEL = "the model's config"
 
 
 def shared_settings(found):
@@ -1296,41 +1296,45 @@ def shared_settings(found):
 
 
 def retrain(one, like, differing, place):
-    """The command that trains an arm again as another one was, or all where that takes other
-    code."""
-    if not set(differing) <= set(REGIME):
-        memories = "" if one.arm in SPECIFIED else " --memories"
-        return command(f"./run_all.sh{memories} --fresh", place.root, place.quick)
-    flags = "".join(f" --{name.replace('_', '-')}" + f" {like[name]}" * (like[name] is not True)
-                    for name in REGIME if like.get(name))
-    return f"{train_command(one.seed, one.arm, place, flags)} --fresh"
+    """The command that trains an arm again as another one was; where no flag tells what differs,
+    those that make both again, as the files at hand have it."""
+    both = [one] if set(differing) <= set(REGIME) else [like, one]
+    again = [f"{train_command(a.seed, a.arm, place, like.settings)} --fresh" for a in both]
+    if OTHER_MODEL in differing:
+        flags = ["" if init_name(a.arm) == "init" else f" {arm_flag(a.arm)}" for a in both]
+        again = [command(f"add_memory.py{flag}", place.root, place.quick, a.seed or None)
+                 for a, flag in zip(both, flags)] + again
+    return " && ".join(again)
 
 
 def check_comparable(found, meta, place):
     """Raise StageError where the arm is not the only thing that differs: the data, the
-    settings, the steps taken and, within a seed, the initial weights of the specification's
-    arms have to be the same."""
-    first, inits = found[0], {}
+    settings, the steps taken, the config of all seeds of an arm and, within a seed, the initial
+    weights of the specification's arms have to be the same."""
+    first, inits, configs = found[0], {}, {}
     theirs = shared_settings(first)
     for one in found:
         name, mine = one.folder.relative_to(place.root), shared_settings(one)
         if one.settings.get("data") != meta["splits"]["train"]["sha256"]:
-            again = train_command(one.seed, one.arm, place)
+            again = train_command(one.seed, one.arm, place, one.settings)
             raise StageError(f"{name} was trained on other data than {place.root}/data now holds; put that "
                              f"data back, or train again: {again} --fresh")
         differing = sorted(key for key in mine | theirs if mine.get(key) != theirs.get(key))
         init = one.settings.get("init")
         if one.arm in SPECIFIED and inits.setdefault(one.seed, init) != init:
             differing.append("initial weights")
+        config = one.settings.get("init_config")
+        if configs.setdefault(init_name(one.arm), config) != config:
+            differing.append(OTHER_MODEL)
         if differing:
             raise StageError(f"{name} was trained differently from {first.folder.relative_to(place.root)} "
                              f"({', '.join(differing)}); train again: "
-                             f"{retrain(one, theirs, differing, place)}")
+                             f"{retrain(one, first, differing, place)}")
     furthest = max(one.step for one in found)
     for one in found:
         if one.step != furthest:
             name = (one.source or one.folder).relative_to(place.root)
-            again = train_command(one.seed, one.arm, place)
+            again = train_command(one.seed, one.arm, place, one.settings)
             raise StageError(f"{name} is at step {one.step}, not at {furthest} as others are; go on with: "
                              f"{again} --resume")
 
@@ -1961,7 +1965,7 @@ def about_arm(evidence, arm):
     return {"label": about(arm).label,
             "parameters": facts["parameters"],
             "memory_parameters": facts["memory_parameters"],
-            "trained_parameters": facts.get("trained_parameters", facts["parameters"]),
+            "trained_parameters": facts["trained_parameters"],
             "state_bytes": facts["state_bytes"],
             "hit_means": facts["hit_means"],
             "settings": facts["memory_settings"],
@@ -2859,10 +2863,10 @@ def of_study(exam, meta, place):
         found = find_arm(0, name, place)
         if found.settings.get("data") != meta["splits"]["train"]["sha256"]:
             raise StageError(f"{name} was trained on other data than {place.root}/data now holds; train again: "
-                             f"{train_command(0, name, place)} --fresh")
+                             f"{train_command(0, name, place, found.settings)} --fresh")
         if found.step != found.settings.get("steps"):
             raise StageError(f"{name} is at step {found.step} of {found.settings.get('steps')}; go on with: "
-                             f"{train_command(0, name, place)} --resume")
+                             f"{train_command(0, name, place, found.settings)} --resume")
         _, measured[REFERENCE if name == USUAL[0] else name, 0] = measured_arm(found, exam, place)
     return Evidence(measured, {name: (0,) for name, _ in measured}, exam)
 

@@ -129,6 +129,15 @@ def arm_flag(arm):
     return "--" + arm.replace("_", "-")
 
 
+REGIME = ("steps", "chained", "planted", "train_backbone")     # settings of a training that train.py has flags for
+
+
+def regime_flags(settings):
+    """Flags of train.py: " --steps 6 --chained 1", of {name: value} of a training's settings."""
+    told = [(name.replace("_", "-"), settings.get(name)) for name in REGIME]
+    return "".join(f" --{name}" if value is True else f" --{name} {value:g}" for name, value in told if value)
+
+
 def init_name(arm):
     """The folder under trained/ that holds the weights which an arm starts from; the
     specification's two share one, and so do those of the study whose backbone is theirs.

@@ -48,7 +48,8 @@ from tqdm.auto import tqdm
 from stages import (ARMS, EOT, STUDY, StageError, Wandb, about, arm_flag, arm_folder, command, compiled, default_root,
                     device_name, fsync, has_compiler, init_name, is_hosted, load_model, load_split,
                     load_tokenizer, lock, lower_precision, one_line, parser_of, pick_device, read_json, read_manifest,
-                    recut, run_stage, save_model, seed_number, sha256, write_atomic, write_json, write_manifest)
+                    recut, regime_flags, run_stage, save_model, seed_number, sha256, write_atomic, write_json,
+                    write_manifest)
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ def replayed(plan, share, seed):
     What is drawn is a row where steps are isolated, a whole lane where they are chained.
     """
     rows, opens = plan.rows.clone(), plan.opens.clone()
-    steps, lanes, lane = opens.shape
+    steps, _, lane = opens.shape
     draw = np.random.default_rng((seed, 7))
     for step in range(1, steps):
         chained = step >= plan.chained_from
@@ -713,6 +714,26 @@ class Run:
             raise StageError(f"no checkpoint in {self.checkpoints} is whole; start over with --fresh, not --resume")
         return None
 
+    def is_over(self, steps):
+        """Whether all steps were taken, though no checkpoint is left to tell: the weights are here,
+        or were taken elsewhere. Raises StageError where there is another run, or a part of this one
+        that cannot be gone on with: no training is thrown away unasked.
+        """
+        theirs, weights = self.manifest(), self.folder / "model.safetensors"
+        if not (self.folder / "manifest.json").exists() or theirs.get("step") == 0:
+            return False
+        if not theirs:
+            wrong = "but its manifest.json is damaged"
+        elif differing := self.differing(theirs["settings"]):
+            wrong = f"with other settings ({differing})"
+        elif theirs.get("step") != steps:
+            wrong = f"at step {theirs.get('step')}, and no checkpoint to go on from"
+        elif weights.exists() and sha256(weights) not in theirs["weights"]:
+            wrong = "but its model.safetensors is damaged"
+        else:
+            return True
+        raise StageError(f"{self.folder} holds a run already, {wrong}; start over with --fresh, not --resume")
+
     def begin(self, model, tokenizer):
         """Lay out the folder, so that it loads from the first moment: config, code, tokenizer,
         initial weights.
@@ -916,7 +937,7 @@ The weights of step {step:,} of {steps:,}.
 |---|---|
 | data | {source}: {documents:,} documents, {tokens:,} tokens |
 | training loss (nats a token) | {loss} |
-| seed, batch, learning rate | {seed}, {batch} rows of 128 tokens, {lr} |
+| seed, batch, learning rate | {seed}, {batch} rows of {width} tokens, {lr} |
 | share of the steps with chained rows | {chained} |
 | torch, device | {torch}, {device} |
 
@@ -1016,8 +1037,9 @@ class Console:
         training = self.training
         last = training.statistics[max(0, training.done - training.settings.log_every):training.done, 0]
         loss = float(last.mean())
+        said = f"{loss:.4f}" if training.done else "no step was taken"
         try:
-            write_atomic(self.run.folder / "README.md", self.job.card(training, self.run.folder, loss))
+            write_atomic(self.run.folder / "README.md", self.job.card(training, self.run.folder, said))
         except Exception as error:
             say(f"warning: no model card was written ({one_line(error)})", sys.stderr)
         self.wandb.finish()
@@ -1156,7 +1178,7 @@ class Job:
         self.settings = dataclasses.replace(settings, **self.about.training)
         self.following = command("eval.py --report", self.root, args.quick)
         if self.arm == "baseline":
-            regime = f" --chained {args.chained:g}" if args.chained else ""
+            regime = regime_flags(vars(args))
             self.following = command(f"train.py --with-ltm{regime}", self.root, args.quick, args.seed or None)
         if self.arm in STUDY:
             self.following = command("eval.py --study", self.root, args.quick)
@@ -1222,7 +1244,12 @@ class Job:
             raise StageError(f"{path} is missing, damaged or of other data than train.bin; make it with: {made_by}")
         planted = np.fromfile(path, self.rows.dtype).reshape(-1, self.rows.shape[1])
         self.rows = np.concatenate((self.rows, planted))
-        self.first_planted = real + np.flatnonzero(planted[:, 0] == self.meta["eot"])
+        opens = np.flatnonzero(planted[:, 0] == self.meta["eot"])
+        fewest, lane = np.diff(opens, append=len(planted)).min(), self.settings.lane
+        if 2 * lane - 1 > fewest:                           # every second row: they overlap by half
+            raise StageError(f"a lane of {lane} rows is longer than a planted document; lower lane at the top of "
+                             f"train.py to at most {(fewest + 1) // 2}")
+        self.first_planted = real + opens
         self.real_rows, self.planted_data = real, about["sha256"]
 
     def all_facts(self, start):
@@ -1254,16 +1281,17 @@ class Job:
         return replayed(plan, self.about.replay, self.seed) if self.about.replay else plan
 
     def card(self, training, folder, loss):
-        """README.md of the checkpoint; loss: None where no step was taken."""
+        """README.md of the checkpoint; loss: what it says of it."""
         parameters = sum(p.numel() for p in self.model.parameters())
         learnt = sum(p.numel() for group in training.groups for p in group.parameters)
-        what = f"A memory on {self.host}" if self.host else "A GPT with a sliding attention window of 128 tokens (STM)"
+        window, width = self.model.config.stm_window, self.rows.shape[1]
+        what = f"A memory on {self.host}" if self.host else (
+            f"A GPT with a sliding attention window of {window} tokens (STM)")
         data = self.meta["splits"]["train"]
-        loss = "nothing learns" if loss is None else f"{loss:.4f}"
         return CARD.format(arm=self.arm, label=self.about.label, step=training.done, steps=self.steps, loss=loss,
                            what=what, parameters=parameters, learnt=learnt, source=self.meta["source"],
                            seed=self.seed, lr=self.settings.lr,
-                           batch=self.settings.batch, chained=self.chained, documents=data["documents"],
+                           batch=self.settings.batch, width=width, chained=self.chained, documents=data["documents"],
                            tokens=data["tokens"], torch=torch.__version__, folder=folder,
                            device=device_name(training.device.type))
 
@@ -1308,7 +1336,9 @@ def main(argv=None):
 
 
 def open_run(job, args, processes):
-    """(run, its newest checkpoint or None), the folder locked and laid out by the first process."""
+    """(run, its newest checkpoint or None, whether nothing is left to do), the folder locked and
+    laid out by the first process.
+    """
     run = Run(arm_folder(job.root, job.seed, job.arm), job.facts, job.settings.keep)
     if processes.first:
         run.lock()
@@ -1318,10 +1348,12 @@ def open_run(job, args, processes):
             run.refuse_another()
     processes.wait()
     resumed = run.newest()
-    if processes.first and not resumed:
+    over = resumed is None and run.is_over(job.steps)
+    processes.wait()
+    if processes.first and not resumed and not over:
         run.clear()
         run.begin(job.model, job.tokenizer)
-    return run, resumed
+    return run, resumed, over
 
 
 def resume(run, training, checkpoint, first):
@@ -1346,11 +1378,11 @@ def train(args, settings, processes):
     job = Job(args, settings)
     plan = job.plan(processes.world)
     torch.manual_seed(job.seed)                          # nothing draws from it; what would, would draw the same
-    run, checkpoint = open_run(job, args, processes)
+    run, checkpoint, over = open_run(job, args, processes)
     training = Training(job.model.to(processes.device), job.rows, plan, job.settings)
     if checkpoint:
         resume(run, training, checkpoint, processes.first)
-    if training.done == job.steps:
+    if over or training.done == job.steps:
         if processes.first:
             print(f"{run.folder}: all {job.steps:,} steps are done already; next: {job.following}")
         return 0
@@ -1378,7 +1410,7 @@ def save_still(run, training, job):
     training.done = job.steps                            # to all who compare arms it is a whole run
     run.save(training)
     (run.folder / "history.jsonl").touch()
-    write_atomic(run.folder / "README.md", job.card(training, run.folder, None))
+    write_atomic(run.folder / "README.md", job.card(training, run.folder, "nothing learns"))
     say(f"nothing learns in {job.host} without --train-backbone, so that no step is taken; "
         f"wrote {run.folder}/ in {time.time() - job.began:.0f} s; next: {job.following}")
 

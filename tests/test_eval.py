@@ -1391,10 +1391,11 @@ def test_the_config_is_known_as_it_was_at_the_start(one_seed):
 
 
 @pytest.mark.parametrize("settings, says", [
-    (dict(batch=4), ("with_ltm was trained differently", "(batch)", "./run_all.sh --fresh --root")),
+    (dict(batch=4), ("with_ltm was trained differently", "(batch)", "train.py --baseline --steps 8 --root",
+                     "--fresh && python train.py --with-ltm --steps 8 --root")),
     (dict(chained=1.0), ("with_ltm was trained differently", "(chained)", "train.py --with-ltm --steps 8 --root",
                          "--fresh")),
-    (dict(init="another"), ("with_ltm was trained differently", "(initial weights)", "./run_all.sh", "--fresh")),
+    (dict(init="another"), ("with_ltm was trained differently", "(initial weights)", "train.py --baseline", "--fresh")),
     (dict(data="another"), ("with_ltm was trained on other data", "--with-ltm", "--fresh"))])
 def test_arms_that_differ_in_more_than_the_memory_are_refused(one_seed, evaluate, settings, says):
     path = one_seed / "trained" / "with_ltm" / "manifest.json"
@@ -1409,6 +1410,17 @@ def test_seeds_trained_differently_are_refused(root, evaluate):
         path = root / "trained" / "seed1" / arm / "manifest.json"
         path.write_text(path.read_text().replace('"batch": 2', '"batch": 4'))
     assert refused(evaluate(root), "seed1/baseline was trained differently from trained/baseline")
+
+
+def test_seeds_of_other_models_are_refused(root, evaluate):
+    """Of other slots or thresholds, say: add_memory.py was edited in between."""
+    for arm in ARMS:
+        path = root / "trained" / "seed1" / arm / "manifest.json"
+        manifest = json.loads(path.read_text())
+        manifest["settings"]["init_config"] = "another"
+        path.write_text(json.dumps(manifest))
+    assert refused(evaluate(root), "seed1/baseline was trained differently from trained/baseline (the model's config)",
+                   "add_memory.py --root", "--seed 1", "train.py --baseline")
 
 
 def test_arms_that_are_not_equally_far_are_refused(one_seed, evaluate):

@@ -1088,6 +1088,38 @@ def test_a_run_that_is_there_is_never_started_over_unasked(finished, here, undis
     assert files(finished / "elsewhere")                                # a link goes, what it points to stays
 
 
+@pytest.mark.parametrize("gone", [["checkpoints"], ["checkpoints", "model.safetensors"]])
+def test_a_run_without_checkpoints_is_over_where_it_ended(finished, here, gone):
+    """They are large, and people remove them; or only what was measured came here."""
+    folder = finished / "trained" / "baseline"
+    for name in gone:
+        shutil.rmtree(folder / name) if name == "checkpoints" else (folder / name).unlink()
+    (folder / "evaluation.safetensors").write_bytes(b"measured")
+    before = files(folder)
+    code, out, _ = here(finished, "--baseline", "--resume")
+    assert code == 0 and "all 12 steps are done already" in out and files(folder) == before
+    assert refused(here(finished, "--baseline", "--resume", "--chained"), "other settings", "chained was 0.0, is 1.0",
+                   "--fresh")
+    assert files(folder) == before
+
+
+@pytest.mark.parametrize("what, says", [("step", "at step 8, and no checkpoint to go on from"),
+                                        ("weights", "model.safetensors is damaged"),
+                                        ("manifest", "manifest.json is damaged")])
+def test_a_run_that_cannot_be_gone_on_with_stays(finished, here, what, says):
+    folder = finished / "trained" / "baseline"
+    shutil.rmtree(folder / "checkpoints")
+    path = folder / "manifest.json"
+    if what == "weights":
+        flip(folder / "model.safetensors", 3_000)
+    else:
+        path.write_text(path.read_text().replace('"step": 12', '"step": 8') if what == "step" else "{")
+    before = files(folder)
+    assert refused(here(finished, "--baseline", "--resume"), says, "--fresh")
+    assert files(folder) == before
+    assert here(finished, "--baseline", "--fresh")[0] == 0
+
+
 def test_initial_weights_that_changed_are_refused(root, here):
     init = root / "trained" / "init"
     flip(init / "config.json", 300)
