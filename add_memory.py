@@ -24,6 +24,7 @@ what it says of all tokens at once; no prediction depends on what comes after it
 import argparse
 import copy
 import os
+import shlex
 import shutil
 import time
 from dataclasses import dataclass
@@ -33,8 +34,8 @@ import torch
 
 from models import GPT, SIZES, RevenaConfig
 from stages import (ARMS, SPECIFIED, STUDY, StageError, about, arm_flag, arm_folder, command,
-                    default_root, init_name, is_hosted, load_model, load_tokenizer, model_class, one_line,
-                    parser_of, read_json, run_stage, save_model, seed_number, write_manifest)
+                    default_root, init_name, is_hosted, load_model, load_tokenizer, lock, model_class,
+                    one_line, parser_of, read_json, run_stage, save_model, seed_number, write_manifest)
 
 
 @dataclass(frozen=True)
@@ -202,7 +203,7 @@ def check_tokenizer(name, config, tokenizer, root, quick):
         own = tokenizer.get_vocab()
     if own != tokenizer.get_vocab() or len(tokenizer) > config.vocab_size:
         raise StageError(f"{root}/data/tokenizer is not the tokenizer of {name}; prepare the data with that: "
-                         + command(f"prepare_data.py --tokenizer {name}", root, quick))
+                         + command(f"prepare_data.py --tokenizer {shlex.quote(name)}", root, quick))
 
 
 # ------------------------------------------------------------ proofs
@@ -312,16 +313,19 @@ def report(hybrid, size, seed, arm):
 def write_folder(hybrid, tokenizer, folder, **facts):
     """The model as a folder that is whole or absent."""
     aside = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)                # of a run that was killed
-    aside.mkdir(parents=True)
-    try:
-        save_model(hybrid, tokenizer, aside)
-        write_manifest(aside, **facts)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(aside, folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_name(f".{folder.name}.lock"), "w") as held:
+        lock(held, f"another add_memory.py is writing {folder}; let it end first")
+        shutil.rmtree(aside, ignore_errors=True)            # of a run that was killed
+        aside.mkdir()
+        try:
+            save_model(hybrid, tokenizer, aside)
+            write_manifest(aside, **facts)
+            if folder.exists():
+                shutil.rmtree(folder)
+            os.replace(aside, folder)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def check_room(folder, args):

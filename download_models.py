@@ -37,7 +37,7 @@ from pathlib import Path
 from urllib.parse import unquote, urljoin, urlsplit, urlunsplit
 
 from stages import (
-    TOKENIZER_SHA256, StageError, command, default_root, one_line, parser_of,
+    TOKENIZER_SHA256, StageError, command, default_root, one_line, parser_of, read_manifest,
     run_stage, sha256, write_atomic,
 )
 
@@ -273,6 +273,10 @@ def main(argv=None):
     root = default_root(flags.root, flags.quick)
     folder = root / "data" / "tokenizer"
 
+    if (folder / "manifest.json").exists():
+        model = read_manifest(folder, command("prepare_data.py --tokenizer MODEL", root, flags.quick))["model"]
+        print(f"the tokenizer of {model} is in {folder}, as prepare_data.py --tokenizer put it: it stays")
+        return
     if wrong_files(folder):
         source = download(folder, settings)
         print(f"GPT-2's tokenizer -> {folder}: from {source}, SHA-256 verified")

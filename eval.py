@@ -1146,7 +1146,7 @@ def measured_arm(found, exam, place):
         raise StageError(f"a metric of {found.folder} is NaN or infinite: the weights are not sane; "
                          f"train again: {again} --fresh")
     facts = expected_of(found, exam) | facts_of(model, place.device, found.settings) | seen
-    facts["folder"], facts["step"] = str(found.source.relative_to(place.root)), found.step
+    facts |= {"folder": str(found.source.relative_to(place.root)), "step": found.step, "trained_by": found.trained_by}
     tensors = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
     write_measured(path, Measured(facts, tensors))
     return found, read_measured(path)
@@ -1180,6 +1180,7 @@ class Found(NamedTuple):
     config: str                 # the hash of config.json
     step: int
     settings: dict              # of its training
+    trained_by: list            # what took its steps: {"commit", "torch", "device"}
 
 
 def train_command(seed, arm, place, settings=None):
@@ -1222,7 +1223,7 @@ def find_arm(seed, arm, place):
     # the hash first: a training at work names new weights in the manifest before they are in place
     digest = sha256(weights) if weights.is_file() else None
     manifest = read_json(folder / "manifest.json", made_by)
-    known, settings = manifest.get("weights"), manifest.get("settings")
+    known, settings, trained_by = (manifest.get(name) for name in ("weights", "settings", "made_by"))
     whole = isinstance(settings, dict) and isinstance(known, dict) and is_finite(settings)
     if not whole or any(type(step) is not int for step in known.values()):
         raise StageError(f"{folder / 'manifest.json'} is damaged; train again: {made_by} --fresh")
@@ -1231,19 +1232,19 @@ def find_arm(seed, arm, place):
         measured = read_measured(folder / place.file)
         if measured and measured.facts["weights"] in known:
             digest, config = measured.facts["weights"], manifest.get("config")
-            return Found(seed, arm, folder, None, digest, config, known[digest], settings)
+            return Found(seed, arm, folder, None, digest, config, known[digest], settings, trained_by)
     config = folder / "config.json"
     if not config.is_file() or sha256(config) != manifest.get("config"):
         wrong = "is not the file its manifest names" if config.is_file() else "is missing"
         raise StageError(f"{config} {wrong}; put that back, or train again: {made_by} --fresh")
     if digest in known:
-        return Found(seed, arm, folder, folder, digest, manifest["config"], known[digest], settings)
+        return Found(seed, arm, folder, folder, digest, manifest["config"], known[digest], settings, trained_by)
     wrong = "is missing" if digest is None else "is not the file its manifest names"
     if checkpoint is None:
         raise StageError(f"{weights} {wrong}, and no whole checkpoint is left; train again: {made_by} --fresh")
     source, digest, step = checkpoint
     tqdm.write(f"{weights} {wrong}; using {source} instead")
-    return Found(seed, arm, folder, source, digest, manifest["config"], step, settings)
+    return Found(seed, arm, folder, source, digest, manifest["config"], step, settings, trained_by)
 
 
 def load_arm(seed, arm, place):
@@ -1450,7 +1451,7 @@ def paired_bootstrap(bits, seeds, characters, settings):
 
     Args: bits {arm: (seeds, documents)}, seeds {arm: their numbers}, characters (documents,).
     Returns: {arm: {"per_seed", "ci95"} and, but for the baseline, "difference": {"mean",
-    "ci95"}, "ratio", "p", "p_holm", "verdict"}.
+    "ci95"}, "ratio", "ratio_ci95", "p", "p_holm", "verdict"}.
     """
     samples = resample(bits, seeds, characters, settings)
     result = {}
@@ -1464,7 +1465,7 @@ def paired_bootstrap(bits, seeds, characters, settings):
         baseline = statistics.fmean(of_baseline[seed] for seed in seeds[arm])
         own, theirs = samples[arm]
         result[arm]["difference"] = {"mean": mean - baseline, "ci95": interval(own - theirs)}
-        result[arm]["ratio"] = mean / baseline
+        result[arm] |= {"ratio": mean / baseline, "ratio_ci95": interval(own / theirs)}
         result[arm]["p"] = two_sided(own - theirs)
     for arm, p in holm({arm: result[arm]["p"] for arm in others}).items():
         sign = np.sign(result[arm]["difference"]["mean"])
@@ -1805,19 +1806,22 @@ def summarise_speed(on, off, settings):
                    "verdict": verdict(low > 1 or high < 1, low - 1)}
 
 
-def summarise_training(folder):
-    """What history.jsonl of a training says: median tokens a second, and the last loss;
-    null where it says nothing."""
-    rates, loss = [], None
-    path = folder / "history.jsonl"
-    for line in path.read_bytes().splitlines() if path.is_file() else ():
-        try:
-            entry = json.loads(line, parse_constant=int)               # int("NaN") is a ValueError
-            loss = float(entry["loss"])
-            rates.append(float(entry["tok/sec"]))
-        except (ValueError, KeyError, TypeError):
-            continue
-    return {"tokens_per_sec": statistics.median(rates) if rates else None, "loss": loss}
+def summarise_training(folders):
+    """What history.jsonl of an arm's trainings says, each in the folder of a seed: median tokens a
+    second and the last loss, medians over the seeds; null where none says anything."""
+    rates, losses = [], []
+    for path in (folder / "history.jsonl" for folder in folders):
+        own, loss = [], None
+        for line in path.read_bytes().splitlines() if path.is_file() else ():
+            try:
+                entry = json.loads(line, parse_constant=int)           # int("NaN") is a ValueError
+                loss = float(entry["loss"])
+                own.append(float(entry["tok/sec"]))
+            except (ValueError, KeyError, TypeError):
+                continue
+        rates += [statistics.median(own)] if own else []
+        losses += [loss] if loss is not None else []
+    return {name: statistics.median(x) if x else None for name, x in (("tokens_per_sec", rates), ("loss", losses))}
 
 
 def position_of_bits(evidence):
@@ -1932,7 +1936,8 @@ def summarise_calibration(evidence, recall, kinds):
 
     worse: share of tokens that got dearer, and of those that did by more than MUCH bits. lost,
     saved: bits a token, over all. by_kind: bits above for each kind of target (kinds_of_all); the
-    first are new words. oracle: the bound of every gate.
+    first are new words. oracle: the bound of every gate; None for a memory inside the backbone,
+    which is never without it.
     """
     exam = evidence.exam
     characters = sum(exam.per_token[text].sum() for text in exam.texts)
@@ -1945,7 +1950,7 @@ def summarise_calibration(evidence, recall, kinds):
                      "saved": float(np.maximum(-above, 0).mean()),
                      "by_kind": by_kind[arm],
                      "evicted": beyond_eviction(evidence, recall, arm),
-                     "oracle": oracle(evidence, arm, characters)}
+                     "oracle": oracle(evidence, arm, characters) if about(arm).memory == "ltm" else None}
     return {"much": MUCH, "arms": arms}
 
 
@@ -1955,7 +1960,7 @@ def about_checkpoint(seed, facts):
     """Which weights were measured, where, by which code."""
     return {"seed": seed, "folder": facts["folder"], "sha256": facts["weights"],
             "config_sha256": facts["config"], "step": facts["step"],
-            "measured_on": facts["device"], "commit": facts["commit"]}
+            "measured_on": facts["device"], "commit": facts["commit"], "trained_by": facts.get("trained_by", [])}
 
 
 def about_arm(evidence, arm):
@@ -1979,10 +1984,13 @@ def about_run(evidence):
     def all_of(name):
         return ", ".join(dict.fromkeys(facts[name] for facts in everything))
 
+    def trained_by(name):
+        return ", ".join(dict.fromkeys(one[name] for facts in everything for one in facts.get("trained_by", [])))
+
     first = everything[0]
     training = {name: value for name, value in first["training"].items() if name not in OWN}
-    versions = {name: all_of(name) for name in ("device", "torch", "transformers", "python")}
-    return versions | {"commit": commit(),
+    versions = {name: all_of(name) for name in ("device", "torch", "transformers", "python", "commit")}
+    return versions | {"trained_by": {name: trained_by(name) for name in ("device", "torch", "commit")},
                        "seeds": list(evidence.seeds[REFERENCE]),
                        "steps": first["step"],
                        "settings": training,
@@ -2037,7 +2045,7 @@ def assemble(evidence, meta, root):
     for arm, seeds in arms.items():
         tensors = evidence.first(arm).tensors
         speed[arm] = summarise_speed(tensors["speed_on"], tensors["speed_off"], settings)
-        training[arm] = summarise_training(arm_folder(root, seeds[0], arm))
+        training[arm] = summarise_training([arm_folder(root, seed, arm) for seed in seeds])
     results = {}
     for arm in arms:
         results[arm] = {"bpc": statistics.fmean(bpc[arm]["per_seed"]),
@@ -2854,11 +2862,20 @@ def load_controlled(measured, seed, arm, place):
 USUAL = "baseline_x1", "with_ltm_x1"    # of the study: trained as the two arms are
 
 
+def settings_in_study(name, usual, width):
+    """What a training of the study has to have been made with, given the settings of USUAL[0] and
+    the width of its rows."""
+    arm = STUDY[name]
+    batch = max(1, usual["batch"] * width // arm.config.get("stm_window", width))       # as many tokens a step
+    return usual | dict(steps=max(1, round(arm.share * usual["steps"])), batch=batch) | arm.training
+
+
 def of_study(exam, meta, place):
     """Evidence of all of the study that is trained, USUAL[0] as the reference; raises StageError
-    where that is missing, or where one was trained on other data or not to its end."""
+    where that is missing, or where one was trained on other data, not to its end, or otherwise than
+    the study has it."""
     there = [name for name in STUDY if (arm_folder(place.root, 0, name) / "manifest.json").is_file()]
-    measured = {}
+    measured, usual = {}, shared_settings(find_arm(0, USUAL[0], place))
     for name in dict.fromkeys([USUAL[0], *there]):
         found = find_arm(0, name, place)
         if found.settings.get("data") != meta["splits"]["train"]["sha256"]:
@@ -2867,6 +2884,10 @@ def of_study(exam, meta, place):
         if found.step != found.settings.get("steps"):
             raise StageError(f"{name} is at step {found.step} of {found.settings.get('steps')}; go on with: "
                              f"{train_command(0, name, place, found.settings)} --resume")
+        wanted = settings_in_study(name, usual, meta["window"])
+        if differing := sorted(key for key, value in wanted.items() if found.settings.get(key) != value):
+            raise StageError(f"{name} was trained otherwise than {USUAL[0]} ({', '.join(differing)}); train again: "
+                             f"{train_command(0, name, place, wanted)} --fresh")
         _, measured[REFERENCE if name == USUAL[0] else name, 0] = measured_arm(found, exam, place)
     return Evidence(measured, {name: (0,) for name, _ in measured}, exam)
 
@@ -2892,7 +2913,7 @@ def rows_of_study(evidence, place):
                      "recall_inside": asked.share(key, "forced_choice", near) if near else None,
                      "top1": asked.share(key, "top1", asked.at(far))["mean"],
                      **summarise_hits(evidence, key),
-                     "training": summarise_training(arm_folder(place.root, 0, name))})
+                     "training": summarise_training([arm_folder(place.root, 0, name)])})
     return rows
 
 
@@ -3029,9 +3050,11 @@ def print_indirect(detail, arms):
             print(f"{kind:20}" + "".join(f"{share:>12.3f}" for share in shares))
     for arm, part in detail["calibration"]["arms"].items():
         new = part["by_kind"][KINDS[0]]
-        said = f"new words {new['mean']:+.3f} bits; " if new else ""
+        said = f"; new words {new['mean']:+.3f} bits" if new else ""
+        if part["oracle"]:
+            said += f"; an oracle for a gate: x {part['oracle']['ratio']:.4f}"
         print(f"\n{arm}: {part['worse']:.1%} of tokens got dearer, {part['much_worse']:.1%} by more than "
-              f"{detail['calibration']['much']} bits; {said}an oracle for a gate: x {part['oracle']['ratio']:.4f}")
+              f"{detail['calibration']['much']} bits{said}")
 
 
 def print_table(results):

@@ -186,10 +186,9 @@ def per_cent(ratio):
     return 100 * (ratio - 1)
 
 
-def percent_bounds(results, part, arm):
-    """The interval of an arm's difference of BPC, in per cent of the baseline's."""
-    base = np.mean(part[REFERENCE]["per_seed"])
-    return [100 * bound / base for bound in part[arm]["difference"]["ci95"]]
+def percent_bounds(part, arm):
+    """The interval of an arm's change of BPC, in per cent of the baseline's."""
+    return [per_cent(bound) for bound in part[arm]["ratio_ci95"]]
 
 
 def why(error):
@@ -216,7 +215,7 @@ def verify(root, results, again):
             config = root / home / "config.json"
             if config.is_file() and sha256(config) != entry["config_sha256"]:
                 raise StageError(f"results.json is of another model than {config} describes; rerun: {again}")
-            folders.append((arm, root / name))
+            folders.append((arm, root / home))
     return folders, gone
 
 
@@ -413,6 +412,12 @@ def headline(results):
                                                          f"Best, {short(results, best)}")
 
 
+def made_on(run):
+    """Device, torch and commit of what was measured; those of the trainings too, where they differ."""
+    own, theirs = ("{device}, torch {torch}, commit {commit}".format(**part) for part in (run, run["trained_by"]))
+    return own if own == theirs or not any(run["trained_by"].values()) else f"{own}; trained on {theirs}"
+
+
 def provenance(results, gone, notes):
     """Where the numbers come from, in a few sentences."""
     detail = results["detail"]
@@ -424,7 +429,7 @@ def provenance(results, gone, notes):
         f"{data['val_characters']:,} characters.",
         f"Model: {detail['arms'][REFERENCE]['parameters'] / 1e6:.1f}M parameters,",
         f"{run['steps']:,} training steps{chained}, seeds: {', '.join(map(str, run['seeds']))}.",
-        f"Hardware: {run['device']}, torch {run['torch']}, commit {run.get('commit', 'unknown')}.",
+        f"Hardware: {made_on(run)}.",
         notes]
     if gone:
         words.append(f"Checkpoints gone, not compared: {textwrap.shorten(', '.join(gone), 100)}.")
@@ -506,7 +511,7 @@ def draw_compression_bars(axes, results, arms):
     for label, part in (("whole documents", detail["bpc"]),
                         ("128-token windows", detail["bpc_windows"])):
         bpc = {arm: (np.mean(part[arm]["per_seed"]), part[arm]["ci95"]) for arm in arms}
-        low, high = percent_bounds(results, part, arms[-1])
+        low, high = percent_bounds(part, arms[-1])
         change = per_cent(part[arms[-1]]["ratio"])
         groups[label] = bpc, f"{change:+.1f}%\n({low:+.1f} to {high:+.1f})"
     draw_bars(axes, "{:.3f}", groups)
@@ -653,7 +658,7 @@ def draw_changes(axes, results, arms):
     edges = [0.0]
     for place, arm in enumerate(arms[1:], 1):
         change = per_cent(bpc[arm]["ratio"])
-        low, high = percent_bounds(results, bpc, arm)
+        low, high = percent_bounds(bpc, arm)
         axes.errorbar(change, place, xerr=spread(np.array([change]), [[low, high]]), capsize=3.5,
                       ecolor=INK,
                       **stroke(look_of(arm)))
@@ -1209,7 +1214,7 @@ def where_measured(results):
     """The small print: data, device, code."""
     data, run = results["detail"]["data"], results["detail"]["run"]
     return (f"{data['source']}: {data['val_documents']:,} validation documents, {data['val_tokens']:,} tokens. "
-            f"{run['device']}, torch {run['torch']}, commit {run['commit']}.")
+            f"{made_on(run)}.")
 
 
 def reach_said(recall):
@@ -1279,14 +1284,15 @@ def row_of_arm(results, arm):
     """An arm of the table of arms."""
     detail = results["detail"]
     about, part = detail["arms"][arm], detail["bpc"][arm]
-    label, bpc = cell(about["label"]), f"{results[arm]['bpc']:.4f}"
+    seeds = [one["seed"] for one in about["checkpoints"]]
+    fewer = f" (seed{'s' * (len(seeds) > 1)} {and_list(map(str, seeds))})" * (seeds != detail["run"]["seeds"])
+    label, bpc = cell(about["label"] + fewer), f"{results[arm]['bpc']:.4f}"
     recall = f"{detail['recall']['long_range']['arms'][arm]['mean']:.3f}"
     if arm == REFERENCE:
         return [label, "", bpc, "", "", recall, "", ""]
-    bounds = [1 + bound / 100 for bound in percent_bounds(results, detail["bpc"], arm)]
     rate = training_ratio(results, arm)
     return [label, added(results, arm), bpc,
-            f"{part['ratio']:.3f} ({from_to(bounds, '.3f')})",
+            f"{part['ratio']:.3f} ({from_to(part['ratio_ci95'], '.3f')})",
             VERDICTS[part["verdict"]].removesuffix(" on"), recall,
             f"x {rate:.2f}" if rate else "", bytes_said(about["state_bytes"])]
 
@@ -1544,7 +1550,7 @@ def page_row(results, arm):
     row = [about["label"], interval_said(results[arm]["bpc"], bpc["ci95"], ".4f")]
     if arm == REFERENCE:
         return [*row, "reference", recall, "reference", "", "", f"{about['parameters']:,}"]
-    low, high = percent_bounds(results, detail["bpc"], arm)
+    low, high = percent_bounds(detail["bpc"], arm)
     change = f"{per_cent(bpc['ratio']):+.2f}% ({low:+.2f} to {high:+.2f}), {bpc['verdict']}"
     gap = interval_said(far["difference"]["mean"], far["difference"]["ci95"], "+.3f")
     rate = training_ratio(results, arm)
@@ -1574,7 +1580,7 @@ def finding_of_bpc(results):
     words = []
     for arm in designs_of(results):
         part = results["detail"]["bpc"][arm]
-        low, high = percent_bounds(results, results["detail"]["bpc"], arm)
+        low, high = percent_bounds(results["detail"]["bpc"], arm)
         alone = results["detail"]["bpc_windows"][arm]
         words.append(f"{label_of(results, arm)} {VERDICTS[part['verdict']]} compression: "
                      f"{per_cent(part['ratio']):+.2f}% bits per character ({low:+.2f} to {high:+.2f}); "
@@ -1686,13 +1692,14 @@ def limits(results):
     data, run, recall = detail["data"], detail["run"], detail["recall"]
     seeds, window = len(run["seeds"]), recall["window"]
     spread = ("One seed: the intervals speak of documents, not of runs." if seeds == 1 else
-              f"{seeds} seeds: the intervals resample seeds and documents together.")
+              f"{seeds} seeds: the intervals of bits resample seeds and documents together; those of recall are over "
+              f"questions, the seeds' answers to each counted as one.")
     said = [f"One corpus: {data['source']}; {data['val_documents']:,} validation documents of it, "
             f"{data['val_characters']:,} characters.",
             f"One size: {detail['arms'][REFERENCE]['parameters']:,} parameters, trained for "
             f"{run['steps']:,} steps of {run['settings']['batch']} x {window} tokens.",
             spread,
-            f"Measured on {run['device']} with torch {run['torch']}; speeds are of that machine.",
+            f"Measured on {made_on(run)}; speeds are of that machine.",
             f"Recall is synthetic: single words planted in real text, {reach_said(recall)}.",
             "The memory is emptied before each document: a longer context with an address, not "
             "knowledge that lasts."]
@@ -1779,13 +1786,13 @@ def explorer_of(results, own):
     return {"texts": texts, "arms": arms, "palette": palette()} if texts and arms else None
 
 
-def own_text(root, results, again):
+def own_text(root, results, explore):
     """What `eval.py --explore` made of a text of the user's, of the arms whose weights results.json
     is of; None where there is none."""
     path = root / "trained" / "explored.json"
     if not path.is_file():
         return None
-    own = read_json(path, f"{again} --explore FILE")
+    own = read_json(path, explore)
     try:
         there = results["detail"]["arms"]
         known = {arm: {one["sha256"] for one in there[arm]["checkpoints"]} for arm in there}
@@ -1794,10 +1801,10 @@ def own_text(root, results, again):
         explorer_of({"detail": {"arms": there}}, own | {"arms": arms})
     except DAMAGE as error:
         raise StageError(f"{path} lacks a field or has a wrong one ({why(error)}); make it again with: "
-                         f"{again} --explore FILE, or remove it") from None
+                         f"{explore}, or remove it") from None
     if lacking:
         print(f"warning: {path} is of other weights of {', '.join(lacking)} than results.json; "
-              f"these are left out; make it again with: {again} --explore FILE")
+              f"these are left out; make it again with: {explore}")
     return own | {"arms": arms} if arms else None
 
 
@@ -2397,7 +2404,7 @@ def own_settings():
     return matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE})
 
 
-def draw(root, results, folders, gone, again):
+def draw(root, results, folders, gone, again, explore):
     """{path: its bytes} of all pictures and of the page."""
     detail, figures, pictures = results["detail"], {}, {}
     if len(gone) == len(folders):               # results that came without checkpoints, as published ones do
@@ -2417,7 +2424,7 @@ def draw(root, results, folders, gone, again):
             file = io.BytesIO()
             figure.savefig(file, format="png", dpi=DPI, metadata={"Software": None})
             pictures[path] = file.getvalue()
-        page = draw_page(results, gone, own_text(root, results, again), again)
+        page = draw_page(results, gone, own_text(root, results, explore), again)
         pictures[root / "results.html"] = page.encode("utf-8", "backslashreplace")
     return pictures
 
@@ -2440,7 +2447,7 @@ def plot(root, quick):
         seed = results["detail"]["run"]["seeds"][0]
         config = {**results["detail"]["run"], "data": results["detail"]["data"]}
         folders, gone = verify(root, results, again)
-        pictures = draw(root, results, folders, gone, again)
+        pictures = draw(root, results, folders, gone, again, command("eval.py --explore FILE", root, quick))
         sentence = headline(results)[1]
     except DAMAGE as error:
         raise StageError(f"{root}/results.json lacks a field or has a wrong one ({why(error)}); "

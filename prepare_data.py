@@ -55,6 +55,7 @@ import lzma
 import os
 import platform
 import re
+import shlex
 import sysconfig
 import tempfile
 import time
@@ -813,12 +814,33 @@ def fetch_tokenizer(model, root, quick):
     there = folder.exists() and any(folder.iterdir())
     if there and not (folder / "manifest.json").exists():
         raise StageError(f"{folder} holds the tokenizer of this project's own models; keep another one's data apart: "
-                         + command(f"prepare_data.py --tokenizer {model}", "DIR", quick))
+                         + command(f"prepare_data.py --tokenizer {shlex.quote(model)}", "DIR", quick))
+    tokenizer = settled(tokenizer, model, again)
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.iterdir():
         path.unlink()
-    settled(tokenizer, model, again).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     write_manifest(folder, model=str(model))
+
+
+@contextlib.contextmanager
+def tokenizer_of(model, root, quick):
+    """ROOT/data/tokenizer is that of `model`; what was there comes back where the preparation with
+    it fails. None: it stays.
+    """
+    folder = root / "data" / "tokenizer"
+    before = {path: path.read_bytes() for path in folder.glob("*")} if model else {}
+    try:
+        if model:
+            fetch_tokenizer(model, root, quick)
+        yield
+    except BaseException:
+        if before:
+            for path in folder.glob("*"):
+                path.unlink()
+        for path, content in before.items():
+            path.write_bytes(content)
+        raise
 
 
 def prepare(root, text, quick, name=None):
@@ -1021,6 +1043,8 @@ def main(argv=None):
     flags = parser.parse_args(argv)
     if flags.into and not flags.text:
         parser.error("--into goes with --text FILE: it is for documents of your own")
+    if flags.tokenizer and (flags.into or flags.planted):
+        parser.error("--tokenizer is for all data of a root: give it alone, or with --text")
     settings = QUICK if flags.quick else FULL
     root = default_root(flags.root, flags.quick)
 
@@ -1039,9 +1063,9 @@ def main(argv=None):
         return
     following = "add_memory.py"
     if flags.tokenizer:
-        fetch_tokenizer(flags.tokenizer, root, flags.quick)
-        following += f" --to {flags.tokenizer}"
-    meta = prepare(root, flags.text, flags.quick, flags.name)
+        following += f" --to {shlex.quote(flags.tokenizer)}"
+    with tokenizer_of(flags.tokenizer, root, flags.quick):
+        meta = prepare(root, flags.text, flags.quick, flags.name)
     report(meta, settings)
     warn_of_short_documents(root, flags.quick, settings)
     print(f"{time.monotonic() - start:.1f} s; next: " + command(following, root, flags.quick))

@@ -30,6 +30,7 @@ import itertools
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -45,8 +46,8 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from stages import (ARMS, EOT, STUDY, StageError, Wandb, about, arm_flag, arm_folder, command, compiled, default_root,
-                    device_name, fsync, has_compiler, init_name, is_hosted, load_model, load_split,
+from stages import (ARMS, EOT, STUDY, StageError, Wandb, about, arm_flag, arm_folder, command, commit, compiled,
+                    default_root, device_name, fsync, has_compiler, init_name, is_hosted, load_model, load_split,
                     load_tokenizer, lock, lower_precision, one_line, parser_of, pick_device, read_json, read_manifest,
                     recut, regime_flags, run_stage, save_model, seed_number, sha256, write_atomic, write_json,
                     write_manifest)
@@ -624,12 +625,13 @@ class Run:
     time finds a whole model that its manifest knows.
     """
 
-    def __init__(self, folder, facts, keep):
+    def __init__(self, folder, facts, keep, made_by):
         """facts: {name: value} of all that the outcome follows from; only a run of the same facts
-        is gone on with.
+        is gone on with. made_by: what takes the steps: {"commit", "torch", "device"}.
         """
         self.folder, self.keep = folder, keep
         self.facts = json.loads(json.dumps(facts))       # as they come back from a file: a tuple as a list
+        self.made_by = made_by
         self.checkpoints = folder / "checkpoints"
 
     def lock(self):
@@ -743,11 +745,13 @@ class Run:
 
     def describe(self, step, hashes):
         """Write manifest.json: the step, which weights may be found here, the config as it was at
-        the start.
+        the start, and all that took steps so far.
         """
-        config = self.manifest().get("config") or sha256(self.folder / "config.json")
-        write_json(self.folder / "manifest.json",
-                   {"step": step, "weights": hashes, "config": config, "settings": self.facts})
+        theirs = self.manifest()
+        config = theirs.get("config") or sha256(self.folder / "config.json")
+        made_by = [one for one in theirs.get("made_by", []) if one != self.made_by] + [self.made_by]
+        write_json(self.folder / "manifest.json", {"step": step, "weights": hashes, "config": config,
+                                                   "settings": self.facts, "made_by": made_by})
 
     def save(self, training):
         """Write a checkpoint of `training` and make its weights the folder's own."""
@@ -1217,7 +1221,8 @@ class Job:
         if self.model.config.pad_token_id != self.meta["eot"]:
             raise StageError(f"the documents in {self.root}/data are not opened by token "
                              f"{self.model.config.pad_token_id}, as {self.host}'s are; prepare them with its own: "
-                             + command(f"prepare_data.py --tokenizer {self.host}", self.root, self.meta["quick"]))
+                             + command(f"prepare_data.py --tokenizer {shlex.quote(self.host)}", self.root,
+                                       self.meta["quick"]))
         for name, weight in self.model.backbone.named_parameters():
             weight.requires_grad_(self.train_backbone or "lora_" in name)
 
@@ -1339,7 +1344,8 @@ def open_run(job, args, processes):
     """(run, its newest checkpoint or None, whether nothing is left to do), the folder locked and
     laid out by the first process.
     """
-    run = Run(arm_folder(job.root, job.seed, job.arm), job.facts, job.settings.keep)
+    made_by = {"commit": commit(), "torch": torch.__version__, "device": device_name(processes.device.type)}
+    run = Run(arm_folder(job.root, job.seed, job.arm), job.facts, job.settings.keep, made_by)
     if processes.first:
         run.lock()
         if args.fresh:

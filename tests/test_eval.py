@@ -34,6 +34,7 @@ SMALL = evaluation.Settings(pack=6, lane=3, trials=1, forms=("pair", "sentence")
                             needles=(160, 100_000 * WIDTH), hops=(1, 2), hop_tokens=192, streamed=2, indirect=(40,),
                             indirect_trials=1, timed=1, shown=50, bootstrap=200, control_trials=1, fitted=1)
 ARMS = ("baseline", "with_ltm")
+MADE_BY = {"commit": "1234567", "torch": "2.13.0", "device": "a GPU"}
 TOY = "with_toy"
 
 
@@ -1041,7 +1042,7 @@ def run_of(root, arm, seed=0, **settings):
     settings = dict(arm=arm, seed=seed, data=data, init=f"init of seed {seed}", **{**SETTINGS, **settings})
     folder = stages.arm_folder(root, seed, arm)
     folder.mkdir(parents=True, exist_ok=True)
-    return train.Run(folder, settings, 2)
+    return train.Run(folder, settings, 2, MADE_BY)
 
 
 def marked(model, weights=None):
@@ -1213,7 +1214,7 @@ def test_what_a_training_said(tmp_path):
     lines = [{"loss": 5.0, "tok/sec": 10.0}, {"loss": 4.0, "tok/sec": None}, {"loss": 3.0, "tok/sec": 30.0}]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (tmp_path / "history.jsonl").write_text(text + '{"loss": NaN, "tok/sec": 9}\n{"loss": 2')
-    assert evaluation.summarise_training(tmp_path) == {"tokens_per_sec": 20.0, "loss": 3.0}
+    assert evaluation.summarise_training([tmp_path]) == {"tokens_per_sec": 20.0, "loss": 3.0}
 
 
 def test_rows_of_controls(evaluated):
@@ -1610,7 +1611,8 @@ def test_the_study_is_a_row_a_training(one_seed, small, capsys, monkeypatch):
     monkeypatch.setattr(evaluation.Controls, "training_free", lambda self: [])      # what it finds, --controls shows
     arms = {"baseline_x1": {}, "with_ltm_x1": {}, "window_512": dict(stm_window=2 * WIDTH)}
     for name, config in arms.items():
-        run, model = run_of(one_seed, name, lr=5e-4), tiny(3, memory_enabled=name == "with_ltm_x1", **config)
+        more = dict(batch=1) if config else {}
+        run, model = run_of(one_seed, name, lr=5e-4, **more), tiny(3, memory_enabled=name == "with_ltm_x1", **config)
         run.begin(model, load_tokenizer(one_seed))
         save(run, model, 8)
     evaluation.main(["--root", str(one_seed), "--study"])
@@ -1624,7 +1626,8 @@ def test_the_study_is_a_row_a_training(one_seed, small, capsys, monkeypatch):
     assert not (one_seed / "results.json").exists() and results["detail"]["data"]["part"] == "all"
     path = one_seed / "trained/window_512/manifest.json"
     for change, words in ((("\"steps\": 8", "\"steps\": 9"), "is at step 8 of 9; go on with: .*--study window_512 .*--resume"),
-                          (("\"data\": \"", "\"data\": \"other"), "was trained on other data")):
+                          (("\"data\": \"", "\"data\": \"other"), "was trained on other data"),
+                          (("\"lr\": 0.0005", "\"lr\": 0.001"), "otherwise than baseline_x1 .lr.; .* --study window_512")):
         before = path.read_text()
         path.write_text(before.replace(*change))
         with pytest.raises(StageError, match=words):

@@ -397,16 +397,16 @@ def test_a_text_of_ones_own_comes_first(made, tokenizer_dir, capsys):
     path = made.root / "trained" / "explored.json"
     try:
         stages.write_json(path, own(made, tokenizer))
-        mine = plot_eval.own_text(made.root, results, "python eval.py")
+        mine = plot_eval.own_text(made.root, results, "python eval.py --explore FILE")
         shown = plot_eval.explorer_of(results, mine)
         assert [text["name"] for text in shown["texts"]] == ["your text: mine.txt", "document 0", "document 1"]
         assert all(len(arm["texts"]) == 3 and None not in arm["texts"] for arm in shown["arms"].values())
         stages.write_json(path, own(made, tokenizer, with_ltm="0" * 64))
-        mine = plot_eval.own_text(made.root, results, "python eval.py")
+        mine = plot_eval.own_text(made.root, results, "python eval.py --explore FILE")
         assert "other weights of with_ltm" in capsys.readouterr().out
         assert plot_eval.explorer_of(results, mine)["arms"]["with_ltm"]["texts"][0] is None
         stages.write_json(path, own(made, tokenizer) | {"lengths": "1 2"})
         with pytest.raises(stages.StageError, match="--explore FILE, or remove it"):
-            plot_eval.own_text(made.root, results, "python eval.py")
+            plot_eval.own_text(made.root, results, "python eval.py --explore FILE")
     finally:
         path.unlink()

@@ -66,7 +66,8 @@ def bpc(arms, factor=1.0):
         if arm != "baseline":
             part[arm] |= {"difference": {"mean": gap, "ci95": [gap - 0.003, gap + 0.003]},
                           "p": 1e-4, "p_holm": 1e-4,
-                          "ratio": middle / BPC["baseline"], "verdict": VERDICT.get(arm, "helps")}
+                          "ratio": middle / BPC["baseline"],
+                          "ratio_ci95": [(middle + way) / BPC["baseline"] for way in (-0.003, 0.003)], "verdict": VERDICT.get(arm, "helps")}
     return part
 
 
@@ -141,12 +142,13 @@ def speed(arms):
     return part
 
 
-def about(arm):
-    """detail.arms of one arm; its checkpoints are filled in where they are made."""
+def about(arm, seeds):
+    """detail.arms of one arm; of its checkpoints there is more where they are made."""
     parameters, state = SIZE[arm]
     return {"label": ARMS[arm].label, "parameters": 71_612_345 + parameters,
             "memory_parameters": parameters,
-            "state_bytes": state, "hit_means": "predictions that retrieved", "settings": {}, "checkpoints": []}
+            "state_bytes": state, "hit_means": "predictions that retrieved", "settings": {},
+            "checkpoints": [{"seed": seed} for seed in range(seeds)]}
 
 
 def targets(arms):
@@ -169,12 +171,12 @@ def synthetic(arms=SPECIFIED, seeds=3):
                  "tokens_per_sec": rates[arm]["median"],
                  "memory_hit_rate": hits[arm]} for arm in arms},
         "detail": {
-            "arms": {arm: about(arm) for arm in arms},
+            "arms": {arm: about(arm, seeds) for arm in arms},
             "data": {"source": "Skylion007/openwebtext", "quick": False, "val_documents": 1000,
                      "val_tokens": 812_345,
                      "val_characters": 3_712_345, "val_sha256": "0" * 64},
             "run": {"device": "NVIDIA H100 80GB HBM3", "torch": "2.13.0", "commit": "1234567",
-                    "seeds": list(range(seeds)), "steps": 10_000,
+                    "trained_by": {"device": "", "torch": "", "commit": ""}, "seeds": list(range(seeds)), "steps": 10_000,
                     "settings": {"batch": 8, "chained": 0.0}},
             "bpc": whole, "bpc_windows": bpc(arms, 0.6),
             "recall": {"chance": 0.125, "window": 128, "receptive_field": 1017,
@@ -228,6 +230,8 @@ def bare(arms=SPECIFIED):
 
 def build(root, results):
     rng = np.random.default_rng(0)
+    for its in results["detail"]["arms"].values():
+        its["checkpoints"] = []
     for seed in results["detail"]["run"]["seeds"]:
         for arm, its in results["detail"]["arms"].items():
             folder = stages.arm_folder(root, seed, arm)
@@ -859,8 +863,10 @@ TWO_UNREAD = {      # by the pictures of two arms; several arms or the tables of
 TWO_UNREAD_PARTS = {"targets", "training", "memory_hit_rate", "memory"}
 DRAWN_OF_TWO = {"detail.bpc.baseline.per_seed", "detail.bpc_windows.with_ltm.per_seed",
                 "detail.run.seeds",
-                "with_ltm.memory_hit_rate", "detail.arms.baseline.parameters"}
-NOT_OF_TWO = {"detail.arms.with_ltm.parameters", "detail.bpc_windows.with_ltm.verdict",
+                "with_ltm.memory_hit_rate", "detail.arms.baseline.parameters", "detail.run.commit",
+                "detail.bpc.with_ltm.ratio_ci95", "detail.bpc_windows.with_ltm.ratio_ci95"}
+NOT_OF_TWO = {*(f"detail.{part}.with_ltm.difference{name}" for part in ("bpc", "bpc_windows") for name in ("", ".ci95")),
+              "detail.arms.with_ltm.parameters", "detail.bpc_windows.with_ltm.verdict",
               "baseline.memory_hit_rate",
               "detail.tokens_per_sec.with_ltm.verdict",
               "detail.recall.long_range.arms.with_ltm.difference",
@@ -880,12 +886,11 @@ def needed_of_two():
 NEEDED_OF_SEVERAL = [
     "detail.arms.with_store", *(f"detail.arms.with_store.{name}" for name in (
         "label", "memory_parameters", "state_bytes", "checkpoints")),
-    *(f"detail.bpc.with_store.{name}" for name in ("difference", "difference.ci95", "ratio",
-                                                   "verdict")),
+    *(f"detail.bpc.with_store.{name}" for name in ("ratio", "ratio_ci95", "verdict")),
     *(f"detail.recall.arms.with_store.{name}" for name in ("forced_choice", "forced_choice_ci95",
                                                            "value_nats")),
     *(f"detail.recall.long_range.arms.with_store.{name}" for name in ("ci95", "verdict")),
-    "detail.tokens_per_sec.with_store.ratio", "detail.training.with_store", "detail.targets",
+    "detail.run.commit", "detail.tokens_per_sec.with_store.ratio", "detail.training.with_store", "detail.targets",
     "detail.targets.last seen beyond both.arms.with_store", "with_store", "with_store.bpc",
     "with_store.long_range_recall"]
 
@@ -922,8 +927,8 @@ def test_results_that_lack_a_field_or_hold_another_thing(tmp_path, coarse, value
             passed.add(place)
             for path in root.glob("*.png"):
                 path.unlink()
-    printed = {f"detail.{name}" for name in ("data.source", "run.device", "run.torch",
-                                             "data.quick")}
+    printed = {f"detail.{name}" for name in ("data.source", "run.device", "run.torch", "run.commit", "data.quick",
+                                             *(f"run.trained_by.{name}" for name in ("device", "torch", "commit")))}
     if value == "word":
         printed |= {"detail.run.seeds"} | {f"detail.arms.{arm}.label" for arm in arms}
     if value == []:

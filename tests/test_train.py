@@ -942,7 +942,7 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(source, monkeypatch,
     training, events, replace, fsync = training_of(source), [], os.replace, os.fsync
     monkeypatch.setattr(os, "fsync", lambda file: (events.append(os.readlink(f"/proc/self/fd/{file}")), fsync(file)))
     monkeypatch.setattr(os, "replace", lambda old, new: (events.append(str(new)), replace(old, new)))
-    run = train.Run(tmp_path / "run", {}, 2)
+    run = train.Run(tmp_path / "run", {}, 2, {})
     run.begin(training.model, stages.load_tokenizer(source))
     training.run(1)
     events.clear()
@@ -1228,7 +1228,7 @@ def test_every_byte_of_a_manifest_counts(finished):
     """Row 12: none may be read as another number, another hash, another setting."""
     newest = finished / "trained" / "baseline" / "checkpoints" / "step-000012"
     whole = (newest / "manifest.json").read_bytes()
-    run = train.Run(finished / "trained" / "baseline", json.loads(whole)["settings"], 2)
+    run = train.Run(finished / "trained" / "baseline", json.loads(whole)["settings"], 2, {})
     draw = random.Random(0)
     for at in draw.sample([at for at in range(len(whole)) if not whole[at:at + 1].isspace()], 100):
         damaged = bytearray(whole)
@@ -1320,7 +1320,7 @@ def test_any_damage_gets_one_line(finished):
     draw, trained = random.Random(1), finished / "trained"
     places = [path for path in sorted(trained.rglob("*")) if path.suffix in (".json", ".safetensors")
               and path.parent.name != "baseline"]
-    run = train.Run(trained / "baseline", json.loads((trained / "baseline" / "manifest.json").read_text())["settings"], 2)
+    run = train.Run(trained / "baseline", json.loads((trained / "baseline" / "manifest.json").read_text())["settings"], 2, {})
     for _ in range(60):
         path = draw.choice(places)
         whole = path.read_bytes()
