@@ -177,6 +177,8 @@ def host_models(args, settings, tokenizer, root):
 
 def refusal(name, error):
     """The StageError for a model that takes no memory."""
+    if isinstance(error, ImportError):                      # of a package that only LoRA needs
+        return StageError(f"{one_line(error)}, then run the same command again")
     return StageError(f"no memory can be put on {name} ({one_line(error).partition('; nothing')[0]}); families tried: "
                       f"{FAMILIES}; name such a one: python add_memory.py --to MODEL")
 

@@ -343,7 +343,7 @@ def draw_history(axes, folders, title, evaluated):
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.locator_params(axis="x", nbins=4)
     axes.set_xlabel("training step")
-    share(axes, title, f"share of predictions; in evaluation {evaluated:.2f}")
+    share(axes, title, f"share of predictions; whole documents: {evaluated:.2f}")
 
 
 def reach(far):
@@ -546,14 +546,14 @@ def draw_two(results, folders, gone):
     """results.png of the baseline and one memory."""
     from matplotlib.patches import Patch
 
-    height, arms = 7.7, arms_of(results)
+    height, arms = 7.85, arms_of(results)
     trials = results["detail"]["recall"]["trials_per_distance"]
     notes = (f"Recall: forced choice, {trials:,} questions per distance. Per cent: the change with memory (of speed: "
              f"by the same model with its memory off). Error bars, brackets: 95% intervals.")
     figure = new_figure(height, results, gone, *headline(results), notes)
     arms_legend(figure, results, arms, lambda look: Patch(**filled(look)))
     panels = figure.subplot_mosaic("AAAAAA.BBBB..CCCC;DDDDDDDDDD.EEEEEE", gridspec_kw=dict(
-        left=0.065, right=0.975, top=1 - 1.55 / height, bottom=1 / height, hspace=0.5, wspace=0))
+        left=0.065, right=0.975, top=1 - 1.55 / height, bottom=1.15 / height, hspace=0.5, wspace=0))
     draw_compression_bars(panels["A"], results, arms)
     draw_recall_bars(panels["B"], results, arms)
     draw_speed_bars(panels["C"], results, arms)
@@ -1213,7 +1213,7 @@ def how_trained(results):
 def where_measured(results):
     """The small print: data, device, code."""
     data, run = results["detail"]["data"], results["detail"]["run"]
-    return (f"{data['source']}: {data['val_documents']:,} validation documents, {data['val_tokens']:,} tokens. "
+    return (f"{data['source']}: {data['val_documents']:,} validation documents. "
             f"{made_on(run)}.")
 
 
@@ -1293,7 +1293,7 @@ def row_of_arm(results, arm):
     rate = training_ratio(results, arm)
     return [label, added(results, arm), bpc,
             f"{part['ratio']:.3f} ({from_to(part['ratio_ci95'], '.3f')})",
-            VERDICTS[part["verdict"]].removesuffix(" on"), recall,
+            {"inconclusive": "unclear"}.get(part["verdict"], part["verdict"]), recall,
             f"x {rate:.2f}" if rate else "", bytes_said(about["state_bytes"])]
 
 

@@ -1190,6 +1190,10 @@ class Job:
         script = "add_memory.py"
         if init.name != "init":
             script += f" {arm_flag(self.arm)}"
+        for other in init.parent.glob("init*/manifest.json"):           # all of a root start from one model
+            if to := read_json(other, command(script, self.root, args.quick)).get("to"):
+                script += f" --to {shlex.quote(to)}"
+                break
         made_by = command(script, self.root, args.quick, args.seed)
         self.tokenizer = load_tokenizer(self.root, args.quick)
         self.rows, self.meta = load_split(self.root, "train", args.quick)
@@ -1212,6 +1216,10 @@ class Job:
                              + command(f"{script} --to MODEL", self.root, args.quick))
         if self.about.config:
             self.reshape()
+        window, width = self.model.config.stm_window, self.rows.shape[1]
+        if not self.host and window < width:
+            raise StageError(f"{init} has a window of {window} tokens, the rows of {self.root}/data have {width}; set "
+                             f"both alike at the top of add_memory.py and prepare_data.py, and run: {made_by}")
         self.facts = self.all_facts(start)
 
     def hold_still(self):
@@ -1344,7 +1352,7 @@ def open_run(job, args, processes):
     """(run, its newest checkpoint or None, whether nothing is left to do), the folder locked and
     laid out by the first process.
     """
-    made_by = {"commit": commit(), "torch": torch.__version__, "device": device_name(processes.device.type)}
+    made_by = {"commit": commit(), "torch": torch.__version__, "device": device_name(processes.device)}
     run = Run(arm_folder(job.root, job.seed, job.arm), job.facts, job.settings.keep, made_by)
     if processes.first:
         run.lock()

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerFast
 
 import add_memory
+import download_models
 import eval as evaluation
 import prepare_data
 import stages
@@ -307,6 +308,39 @@ def test_data_are_the_models_own(trained):
     assert len(opened) == meta["splits"]["train"]["documents"]
     counted = stages.characters_per_token(tokenizer)[np.concatenate(opened)].sum()
     assert counted == meta["splits"]["train"]["characters"]
+
+
+def test_the_tokenizer_comes_back_where_another_ones_data_fail(trained, tmp_path, stage):
+    """And stage 1 leaves it alone."""
+    root, folder = trained
+    there = root / "data" / "tokenizer"
+    before = {path.name: path.read_bytes() for path in there.iterdir()}
+    other = TOKENIZERS["sentencepiece" if folder.parent.name.startswith("gpt2") else "byte level"]()
+    other.save_pretrained(tmp_path / "other")
+    say = "--root", root, "--quick"
+    code, _, error = stage(prepare_data.main, "--tokenizer", tmp_path / "other", "--text", tmp_path / "none.txt", *say)
+    assert code == 1 and "none.txt" in error
+    code, out, _ = stage(download_models.main, *say)
+    assert code == 0 and f"the tokenizer of {folder} is in" in out and "it stays" in out
+    assert {path.name: path.read_bytes() for path in there.iterdir()} == before
+    code, _, _ = stage(prepare_data.main, "--tokenizer", tmp_path / "other", "--planted", *say)
+    assert code == 2
+
+
+def test_who_has_no_first_weights_is_told_of_the_model(trained, stage, tmp_path):
+    """The command that makes them names what the others of the root stand on."""
+    root, folder = trained
+    aside = root / "trained" / "init_with_lora"
+    aside.rename(tmp_path / "aside")
+    code, _, error = stage(train.main, "--with-lora", "--root", root, "--quick")
+    (tmp_path / "aside").rename(aside)
+    assert code == 1 and f"add_memory.py --with-lora --to {folder} --root" in error
+
+
+def test_a_package_that_is_not_there_is_named(trained, stage, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    code, _, error = stage(add_memory.main, "--with-lora", "--to", trained[1], "--root", trained[0], "--quick")
+    assert code == 1 and error.strip().endswith("LoRA needs PEFT: pip install peft, then run the same command again")
 
 
 def test_the_frozen_stays_and_the_rest_learns(trained):

@@ -452,7 +452,7 @@ def test_planted_lanes_take_their_share_in_their_order():
     assert torch.equal(opens[~planted], plan.opens[~planted])
 
 
-def test_planted_rows_are_those_of_this_data(root, here):
+def test_planted_rows_are_those_of_this_data(root, here, monkeypatch):
     """They train, go on to the same bits only with the same rows, and are refused beside other data."""
     flags = "--baseline", "--chained", "--planted", "0.5"
     assert refused(here(root, *flags), "planted.json is missing", "prepare_data.py --planted")
@@ -473,6 +473,9 @@ def test_planted_rows_are_those_of_this_data(root, here):
     assert "all 12 steps are done" in here(root, *flags, "--resume")[1]
     plant()
     assert refused(here(root, *flags, "--resume"), "planted_data was ", "--fresh")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "FULL", dataclasses.replace(SETTINGS, lane=4, batch=4))
+        assert refused(here(root, *flags, "--fresh"), "longer than a planted document", "to at most 2")
     path.write_bytes(path.read_bytes()[:-32])
     assert refused(here(root, *flags, "--fresh"), "missing, damaged or of other data")
 
@@ -1120,6 +1123,18 @@ def test_a_run_that_cannot_be_gone_on_with_stays(finished, here, what, says):
     assert here(finished, "--baseline", "--fresh")[0] == 0
 
 
+def test_a_window_narrower_than_a_row_is_refused(root, here):
+    """Attention would not see all of what it is asked to predict from."""
+    init = root / "trained" / "init"
+    config = load_model(init).config
+    config.stm_window //= 2
+    model = models.RevenaHybridTiny(config)
+    stages.save_model(model, stages.load_tokenizer(root), init)
+    stages.write_manifest(init)
+    assert refused(here(root, "--baseline"), f"has a window of {model.config.stm_window} tokens, the rows", "add_memory.py")
+    assert not (root / "trained" / "baseline").exists()
+
+
 def test_initial_weights_that_changed_are_refused(root, here):
     init = root / "trained" / "init"
     flip(init / "config.json", 300)
@@ -1178,7 +1193,7 @@ def test_add_memory_clears_what_a_killed_one_left(make_root, stage, monkeypatch)
     for _ in range(2):
         code, out, _ = stage(add_memory.main, "--root", root)
         assert code == 0 and "next: python train.py --baseline" in out
-        assert [path.name for path in (root / "trained").iterdir()] == ["init"]
+        assert {path.name for path in (root / "trained").iterdir()} == {"init", ".init.lock"}
     stages.read_manifest(root / "trained" / "init")
     for flags in (["--seed", "-1"], ["--seed", "9" * 30], ["--seed", "x"], ["--steps", "3"]):
         assert stage(add_memory.main, "--root", root, *flags)[0] == 2
