@@ -1239,8 +1239,8 @@ class Job:
         config, weights = copy.deepcopy(self.model.config), self.model.state_dict()
         config.update(self.about.config)
         self.model = type(self.model)(config).eval()
-        weights.pop("backbone.rotary")                      # a table, as long as the window asks for
-        self.model.load_state_dict(weights, strict=False)
+        # the table of rotations is as long as the window asks for
+        self.model.load_state_dict(weights | {"backbone.rotary": self.model.backbone.rotary})
         if "stm_window" in self.about.config:               # as many tokens a step, as far as a row allows
             self.rows = recut(self.rows, config.stm_window)
             batch = max(1, self.settings.batch * self.meta["window"] // config.stm_window)

@@ -1113,6 +1113,7 @@ def test_results_hold_what_they_promise(evaluated):
     assert results["baseline"]["memory_hit_rate"] == 0 < results["with_ltm"]["memory_hit_rate"] < 1
     detail = results["detail"]
     assert detail["run"]["seeds"] == [0, 1] and detail["run"]["steps"] == 8
+    assert detail["run"]["trained_by"] == MADE_BY and detail["run"]["device"] == "cpu"
     assert detail["run"]["settings"] == {**SETTINGS, "data": detail["run"]["settings"]["data"]}
     assert detail["data"]["part"] == "all" and len(detail["run"]["settings_sha256"]) == 64
     for arm in ARMS:
@@ -1123,6 +1124,7 @@ def test_results_hold_what_they_promise(evaluated):
         for seed, entry in enumerate(about["checkpoints"]):
             assert entry["seed"] == seed and entry["step"] == 8 and entry["measured_on"] == "cpu"
             assert entry["sha256"] == sha256(root / entry["folder"] / "model.safetensors")
+            assert entry["trained_by"] == [MADE_BY]
             assert entry["config_sha256"] == sha256(root / entry["folder"] / "config.json")
         assert f"{results[arm]['bpc']:.4f}" in said and arm in said
     ltm = model.memory
@@ -1215,6 +1217,11 @@ def test_what_a_training_said(tmp_path):
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (tmp_path / "history.jsonl").write_text(text + '{"loss": NaN, "tok/sec": 9}\n{"loss": 2')
     assert evaluation.summarise_training([tmp_path]) == {"tokens_per_sec": 20.0, "loss": 3.0}
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "history.jsonl").write_text(json.dumps({"loss": 5.0, "tok/sec": 40.0}) + "\n")
+    seeds = [tmp_path, tmp_path / "other", tmp_path / "gone"]
+    assert evaluation.summarise_training(seeds) == {"tokens_per_sec": 30.0, "loss": 4.0}
+    assert evaluation.summarise_training(seeds[2:]) == {"tokens_per_sec": None, "loss": None}
 
 
 def test_rows_of_controls(evaluated):

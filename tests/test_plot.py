@@ -654,6 +654,18 @@ def test_the_tables_of_the_readme_are_written_from_the_results(published):
     assert (published / "README.md").read_text() == text and not list(published.glob("*.png"))
 
 
+def test_what_differs_between_arms_is_said(published):
+    """Seeds that an arm lacks, and who trained where another measured."""
+    results = synthetic(SEVERAL)
+    results["detail"]["arms"]["with_gru"]["checkpoints"] = [{"seed": 0}]
+    results["detail"]["run"]["trained_by"] = {"device": "NVIDIA L4", "torch": "2.12.0", "commit": "7654321"}
+    (published / "results_arms.json").write_text(json.dumps(results))
+    plot(published, "--readme")
+    lines = table(published, "arms")
+    assert [line for line in lines if "(seed" in line] == [line for line in lines if line.startswith("| GRU")]
+    assert "commit 1234567; trained on NVIDIA L4, torch 2.12.0, commit 7654321." in lines[-1]
+
+
 def test_a_table_without_results_or_of_an_earlier_version_is_left_as_it_is(published, capsys):
     (published / "results_arms.json").unlink()
     (published / "results.json").write_text('{"baseline": {"bpc": 1}, "detail": {"bpc": {}}}')

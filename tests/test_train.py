@@ -1123,6 +1123,16 @@ def test_a_run_that_cannot_be_gone_on_with_stays(finished, here, what, says):
     assert here(finished, "--baseline", "--fresh")[0] == 0
 
 
+def test_all_that_took_steps_is_on_record(finished, here, monkeypatch):
+    """Each once: this code goes on where other code began."""
+    monkeypatch.setattr(train, "commit", lambda: "another")
+    folder = back_to(finished, 8) / "trained" / "baseline"
+    first, = json.loads((folder / "manifest.json").read_text())["made_by"]
+    assert here(finished, "--baseline", "--resume")[0] == 0
+    assert json.loads((folder / "manifest.json").read_text())["made_by"] == [first, first | {"commit": "another"}]
+    assert first.keys() == {"commit", "torch", "device"}
+
+
 def test_a_window_narrower_than_a_row_is_refused(root, here):
     """Attention would not see all of what it is asked to predict from."""
     init = root / "trained" / "init"
