@@ -61,9 +61,9 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from models import EOT, GPT, Address, Final, LongTermMemory, Memory, Reading, Vectors, lagged, mix, of_asked, of_rows
 from stages import (ARMS, PROJECT, REGIME, SPECIFIED, STUDY, StageError, about, arm_flag, arm_folder, byte_level,
                     characters_per_token, command, commit, compiled, default_root, device_name, documents,
-                    encoded, has_compiler, init_name, is_hosted, load_model, load_own, load_split, load_tokenizer,
-                    lower_precision, own_name, parser_of, pick_device, read_json, read_manifest, read_meta,
-                    regime_flags, run_stage, seal, sha256, spaced_words, write_atomic, write_json)
+                    encoded, has_compiler, init_command, init_name, is_hosted, load_model, load_own, load_split,
+                    load_tokenizer, lower_precision, own_name, parser_of, pick_device, read_json, read_manifest,
+                    read_meta, regime_flags, run_stage, seal, sha256, spaced_words, write_atomic, write_json)
 
 FORMATS = {                     # how a fact is written; the question stops before the value
     "pair": (" {key}", " {value}", "."),
@@ -1223,8 +1223,9 @@ def find_arm(seed, arm, place):
     # the hash first: a training at work names new weights in the manifest before they are in place
     digest = sha256(weights) if weights.is_file() else None
     manifest = read_json(folder / "manifest.json", made_by)
-    known, settings, trained_by = (manifest.get(name) for name in ("weights", "settings", "made_by"))
+    known, settings, trained_by = manifest.get("weights"), manifest.get("settings"), manifest.get("made_by", [])
     whole = isinstance(settings, dict) and isinstance(known, dict) and is_finite(settings)
+    whole = whole and isinstance(trained_by, list) and all(isinstance(one, dict) for one in trained_by)
     if not whole or any(type(step) is not int for step in known.values()):
         raise StageError(f"{folder / 'manifest.json'} is damaged; train again: {made_by} --fresh")
     checkpoint = None if digest in known else newest_checkpoint(folder)
@@ -1302,10 +1303,14 @@ def retrain(one, like, differing, place):
     both = [one] if set(differing) <= set(REGIME) else [like, one]
     again = [f"{train_command(a.seed, a.arm, place, like.settings)} --fresh" for a in both]
     if OTHER_MODEL in differing:
-        flags = ["" if init_name(a.arm) == "init" else f" {arm_flag(a.arm)}" for a in both]
-        again = [command(f"add_memory.py{flag}", place.root, place.quick, a.seed or None)
-                 for a, flag in zip(both, flags)] + again
+        again = [init_command(a.arm, place.root, place.quick, a.seed or None, a.settings.get("to"))
+                 for a in both] + again
     return " && ".join(again)
+
+
+def alike(one, other, name):
+    """Whether a setting of two trainings is the same."""
+    return one.settings.get(name) == other.settings.get(name)
 
 
 def check_comparable(found, meta, place):
@@ -1320,17 +1325,15 @@ def check_comparable(found, meta, place):
             again = train_command(one.seed, one.arm, place, one.settings)
             raise StageError(f"{name} was trained on other data than {place.root}/data now holds; put that "
                              f"data back, or train again: {again} --fresh")
-        differing = sorted(key for key in mine | theirs if mine.get(key) != theirs.get(key))
-        init = one.settings.get("init")
-        if one.arm in SPECIFIED and inits.setdefault(one.seed, init) != init:
-            differing.append("initial weights")
-        config = one.settings.get("init_config")
-        if configs.setdefault(init_name(one.arm), config) != config:
-            differing.append(OTHER_MODEL)
+        like, differing = first, sorted(key for key in mine | theirs if mine.get(key) != theirs.get(key))
+        if one.arm in SPECIFIED and not alike(one, other := inits.setdefault(one.seed, one), "init"):
+            like, differing = other, [*differing, "initial weights"]
+        if not alike(one, other := configs.setdefault(init_name(one.arm), one), "init_config"):
+            like, differing = other, [*differing, OTHER_MODEL]
         if differing:
-            raise StageError(f"{name} was trained differently from {first.folder.relative_to(place.root)} "
+            raise StageError(f"{name} was trained differently from {like.folder.relative_to(place.root)} "
                              f"({', '.join(differing)}); train again: "
-                             f"{retrain(one, first, differing, place)}")
+                             f"{retrain(one, like, differing, place)}")
     furthest = max(one.step for one in found)
     for one in found:
         if one.step != furthest:
@@ -1985,7 +1988,8 @@ def about_run(evidence):
         return ", ".join(dict.fromkeys(facts[name] for facts in everything))
 
     def trained_by(name):
-        return ", ".join(dict.fromkeys(one[name] for facts in everything for one in facts.get("trained_by", [])))
+        every = (one for facts in everything for one in facts.get("trained_by", []))
+        return ", ".join(dict.fromkeys(str(one.get(name, "unknown")) for one in every))
 
     first = everything[0]
     training = {name: value for name, value in first["training"].items() if name not in OWN}
@@ -2866,8 +2870,7 @@ def settings_in_study(name, usual, width):
     """What a training of the study has to have been made with, given the settings of USUAL[0] and
     the width of its rows."""
     arm = STUDY[name]
-    batch = max(1, usual["batch"] * width // arm.config.get("stm_window", width))       # as many tokens a step
-    return usual | dict(steps=max(1, round(arm.share * usual["steps"])), batch=batch) | arm.training
+    return usual | dict(steps=arm.steps_of(usual["steps"]), batch=arm.batch_of(usual["batch"], width)) | arm.training
 
 
 def of_study(exam, meta, place):
@@ -2875,9 +2878,9 @@ def of_study(exam, meta, place):
     where that is missing, or where one was trained on other data, not to its end, or otherwise than
     the study has it."""
     there = [name for name in STUDY if (arm_folder(place.root, 0, name) / "manifest.json").is_file()]
-    measured, usual = {}, shared_settings(find_arm(0, USUAL[0], place))
-    for name in dict.fromkeys([USUAL[0], *there]):
-        found = find_arm(0, name, place)
+    every = {name: find_arm(0, name, place) for name in dict.fromkeys([USUAL[0], *there])}
+    measured, usual = {}, shared_settings(every[USUAL[0]])
+    for name, found in every.items():
         if found.settings.get("data") != meta["splits"]["train"]["sha256"]:
             raise StageError(f"{name} was trained on other data than {place.root}/data now holds; train again: "
                              f"{train_command(0, name, place, found.settings)} --fresh")

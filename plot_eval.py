@@ -1213,8 +1213,7 @@ def how_trained(results):
 def where_measured(results):
     """The small print: data, device, code."""
     data, run = results["detail"]["data"], results["detail"]["run"]
-    return (f"{data['source']}: {data['val_documents']:,} validation documents. "
-            f"{made_on(run)}.")
+    return f"{data['source']}: {data['val_documents']:,} validation documents. {made_on(run)}."
 
 
 def reach_said(recall):
@@ -1293,7 +1292,7 @@ def row_of_arm(results, arm):
     rate = training_ratio(results, arm)
     return [label, added(results, arm), bpc,
             f"{part['ratio']:.3f} ({from_to(part['ratio_ci95'], '.3f')})",
-            {"inconclusive": "unclear"}.get(part["verdict"], part["verdict"]), recall,
+            (VERDICTS | {"inconclusive": "unclear"})[part["verdict"]], recall,
             f"x {rate:.2f}" if rate else "", bytes_said(about["state_bytes"])]
 
 

@@ -55,6 +55,16 @@ class Arm(NamedTuple):
     training: dict = {}         # of train.py's Settings
     share: float = 1.0          # of the usual steps
 
+    def steps_of(self, usual):
+        """How many steps it is trained for."""
+        return max(1, round(self.share * usual))
+
+    def batch_of(self, usual, width):
+        """Rows of its own window that a step takes in place of `usual` ones of `width` tokens: as many
+        tokens, as far as a row allows.
+        """
+        return max(1, usual * width // self.config.get("stm_window", width))
+
 
 ARMS = {
     "baseline": Arm(None, "no memory"),
@@ -94,7 +104,7 @@ def study():
         found[name] = Arm(None, label, group="baseline", config=dict(stm_window=window))
     found["study_wide"] = Arm(None, "the LTM's parameters in the feed-forward", group="baseline",
                               backbone=dict(n_inner=2_720))
-    found["more_steps"] = Arm(None, "the LTM's time in steps", group="baseline", share=1.05)     # README's
+    found["more_steps"] = Arm(None, "the LTM's time in steps", group="baseline", share=1.05)     # by README's speeds
     stored = {"surprisal": {}, "random": dict(ltm_random=0.576), "every": dict(ltm_surprisal_bits=-1.0)}
     # an isolated row never fills 256 slots: 1,024 of them change what is evaluated, not what is trained
     labels = {"surprisal": "surprising tokens", "random": "random ones, same rate", "every": "every token"}
@@ -268,6 +278,13 @@ def command(script, root, quick, seed=None):
     if quick:
         words.append("--quick")
     return " ".join(words)
+
+
+def init_command(arm, root, quick, seed=None, to=None):
+    """The command line that makes what an arm starts from, on the model `to` where it stands on one."""
+    flag = "" if init_name(arm) == "init" else f" {arm_flag(arm)}"
+    host = f" --to {shlex.quote(to)}" if to else ""
+    return command(f"add_memory.py{flag}{host}", root, quick, seed)
 
 
 # ------------------------------------------------------------ files

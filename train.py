@@ -47,10 +47,10 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from stages import (ARMS, EOT, STUDY, StageError, Wandb, about, arm_flag, arm_folder, command, commit, compiled,
-                    default_root, device_name, fsync, has_compiler, init_name, is_hosted, load_model, load_split,
-                    load_tokenizer, lock, lower_precision, one_line, parser_of, pick_device, read_json, read_manifest,
-                    recut, regime_flags, run_stage, save_model, seed_number, sha256, write_atomic, write_json,
-                    write_manifest)
+                    default_root, device_name, fsync, has_compiler, init_command, init_name, is_hosted, load_model,
+                    load_split, load_tokenizer, lock, lower_precision, one_line, parser_of, pick_device, read_json,
+                    read_manifest, recut, regime_flags, run_stage, save_model, seed_number, sha256, write_atomic,
+                    write_json, write_manifest)
 
 
 @dataclass(frozen=True)
@@ -672,7 +672,7 @@ class Run:
         except StageError:
             return {}
         whole = all(isinstance(found.get(name), dict) for name in ("weights", "settings"))
-        return found if whole else {}
+        return found if whole and isinstance(found.get("made_by", []), list) else {}
 
     def differing(self, theirs):
         """The facts that differ from `theirs`, as text with both values; hashes shortened."""
@@ -1166,6 +1166,15 @@ def caught_signals():
     return caught
 
 
+def host_beside(init):
+    """The model that what other arms of a root start from stands on; None: none, or none that can be read."""
+    for path in init.parent.glob("init*/manifest.json"):
+        with contextlib.suppress(StageError):
+            if to := read_json(path, "add_memory.py").get("to"):
+                return to
+    return None
+
+
 class Job:
     """What is asked for: the arm, the seed, where it lies, what it reads, and what is said of it.
 
@@ -1178,7 +1187,7 @@ class Job:
         self.arm, self.seed = args.arm, args.seed
         self.chained, self.planted = args.chained, args.planted
         self.about = about(args.arm)
-        self.steps = args.steps or max(1, round(self.about.share * settings.steps))
+        self.steps = args.steps or self.about.steps_of(settings.steps)
         self.settings = dataclasses.replace(settings, **self.about.training)
         self.following = command("eval.py --report", self.root, args.quick)
         if self.arm == "baseline":
@@ -1187,14 +1196,7 @@ class Job:
         if self.arm in STUDY:
             self.following = command("eval.py --study", self.root, args.quick)
         init = arm_folder(self.root, self.seed, init_name(self.arm))
-        script = "add_memory.py"
-        if init.name != "init":
-            script += f" {arm_flag(self.arm)}"
-        for other in init.parent.glob("init*/manifest.json"):           # all of a root start from one model
-            if to := read_json(other, command(script, self.root, args.quick)).get("to"):
-                script += f" --to {shlex.quote(to)}"
-                break
-        made_by = command(script, self.root, args.quick, args.seed)
+        made_by = init_command(self.arm, self.root, args.quick, args.seed, host_beside(init))
         self.tokenizer = load_tokenizer(self.root, args.quick)
         self.rows, self.meta = load_split(self.root, "train", args.quick)
         self.planted_data = None
@@ -1213,7 +1215,7 @@ class Job:
         elif self.train_backbone:
             raise StageError(f"{init} was trained by nobody yet, so that its backbone learns in any case; leave "
                              f"--train-backbone out, or start from a model: "
-                             + command(f"{script} --to MODEL", self.root, args.quick))
+                             + init_command(self.arm, self.root, args.quick, to="MODEL"))
         if self.about.config:
             self.reshape()
         window, width = self.model.config.stm_window, self.rows.shape[1]
@@ -1241,9 +1243,9 @@ class Job:
         self.model = type(self.model)(config).eval()
         # the table of rotations is as long as the window asks for
         self.model.load_state_dict(weights | {"backbone.rotary": self.model.backbone.rotary})
-        if "stm_window" in self.about.config:               # as many tokens a step, as far as a row allows
+        if "stm_window" in self.about.config:
             self.rows = recut(self.rows, config.stm_window)
-            batch = max(1, self.settings.batch * self.meta["window"] // config.stm_window)
+            batch = self.about.batch_of(self.settings.batch, self.meta["window"])
             self.settings = dataclasses.replace(self.settings, batch=batch)
 
     def plant(self, made_by):
@@ -1393,13 +1395,13 @@ def train(args, settings, processes):
     plan = job.plan(processes.world)
     torch.manual_seed(job.seed)                          # nothing draws from it; what would, would draw the same
     run, checkpoint, over = open_run(job, args, processes)
+    if over:
+        return all_done(run, job, processes)
     training = Training(job.model.to(processes.device), job.rows, plan, job.settings)
     if checkpoint:
         resume(run, training, checkpoint, processes.first)
-    if over or training.done == job.steps:
-        if processes.first:
-            print(f"{run.folder}: all {job.steps:,} steps are done already; next: {job.following}")
-        return 0
+    if training.done == job.steps:
+        return all_done(run, job, processes)
     if not any(group.parameters for group in training.groups):
         if processes.first:
             save_still(run, training, job)
@@ -1414,6 +1416,13 @@ def train(args, settings, processes):
     console.end()
     if training.done < job.steps:
         return 128 + (caught or [signal.SIGTERM])[0]     # another process of torchrun's may be the one that was told
+    return 0
+
+
+def all_done(run, job, processes):
+    """Say that nothing is left to do; the exit code."""
+    if processes.first:
+        print(f"{run.folder}: all {job.steps:,} steps are done already; next: {job.following}")
     return 0
 
 

@@ -1386,6 +1386,22 @@ def test_a_config_that_was_changed_is_refused(one_seed, evaluate, change):
     assert refused(evaluate(one_seed), str(path), "not the file its manifest names", "--with-ltm", "--fresh")
 
 
+@pytest.mark.parametrize("made_by", [None, "a word", ["a word"]])
+def test_who_trained_need_not_be_on_record_but_has_to_be_readable(one_seed, evaluate, made_by):
+    """Manifests of before have no such entry."""
+    path = one_seed / "trained" / "with_ltm" / "manifest.json"
+    manifest = json.loads(path.read_text()) | {"made_by": made_by}
+    if made_by is None:
+        del manifest["made_by"]
+    path.write_text(json.dumps(manifest))
+    if made_by:
+        assert refused(evaluate(one_seed), "manifest.json is damaged", "--with-ltm", "--fresh")
+    else:
+        evaluation.main(["--root", str(one_seed)])
+        about = json.loads((one_seed / "results.json").read_text())["detail"]["arms"]["with_ltm"]
+        assert about["checkpoints"][0]["trained_by"] == []
+
+
 def test_the_config_is_known_as_it_was_at_the_start(one_seed):
     """Not as a later save finds it."""
     path = one_seed / "trained" / "with_ltm" / "config.json"

@@ -1147,6 +1147,8 @@ def test_a_window_narrower_than_a_row_is_refused(root, here):
 
 def test_initial_weights_that_changed_are_refused(root, here):
     init = root / "trained" / "init"
+    (root / "trained" / "init_with_gru").mkdir()
+    (root / "trained" / "init_with_gru" / "manifest.json").write_text("{")       # of another arm: no matter
     flip(init / "config.json", 300)
     assert refused(here(root, "--baseline"), "config.json", "python add_memory.py --root", "--seed 0")
     shutil.rmtree(init)
