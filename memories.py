@@ -30,13 +30,13 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, DynamicCache
 
 try:
-    from .models import (Affine, Memory, RevenaCache, RevenaConfig, RevenaHybridTiny, dtype_for, into_slots, lagged,
-                         norm, noted_change, operator, text_of, tl, triton, where)
+    from .models import (Affine, Memory, RevenaCache, RevenaConfig, RevenaHybridTiny, digest, dtype_for, into_slots,
+                         lagged, norm, noted_change, operator, text_of, tl, triton, where)
 except ImportError:
     if __package__:
         raise
-    from models import (Affine, Memory, RevenaCache, RevenaConfig, RevenaHybridTiny, dtype_for, into_slots, lagged,
-                        norm, noted_change, operator, text_of, tl, triton, where)
+    from models import (Affine, Memory, RevenaCache, RevenaConfig, RevenaHybridTiny, digest, dtype_for, into_slots,
+                        lagged, norm, noted_change, operator, text_of, tl, triton, where)
 
 
 # ------------------------------------------------------------ what decays, without a loop
@@ -1731,7 +1731,7 @@ class HostedCache(RevenaCache):
 
     def clear(self, batch_size=None):
         super().clear(batch_size)
-        model, B = self.model, len(self.tail)
+        model, B = self.model, len(self.digest)
         empty = torch.zeros(B, model.backbone.heads, 0, model.backbone.size, dtype=model.dtype, device=model.device)
         self.keys, self.values = ([empty] * model.config.n_layer for _ in range(2))
         self.real, self.place = self.real[:, :0], torch.zeros(B, dtype=torch.long, device=model.device)
@@ -1839,6 +1839,6 @@ class RevenaHosted(RevenaHybrid):
         cache.keys = [layer.keys[:, :, gone:] for layer in past.layers]
         cache.values = [layer.values[:, :, gone:] for layer in past.layers]
         cache.real, cache.place = known[:, gone:], place[:, -1] + 1
-        cache.tail = torch.cat((cache.tail, tokens), dim=1)[:, n:]
+        cache.digest = digest(tokens, cache.digest)
         cache.length += n
         return h

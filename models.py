@@ -26,6 +26,8 @@ import glob
 import math
 import os
 import re
+import warnings
+from hashlib import sha256
 from typing import NamedTuple, Optional
 
 import torch
@@ -1743,7 +1745,7 @@ class GPT(PreTrainedModel, GenerationMixin):
                       for layer in range(self.config.n_layer)]
         h = self.backbone(self.backbone.embed(tokens), attentions, mix, memory.places, collect)
         cache.real = known if window is None else known[:, n:]
-        cache.tail = torch.cat((cache.tail, tokens), dim=1)[:, n:]
+        cache.digest = digest(tokens, cache.digest)
         cache.length += n
         return h
 
@@ -1791,17 +1793,16 @@ class GPT(PreTrainedModel, GenerationMixin):
         has not read.
 
         By itself, generate takes a text for the whole so far and drops as many tokens as were
-        read. Here one that is too short for that is all new, and a longer one must hold the last
-        tokens read where it was read up to.
+        read. Here one that is too short for that is all new, and a longer one must begin with all
+        that was read.
         """
         if is_first_iteration and next_sequence_length is not None and (read := past_key_values.get_seq_length()):
-            known = past_key_values.tail[:, -read:]
-            if torch.equal(input_ids[:, read - known.size(1):read], known):
+            known, (B, T) = past_key_values.digest, input_ids.shape
+            if T >= read and torch.equal(digest(input_ids[:, :read]), known):
                 input_ids = input_ids[:, read:]
-            elif input_ids.size(1) > read and len(input_ids) == len(known):
+            elif T > read and B == len(known):
                 raise ValueError(f"the text does not begin with the {read} tokens that the memory has read; if all of "
-                                 f"it is new, pass attention_mask=torch.ones({len(known)}, "
-                                 f"{read + input_ids.size(1)}), a mask over both")
+                                 f"it is new, pass attention_mask=torch.ones({B}, {read + T}), a mask over both")
             next_sequence_length = None
         given = super().prepare_inputs_for_generation(
             input_ids, next_sequence_length=next_sequence_length, past_key_values=past_key_values,
@@ -1954,8 +1955,28 @@ def gathered(x):
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
-TAIL = 3                        # last tokens that a cache remembers, to tell a text that goes on from a new one
 REPLAYED = 8                    # windows that a text has where recording one pays
+BASE = 6364136223846793005      # odd, as large as the words of 64 bits that a digest is counted in
+
+
+def digest(tokens, before=0):
+    """A number (B,) that says which tokens (B, n) were read, given that `before` of those before them:
+    sum of (token + 1) BASE^(tokens after it), modulo 2^64.
+    """
+    powers = torch.full((tokens.size(1) + 1,), BASE, device=tokens.device)
+    powers[0] = 1
+    powers = powers.cumprod(0)
+    return before * powers[-1] + ((tokens + 1) * powers[:-1].flip(0)).sum(1)
+
+
+def fingerprint(model):
+    """What stays the same of a model's weights while none of them changes: text, short."""
+    def total(x):                                           # of its bits, as words of 64, modulo 2^64
+        x = gathered(x).detach().flatten().view(torch.uint8)
+        return F.pad(x, (0, -len(x) % 8)).view(torch.long).sum()
+
+    totals = torch.stack([total(x) for x in model.parameters()]).tolist()
+    return sha256(repr(totals).encode()).hexdigest()[:16]
 
 
 class Recorded(NamedTuple):
@@ -1979,7 +2000,7 @@ class RevenaCache(Cache):
     Attributes:
         keys, values: a list of (B, 127, H, D/H) a layer. real: (B, 127) which of them are text.
         state: {name: tensor (B, ..)} of the memory: see there. drawn: what the newest prediction drew on.
-        tail: (B, TAIL) the last tokens. length: tokens read, padding included.
+        digest: (B,) of all tokens read. length: how many, padding included.
     """
 
     is_compileable = False
@@ -2003,7 +2024,7 @@ class RevenaCache(Cache):
         self.keys = [zeros(*size) for _ in range(config.n_layer)]
         self.values = [zeros(*size) for _ in range(config.n_layer)]
         self.real = zeros(past, dtype=torch.bool)
-        self.tail = zeros(TAIL, dtype=torch.long) + config.pad_token_id
+        self.digest = zeros(dtype=torch.long)
         memory = getattr(model, "memory", NOTHING)
         self.state = {name: gathered(x).detach().clone() for name, x in memory.empty(B, model.device).items()}
         self.drawn, self.length, self.graphs = {}, 0, {}
@@ -2090,7 +2111,7 @@ class RevenaCache(Cache):
 
     def tensors(self):
         """Every tensor of the cache by name."""
-        named = {"real": self.real, "tail": self.tail}
+        named = {"real": self.real, "digest": self.digest}
         named |= {f"state.{name}": x for name, x in self.state.items()}
         named |= {f"keys.{layer}": x for layer, x in enumerate(self.keys)}
         return named | {f"values.{layer}": x for layer, x in enumerate(self.values)}
@@ -2109,7 +2130,7 @@ class RevenaCache(Cache):
     def save(self, path):
         """Write the cache to a safetensors file."""
         tensors = {name: x.contiguous() for name, x in self.tensors().items()}
-        save_file(tensors, path, metadata={"length": str(self.length)})
+        save_file(tensors, path, metadata={"length": str(self.length), "weights": fingerprint(self.model)})
         follow_umask(path)
 
     @staticmethod
@@ -2120,17 +2141,20 @@ class RevenaCache(Cache):
     @classmethod
     def load(cls, path, model):
         """Read a cache that `save` wrote, for a model of the same shape; ValueError if it is of
-        another.
+        another, a warning if the model has learned since.
         """
         named = load_file(path, device=str(model.device))
         with safe_open(path, "pt") as file:
-            length = (file.metadata() or {}).get("length", "")
+            about = file.metadata() or {}
+        length = about.get("length", "")
         if "real" not in named or not length.isdecimal():
             raise ValueError(f"{path} is not a memory that cache.save(..) wrote")
         cache = cls(model, len(named["real"]))
 
         if model.config.stm_window and cls.shapes(named) != cls.shapes(cache.tensors()):
             raise ValueError(f"{path} is not a memory of this model")
+        if about.get("weights") != fingerprint(model):
+            warnings.warn(f"{path} was saved by a model with other weights: what it holds may mean nothing to this one")
         cache.put(named)
         cache.length = int(length)
         return cache

@@ -5,7 +5,7 @@
 #   ./run_all.sh --text FILE    on your documents: .jsonl, .json, .parquet, .txt, or a .gz, .xz, .zst
 #   ./run_all.sh --quick        all of it made small: minutes on two cores, downloads only packages
 #   ./run_all.sh --memories     all memories, trained chained on the same data, in memories/
-#   ./run_all.sh --study        what else would have bought the gain: 25 trainings, in study/
+#   ./run_all.sh --study        what else would have bought the gain: 27 trainings, in study/
 #
 #   --seeds N     train each arm with each of N seeds (default 1)
 #   --steps N     train each arm for N steps (default: train.py's own)

@@ -96,7 +96,7 @@ def study():
     """
     two = {"baseline": Arm(None, "no memory"), "with_ltm": Arm("ltm", "LTM")}
     found = {}
-    for share in (0.25, 0.5, 1, 2, 4):
+    for share in (0.25, 0.5, 1, 2, 4, 8):
         for arm, about in two.items():
             found[f"{arm}_x{share:g}"] = about._replace(group="steps", share=share)
     attention = {"window_512": (512, "window of 512"), "attention_1024": (1_024, "full attention over 1,024")}

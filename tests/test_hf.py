@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -319,6 +320,10 @@ def test_new_text_longer_than_the_old_is_not_cut(any_model, ids):
         cache = any_model(old, use_cache=True).past_key_values
     with pytest.raises(ValueError, match=r"does not begin with the 8 .*torch.ones\(1, 28\)"):
         any_model.generate(new, past_key_values=cache, **GREEDY)
+    edited = torch.cat((old, new), 1)
+    edited[0, 2] += 1                                   # long before the last token read
+    with pytest.raises(ValueError, match="does not begin with the 8"):
+        any_model.generate(edited, past_key_values=cache, **GREEDY)
     with pytest.raises(ValueError, match="no tokens"):
         any_model.generate(old, past_key_values=cache, **GREEDY)
     with pytest.raises(ValueError, match="1 sequences, not 3"):
@@ -381,6 +386,14 @@ def test_a_memory_of_another_model_is_refused(model, ids, tmp_path):
     other = RevenaHybridTiny(RevenaConfig(n_layer=2, n_embd=64, n_head=2, stm_window=WINDOW, ltm_slots=SLOTS + 1))
     with pytest.raises(ValueError, match="not a memory of this model"):
         other.load_cache(tmp_path / "cache.safetensors")
+    twin = copy.deepcopy(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        twin.load_cache(tmp_path / "cache.safetensors")                 # the same weights, if not the same model
+    with torch.no_grad():
+        twin.backbone.embed.weight[7, 7] += 1e-6
+    with pytest.warns(UserWarning, match="saved by a model with other weights"):
+        twin.load_cache(tmp_path / "cache.safetensors")
     save_file({"count": torch.zeros(1)}, tmp_path / "none.safetensors")
     with pytest.raises(ValueError, match="not a memory that cache.save"):
         model.load_cache(tmp_path / "none.safetensors")

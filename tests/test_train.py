@@ -529,13 +529,13 @@ def test_every_arm_has_its_flag():
 def test_the_study_names_what_else_would_have_bought_it():
     """Each arm of it differs from the usual one in what its name says, and has a flag, and weights to start from."""
     study = stages.STUDY
-    assert not set(study) & set(stages.ARMS) and len(study) == 25
+    assert not set(study) & set(stages.ARMS) and len(study) == 27
     for name, arm in study.items():
         assert train.parse(arm_flag(name).split()).arm == name and arm.group and arm.label
         assert (stages.init_name(name) == "init") == (not arm.backbone)
         assert not arm.backbone or add_memory.parse(arm_flag(name).split()).arm == name
     curve = {(arm.memory, arm.share) for arm in study.values() if arm.group == "steps"}
-    assert curve == {(memory, share) for memory in (None, "ltm") for share in (0.25, 0.5, 1, 2, 4)}
+    assert curve == {(memory, share) for memory in (None, "ltm") for share in (0.25, 0.5, 1, 2, 4, 8)}
     routing = [arm.config for arm in study.values() if arm.group == "routing"]
     assert sorted(config["ltm_slots"] for config in routing) == [256, 256, 1024, 1024, 1024]
     rates = [(arm.memory, arm.training["lr"]) for arm in study.values() if arm.training]
