@@ -1963,9 +1963,8 @@ def digest(tokens, before=0):
     """A number (B,) that says which tokens (B, n) were read, given that `before` of those before them:
     sum of (token + 1) BASE^(tokens after it), modulo 2^64.
     """
-    powers = torch.full((tokens.size(1) + 1,), BASE, device=tokens.device)
-    powers[0] = 1
-    powers = powers.cumprod(0)
+    powers = torch.full((tokens.size(1),), BASE, device=tokens.device).cumprod(0)
+    powers = F.pad(powers, (1, 0), value=1)                             # of 0, 1, .. n
     return before * powers[-1] + ((tokens + 1) * powers[:-1].flip(0)).sum(1)
 
 
