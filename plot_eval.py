@@ -912,11 +912,11 @@ def draw_study(results):
     page = Page(figure)
     bits = {arm: curve[arm] for arm in (REFERENCE, EXPLAINED)}
     panels = ((bits, ("Bits per character", "lower is better")),
-              ({EXPLAINED: curve["ratio"]}, ("By the baseline's", "below 1 is better")),
+              ({EXPLAINED: curve["ratio"]}, ("BPC by baseline's", "below 1 is better")),
               (recalls_of_study(results, "recall"), ("Recall beyond", "the window, share right")),
               (recalls_of_study(results, "recall_inside"), ("Recall inside", "the window, share right")))
     for number, (curves, what) in enumerate(panels):
-        axes = page.panel(0.35 + 2.15 * number, 1.5, 1.7, 1.5)
+        axes = page.panel(0.4 + 2.15 * number, 1.5, 1.6, 1.5)
         if curve["steps"]:
             draw_steps(axes, curve["steps"], curves, what)
         if number > 1:
