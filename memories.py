@@ -660,7 +660,8 @@ class Store(RowMemory, kind="store"):
         ..); and how many items were merged and dropped, (B,) each.
         """
         none = torch.zeros_like(old.facts[:, 0, 0])
-        if not (items.facts.device.type != "cpu" or bool(ended.any())):     # there it is cheaper to ask
+        asks = items.facts.device.type == "cpu" and not torch.compiler.is_compiling()       # there it is cheaper to
+        if asks and not ended.any():
             return old, none, none
         M, above = self.set["slots"], self.set["merge_above"]
         merged = none
@@ -1729,6 +1730,11 @@ class HostedCache(RevenaCache):
     a window where it has one. place: (B,) tokens read, without padding.
     """
 
+    @staticmethod
+    def grows(model):
+        """Always, until a window is full, if there is one."""
+        return True
+
     def clear(self, batch_size=None):
         super().clear(batch_size)
         model, B = self.model, len(self.digest)
@@ -1775,8 +1781,8 @@ class RevenaHosted(RevenaHybrid):
             return self.get_input_embeddings()
         raise ValueError("this model's vocabulary is its host's: resize that, then add_memory.py --to its folder")
 
-    def new_cache(self, batch_size=1):
-        return HostedCache(self, batch_size)
+    def new_cache(self, batch_size=1, compiled=False):
+        return HostedCache(self, batch_size, compiled)
 
     def all_logits(self, h):
         head, embed = self.backbone.head, self.backbone.embed
@@ -1840,5 +1846,4 @@ class RevenaHosted(RevenaHybrid):
         cache.values = [layer.values[:, :, gone:] for layer in past.layers]
         cache.real, cache.place = known[:, gone:], place[:, -1] + 1
         cache.digest = digest(tokens, cache.digest)
-        cache.length += n
         return h

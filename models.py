@@ -82,7 +82,7 @@ class RevenaConfig(PreTrainedConfig):
         ltm_rare_bits: a word is rare where its surprisal exceeds this. ltm_same, ltm_near: weight of an item for each
             rare word that stands as far before it as before the query; and elsewhere among the last ltm_ngrams tokens.
         ltm_exact_fade, ltm_rare_fade: power of an item's age with which weights fall that exact addresses, and rare
-            words, give. ltm_learned_fade: the first learned address; number k of K has 1 - k/K of it.
+            words, give. ltm_learned_fade: the first learned address: number k of K has 1 - k/K of it.
         ltm_stm_loss: weight in training of log p_stm beside the log p of the mixture.
         ltm_share: share of the probability that comes from items where that counts as a hit.
         ltm_random: a control: this share of all tokens is stored, whatever their surprisal; 0: by surprisal.
@@ -597,7 +597,7 @@ def whole_block(block, x, attention):
 
 
 class Backbone(nn.Module):
-    """Token embedding, layers and the tied output matrix; everything that the arms have in common."""
+    """Token embedding, layers and the tied output matrix; what the arms have in common."""
 
     def __init__(self, config):
         super().__init__()
@@ -1746,7 +1746,6 @@ class GPT(PreTrainedModel, GenerationMixin):
         h = self.backbone(self.backbone.embed(tokens), attentions, mix, memory.places, collect)
         cache.real = known if window is None else known[:, n:]
         cache.digest = digest(tokens, cache.digest)
-        cache.length += n
         return h
 
     def stream(self, tokens, cache, real=None, collect=None, keep=0):
@@ -1758,6 +1757,16 @@ class GPT(PreTrainedModel, GenerationMixin):
         """
         if real is None:
             real = torch.ones_like(tokens, dtype=torch.bool)
+        read = self._read
+        one = tokens.size(1) == 1 and collect is None and not torch.is_grad_enabled()
+        if cache.compiled and one:
+            read = torch.compile(read, dynamic=False)
+            cache.put({name: laid_out(x) for name, x in cache.tensors().items()})
+        log_p = read(tokens, cache, real, collect, keep)
+        cache.length += tokens.size(1)          # a number that changes, which would be compiled anew
+        return log_p
+
+    def _read(self, tokens, cache, real, collect, keep):
         h = self.advance(tokens, cache, real, collect)
         if collect is not None:
             collect.append(h)
@@ -1767,17 +1776,18 @@ class GPT(PreTrainedModel, GenerationMixin):
 
     # ---- generation
 
-    def new_cache(self, batch_size=1):
+    def new_cache(self, batch_size=1, compiled=False):
         """An empty RevenaCache; forward(..) and generate(..) go on from it, and fill it, as
-        `past_key_values`.
+        `past_key_values`. `compiled`: torch.compile is given what reads one token, hundreds of small
+        kernels; ValueError if the cache grows, and would be compiled again with each token.
         """
-        return RevenaCache(self, batch_size)
+        return RevenaCache(self, batch_size, compiled)
 
-    def load_cache(self, path):
+    def load_cache(self, path, compiled=False):
         """The RevenaCache that `cache.save(path)` wrote; ValueError if it is that of a model of
         another shape.
         """
-        return type(self.new_cache()).load(path, self)
+        return type(self.new_cache()).load(path, self, compiled)
 
     def _prepare_generation_config(self, *args, **kwargs):
         """A prefill in chunks is none: forward reads in blocks of a window as it is, and a text cut
@@ -1816,6 +1826,12 @@ class GPT(PreTrainedModel, GenerationMixin):
             if mask is not None:
                 given["attention_mask"] = mask[:, mask.size(1) - given["input_ids"].size(1):]
         return given
+
+
+def laid_out(x):
+    """x with the strides of a new tensor, also where a size is 1: compiled code asks for its own."""
+    same = x.stride() == torch.empty(x.shape, device="meta").stride()
+    return x if same else x.clone(memory_format=torch.contiguous_format)
 
 
 def kept(logits, keep):
@@ -1897,6 +1913,8 @@ def check_cache(cache, batch, real):
     if real.size(1) == 0:
         raise ValueError("no tokens: generate() takes the whole text so far, or what of it is new, and at "
                          "least one token that the memory has not read")
+    if real.size(1) == 1 and real.is_cuda:                  # a GPU is not kept waiting at each token
+        return
     if (real[:, :-1] & ~real[:, 1:]).any():
         raise ValueError("with a cache, pad on the left: tokenizer.padding_side = 'left'")
     if (cache.real.any(1, keepdim=True) & ~real).any():
@@ -1960,8 +1978,8 @@ BASE = 6364136223846793005      # odd, as large as the words of 64 bits that a d
 
 
 def digest(tokens, before=0):
-    """A number (B,) that says which tokens (B, n) were read, given that `before` of those before them:
-    sum of (token + 1) BASE^(tokens after it), modulo 2^64.
+    """A number (B,) that says which tokens (B, n) were read, given that `before` of those before
+    them: sum of (token + 1) BASE^(tokens after it), modulo 2^64.
     """
     powers = torch.full((tokens.size(1),), BASE, device=tokens.device).cumprod(0)
     powers = F.pad(powers, (1, 0), value=1)                             # of 0, 1, .. n
@@ -2000,14 +2018,23 @@ class RevenaCache(Cache):
         keys, values: a list of (B, 127, H, D/H) a layer. real: (B, 127) which of them are text.
         state: {name: tensor (B, ..)} of the memory: see there. drawn: what the newest prediction drew on.
         digest: (B,) of all tokens read. length: how many, padding included.
+        compiled: whether torch.compile makes few kernels of the many that a token takes.
     """
 
     is_compileable = False
 
-    def __init__(self, model, batch_size=1):
+    def __init__(self, model, batch_size=1, compiled=False):
         super().__init__(layers=[])
-        self.model = model
+        if compiled and self.grows(model):
+            raise ValueError("the cache of this model grows, and what reads a token can't be compiled "
+                             "once for all of them: leave compiled out")
+        self.model, self.compiled = model, compiled
         self.clear(batch_size)
+
+    @staticmethod
+    def grows(model):
+        """Whether more is held with every token."""
+        return model.config.stm_window is None
 
     def clear(self, batch_size=None):
         """Forget everything, as at the start of a sequence."""
@@ -2138,7 +2165,7 @@ class RevenaCache(Cache):
         return {name: (x.shape[1:], x.dtype) for name, x in tensors.items()}
 
     @classmethod
-    def load(cls, path, model):
+    def load(cls, path, model, compiled=False):
         """Read a cache that `save` wrote, for a model of the same shape; ValueError if it is of
         another, a warning if the model has learned since.
         """
@@ -2148,12 +2175,12 @@ class RevenaCache(Cache):
         length = about.get("length", "")
         if "real" not in named or not length.isdecimal():
             raise ValueError(f"{path} is not a memory that cache.save(..) wrote")
-        cache = cls(model, len(named["real"]))
-
+        cache = cls(model, len(named["real"]), compiled)
         if model.config.stm_window and cls.shapes(named) != cls.shapes(cache.tensors()):
             raise ValueError(f"{path} is not a memory of this model")
         if about.get("weights") != fingerprint(model):
-            warnings.warn(f"{path} was saved by a model with other weights: what it holds may mean nothing to this one")
+            warnings.warn(f"{path} was saved by a model with other weights: what it holds may mean "
+                          f"nothing to this one")
         cache.put(named)
         cache.length = int(length)
         return cache

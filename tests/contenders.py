@@ -329,10 +329,10 @@ def generator(setup, arm=None):
     return lower_precision(gpt.to(setup.device)).eval()
 
 
-def generating(setup, model, length):
+def generating(setup, model, length, compiled=False):
     """One sequence, token by token, always after the same context of `length` tokens, which is not timed."""
     text = torch.from_numpy(setup.tokens).to(setup.device).view(1, -1)[:, :length]
-    cache = RevenaCache(model)
+    cache = RevenaCache(model, compiled=compiled)
     first = model(text, past_key_values=cache, logits_to_keep=1).logits.argmax(-1)
     context = {name: x.clone() for name, x in cache.tensors().items()}
 

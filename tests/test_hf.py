@@ -580,6 +580,12 @@ def test_compiled_it_goes_on_from_turn_to_turn(model, ids):
                                model(ids[:, :1], past_key_values=cache).logits, **CLOSE)
 
 
+def test_a_cache_that_grows_is_not_compiled():
+    gpt = GPT(RevenaConfig(n_layer=1, n_embd=64, n_head=2, stm_window=None, memory_enabled=False, n_positions=256))
+    with pytest.raises(ValueError, match="the cache of this model grows"):
+        gpt.new_cache(compiled=True)
+
+
 # ------------------------------------------------------------------------------------ shapes
 
 def resized(model, tokenizer, *texts):

@@ -6,6 +6,7 @@ because an output matrix is zero. The vocabulary is small, so that whole distrib
 """
 
 import copy
+import functools
 import math
 import os
 import subprocess
@@ -660,6 +661,42 @@ def test_a_gpu_replays_windows(name):
     assert (WINDOW, 1, False) in replayed.graphs
     for held, state in plain.state.items():
         torch.testing.assert_close(replayed.state[held], state, rtol=1e-3, atol=1e-3)
+
+
+@on_a_gpu
+@torch.no_grad()
+@every_kind
+def test_a_gpu_replays_what_is_compiled(name):
+    """Single tokens, compiled and recorded: the same as `stream`, which is neither; a second cache's, too."""
+    torch._dynamo.reset()
+    model, ids = make(name).cuda(), text(2, 2 * WINDOW).cuda()
+    for _ in range(2):
+        compiled, plain = model.new_cache(2, compiled=True), model.new_cache(2)
+        for tokens in ids.split((5, *[1] * (2 * WINDOW - 5)), 1):
+            got = model(tokens, past_key_values=compiled).logits
+            torch.testing.assert_close(got, model.stream(tokens, plain), rtol=1e-3, atol=1e-3)
+        assert (1, 0, False) in compiled.graphs
+        for held, state in plain.state.items():
+            torch.testing.assert_close(compiled.state[held], state, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+@every_kind
+def test_a_compiled_cache_says_the_same(name, monkeypatch):
+    """What reads a token is compiled whole and once, for the caches that follow, too; probabilities and state are those
+    of the one that is not."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager", fullgraph=True))
+    torch._dynamo.reset()
+    model, ids = make(name), text(2, 2 * WINDOW)
+    wanted, plain = streamed(model, ids, (5, 1))
+    for again in (False, True):
+        with torch._dynamo.config.patch(error_on_recompile=again):
+            got, cache = streamed(model, ids, (5, 1), model.new_cache(2, compiled=True))
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+        assert cache.length == plain.length and cache.tensors().keys() == plain.tensors().keys()
+        for held, x in plain.tensors().items():
+            torch.testing.assert_close(cache.tensors()[held], x, rtol=1e-4, atol=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0, "nothing was compiled"
 
 
 # ------------------------------------------------------------ the store
