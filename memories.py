@@ -1845,5 +1845,5 @@ class RevenaHosted(RevenaHybrid):
         cache.keys = [layer.keys[:, :, gone:] for layer in past.layers]
         cache.values = [layer.values[:, :, gone:] for layer in past.layers]
         cache.real, cache.place = known[:, gone:], place[:, -1] + 1
-        cache.digest = digest(tokens, cache.digest)
+        cache.digest = digest(tokens, real, cache.digest)
         return h

@@ -1745,7 +1745,7 @@ class GPT(PreTrainedModel, GenerationMixin):
                       for layer in range(self.config.n_layer)]
         h = self.backbone(self.backbone.embed(tokens), attentions, mix, memory.places, collect)
         cache.real = known if window is None else known[:, n:]
-        cache.digest = digest(tokens, cache.digest)
+        cache.digest = digest(tokens, real, cache.digest)
         return h
 
     def stream(self, tokens, cache, real=None, collect=None, keep=0):
@@ -1757,10 +1757,11 @@ class GPT(PreTrainedModel, GenerationMixin):
         """
         if real is None:
             real = torch.ones_like(tokens, dtype=torch.bool)
-        read = self._read
+        read, keep = self._read, 0 if keep >= tokens.size(1) else keep
         one = tokens.size(1) == 1 and collect is None and not torch.is_grad_enabled()
         if cache.compiled and one:
             read = torch.compile(read, dynamic=False)
+            tokens, real = laid_out(tokens), laid_out(real)
             cache.put({name: laid_out(x) for name, x in cache.tensors().items()})
         log_p = read(tokens, cache, real, collect, keep)
         cache.length += tokens.size(1)          # a number that changes, which would be compiled anew
@@ -1778,8 +1779,9 @@ class GPT(PreTrainedModel, GenerationMixin):
 
     def new_cache(self, batch_size=1, compiled=False):
         """An empty RevenaCache; forward(..) and generate(..) go on from it, and fill it, as
-        `past_key_values`. `compiled`: torch.compile is given what reads one token, hundreds of small
-        kernels; ValueError if the cache grows, and would be compiled again with each token.
+        `past_key_values`. `compiled`: torch.compile is given what reads one token without gradients,
+        hundreds of small kernels, for each of at most 8 kinds of call (torch's recompile_limit);
+        ValueError if the cache grows, and would be compiled again with each token.
         """
         return RevenaCache(self, batch_size, compiled)
 
@@ -1808,7 +1810,10 @@ class GPT(PreTrainedModel, GenerationMixin):
         """
         if is_first_iteration and next_sequence_length is not None and (read := past_key_values.get_seq_length()):
             known, (B, T) = past_key_values.digest, input_ids.shape
-            if T >= read and torch.equal(digest(input_ids[:, :read]), known):
+            mask, real = kwargs.get("attention_mask"), torch.ones_like(input_ids)
+            if mask is not None and mask.shape == real.shape:
+                real = mask.bool()
+            if T >= read and torch.equal(digest(input_ids[:, :read], real[:, :read]), known):
                 input_ids = input_ids[:, read:]
             elif T > read and B == len(known):
                 raise ValueError(f"the text does not begin with the {read} tokens that the memory has read; if all of "
@@ -1977,21 +1982,26 @@ REPLAYED = 8                    # windows that a text has where recording one pa
 BASE = 6364136223846793005      # odd, as large as the words of 64 bits that a digest is counted in
 
 
-def digest(tokens, before=0):
+def digest(tokens, real, before=0):
     """A number (B,) that says which tokens (B, n) were read, given that `before` of those before
-    them: sum of (token + 1) BASE^(tokens after it), modulo 2^64.
+    them: sum of (token + 1) BASE^(tokens after it), modulo 2^64, of those that are `real`: (B, n).
     """
     powers = torch.full((tokens.size(1),), BASE, device=tokens.device).cumprod(0)
     powers = F.pad(powers, (1, 0), value=1)                             # of 0, 1, .. n
-    return before * powers[-1] + ((tokens + 1) * powers[:-1].flip(0)).sum(1)
+    return before * powers[-1] + ((tokens + 1) * real * powers[:-1].flip(0)).sum(1)
 
 
 def fingerprint(model):
-    """What stays the same of a model's weights while none of them changes: text, short."""
-    def total(x):                                           # of its bits, as words of 64, modulo 2^64
-        x = gathered(x).detach().flatten().view(torch.uint8)
-        return F.pad(x, (0, -len(x) % 8)).view(torch.long).sum()
+    """What stays the same of a model's weights while none of them changes: text, short. Of weights
+    that are sharded, which one process alone cannot see: "".
+    """
+    def total(x):                                   # of its bits, words of 64, each times an odd number
+        x = x.detach().flatten().view(torch.uint8)
+        words = (F.pad(x, (0, -len(x) % 8)) if len(x) % 8 else x).view(torch.long)
+        return (words * torch.arange(1, 2 * len(words), 2, device=x.device)).sum()
 
+    if any(hasattr(x, "full_tensor") for x in model.parameters()):
+        return ""
     totals = torch.stack([total(x) for x in model.parameters()]).tolist()
     return sha256(repr(totals).encode()).hexdigest()[:16]
 
@@ -2176,9 +2186,11 @@ class RevenaCache(Cache):
         if "real" not in named or not length.isdecimal():
             raise ValueError(f"{path} is not a memory that cache.save(..) wrote")
         cache = cls(model, len(named["real"]), compiled)
-        if model.config.stm_window and cls.shapes(named) != cls.shapes(cache.tensors()):
-            raise ValueError(f"{path} is not a memory of this model")
-        if about.get("weights") != fingerprint(model):
+        fits = not model.config.stm_window or cls.shapes(named) == cls.shapes(cache.tensors())
+        if not fits or named.keys() != cache.tensors().keys():
+            raise ValueError(f"{path} is not a memory of this model, or of an earlier models.py")
+        saved, own = about.get("weights"), fingerprint(model)
+        if saved and own and saved != own:
             warnings.warn(f"{path} was saved by a model with other weights: what it holds may mean "
                           f"nothing to this one")
         cache.put(named)

@@ -313,6 +313,23 @@ def test_a_second_turn_remembers_the_first(any_model, tokenizer):
     assert not torch.equal(forgetful[:, -40:], wanted), "the first turn must matter, or this shows nothing"
 
 
+@pytest.mark.parametrize("pad", [0, EOT])
+def test_a_second_turn_is_known_whatever_the_padding_is(any_model, ids, pad):
+    """The whole text with its mask goes on from a padded batch; with one token changed it is refused."""
+    batch, mask = ids[:, :20].expand(2, -1).clone(), torch.ones(2, 20, dtype=torch.long)
+    batch[0, :5], mask[0, :5] = pad, 0
+    cache = any_model.new_cache(2)
+    said = any_model.generate(batch, attention_mask=mask, past_key_values=cache, pad_token_id=pad, **GREEDY)
+    whole = dict(input_ids=torch.cat((said, ids[:, 20:24].expand(2, -1)), 1),
+                 attention_mask=F.pad(mask, (0, said.size(1) - 20 + 4), value=1))
+    wanted = any_model.generate(**whole, pad_token_id=pad, **GREEDY)
+    edited = whole["input_ids"].clone()
+    edited[1, 2] += 1
+    with pytest.raises(ValueError, match="does not begin with"):
+        any_model.generate(edited, attention_mask=whole["attention_mask"], past_key_values=cache, **GREEDY)
+    assert torch.equal(any_model.generate(**whole, past_key_values=cache, pad_token_id=pad, **GREEDY), wanted)
+
+
 def test_new_text_longer_than_the_old_is_not_cut(any_model, ids):
     """A text that could be the whole so far, but is not, is refused, never cut; so is one that brings nothing new."""
     old, new = ids[:, :8], ids[:, 10:30]
@@ -394,6 +411,15 @@ def test_a_memory_of_another_model_is_refused(model, ids, tmp_path):
         twin.backbone.embed.weight[7, 7] += 1e-6
     with pytest.warns(UserWarning, match="saved by a model with other weights"):
         twin.load_cache(tmp_path / "cache.safetensors")
+    with torch.no_grad():
+        twin.backbone.embed.weight.copy_(model.backbone.embed.weight)
+        twin.backbone.embed.weight[[7, 8]] = model.backbone.embed.weight[[8, 7]]
+    with pytest.warns(UserWarning, match="saved by a model with other weights"):
+        twin.load_cache(tmp_path / "cache.safetensors")
+    tensors = load_file(tmp_path / "cache.safetensors")
+    save_file({"tail": tensors.pop("digest"), **tensors}, tmp_path / "old.safetensors", metadata={"length": "8"})
+    with pytest.raises(ValueError, match="or of an earlier models.py"):
+        model.load_cache(tmp_path / "old.safetensors")
     save_file({"count": torch.zeros(1)}, tmp_path / "none.safetensors")
     with pytest.raises(ValueError, match="not a memory that cache.save"):
         model.load_cache(tmp_path / "none.safetensors")
@@ -800,6 +826,9 @@ for kind in sys.argv[2:3]:
     cache = model.new_cache(2)
     with torch.no_grad():
         assert torch.equal(model.generate(ids, past_key_values=cache, **how), said)
+    if rank == 0:                                       # one process alone, which must not wait for the other
+        cache.save(sys.argv[1] + ".memory")
+        assert alone.load_cache(sys.argv[1] + ".memory").contents() == cache.contents()
     model(ids, labels=ids).loss.backward()
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.grad.full_tensor(), gradients[name])

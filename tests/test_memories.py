@@ -688,10 +688,10 @@ def test_a_compiled_cache_says_the_same(name, monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager", fullgraph=True))
     torch._dynamo.reset()
     model, ids = make(name), text(2, 2 * WINDOW)
-    wanted, plain = streamed(model, ids, (5, 1))
-    for again in (False, True):
+    for sizes, again in ((5, 1), False), ((5, 1), True), ((WINDOW + 1, 1), True):
+        wanted, plain = streamed(model, ids, sizes)
         with torch._dynamo.config.patch(error_on_recompile=again):
-            got, cache = streamed(model, ids, (5, 1), model.new_cache(2, compiled=True))
+            got, cache = streamed(model, ids, sizes, model.new_cache(2, compiled=True))
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
         assert cache.length == plain.length and cache.tensors().keys() == plain.tensors().keys()
         for held, x in plain.tensors().items():
