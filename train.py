@@ -231,8 +231,12 @@ def add_rows(whole, tokens, rows):
     """Add rows (T, D) to those of `whole` that the tokens (T,) name. Rows of equal tokens are summed by a
     matrix product and written with equal values: no atomics, same bits.
     """
-    same = (tokens[:, None] == tokens).to(rows.dtype)
-    whole[tokens] = whole[tokens] + (same @ rows).to(whole.dtype)
+    whole[tokens] = whole[tokens] + sums_of_rows(tokens, rows).to(whole.dtype)
+
+
+def sums_of_rows(tokens, rows):
+    """For each of some tokens (T,) the sum of the rows (T, D) that are of it."""
+    return (tokens[:, None] == tokens).to(rows.dtype) @ rows
 
 
 def tally(sums, norms, targets_in_batch, halted):
@@ -272,6 +276,13 @@ def over_all_processes(tensors):
         dist.all_reduce(flat)
         for i, part in zip(places, flat.split([tensors[i].numel() for i in places])):
             found[i] = part.view_as(tensors[i])
+    return found
+
+
+def over_processes(x):
+    """A tensor of each process, of one shape in all: a list."""
+    found = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(found, x)
     return found
 
 
@@ -370,6 +381,7 @@ class Training:
         self.states, self.prepare = self.model.states, self.model.prepare
         self.log_p, self.find = self.model.log_p, self.model.find
         self.batch_of, self.outcome, self.add_rows, self.tally = batch_of, self._outcome, add_rows, tally
+        self.sums_of_rows = sums_of_rows
         self.update, self.update_odd = adamw, adamw_of_odd
         self.streams = ()                                               # what is done side by side is spread over them
         self.graphs = {}                                                # {chained: CUDA graph}
@@ -394,15 +406,14 @@ class Training:
         """The CUDA graph of the next step; None: it is launched kernel by kernel."""
         return self.graphs.get(self.chained)
 
-    def objective(self, tokens, embedded, targets, opens, targets_in_batch):
+    def objective(self, h, notes, tokens, targets, opens, targets_in_batch):
         """-objective summed over this process's rows / targets in the whole batch; that and the statistics' sums.
 
-        It is model.score, piece by piece. What a memory prepares on the final states is done beside the
+        It is model.score after `states`, piece by piece. What a memory prepares on the final states is done beside the
         logits. Its gradient, and that of what it finds, are computed beside the gradient of the logits:
         autograd stays on the stream of the forward, and what `find` gave is not given back before its
         own gradient, the next to want room there, has waited for `outcome`'s.
         """
-        h, notes = self.states(tokens, opens, embedded)
         with self.side_by_side() as turns:
             log_p, log_z = self.log_p(h, targets)
             with next(turns):
@@ -432,23 +443,30 @@ class Training:
         """What `batch_of` makes of the next step's rows."""
         return self.batch_of(self.rows, self.order, self.opens if self.chained else None, self.at, self.eot)
 
-    def gradients(self, tokens, targets, opens, targets_in_batch):
-        """(gradients of all parameters, sums) of this process's share of the batch: some of its
-        rows, or lanes.
-        """
+    def share(self, tokens, targets, opens, rank):
+        """A process's share of the batch: some of its rows, or lanes."""
         if opens is not None:
             tokens, targets = (x.unflatten(0, opens.shape) for x in (tokens, targets))
-            opens = opens.tensor_split(self.world)[self.rank]
-        tokens, targets = (x.tensor_split(self.world)[self.rank] for x in (tokens, targets))
-        tokens, targets = (x.reshape(-1, x.size(-1)) for x in (tokens, targets))
-        parameters = [p for group in self.groups for p in group.parameters]
+            opens = opens.tensor_split(self.world)[rank]
+        tokens, targets = (x.tensor_split(self.world)[rank] for x in (tokens, targets))
+        return *(x.reshape(-1, x.size(-1)) for x in (tokens, targets)), opens
+
+    @property
+    def parameters(self):
+        """All that learn, group by group."""
+        return [p for group in self.groups for p in group.parameters]
+
+    def gradients(self, tokens, targets, opens, targets_in_batch):
+        """(gradients of all parameters, sums) of this process's share of the batch."""
+        tokens, targets, opens = self.share(tokens, targets, opens, self.rank)
+        given, parameters = (tokens, targets, opens, targets_in_batch), self.parameters
         if not self.looks_up:
-            loss, sums = self.objective(tokens, None, targets, opens, targets_in_batch)
+            loss, sums = self.objective(*self.states(tokens, opens, None), *given)
             # of a host, not every parameter need have a hand in it
             return torch.autograd.grad(loss, parameters, materialize_grads=True) if parameters else (), sums
         embed = self.model.backbone.embed.weight
         embedded = F.embedding(tokens, embed.detach()).requires_grad_()
-        loss, sums = self.objective(tokens, embedded, targets, opens, targets_in_batch)
+        loss, sums = self.objective(*self.states(tokens, opens, embedded), *given)
         *gradients, looked_up = torch.autograd.grad(loss, [*parameters, embedded])
 
         # the embedding is also the output matrix, whose gradient is whole; the look-up adds to
@@ -457,12 +475,45 @@ class Training:
         self.add_rows(gradients[whole], tokens.flatten(), looked_up.flatten(0, 1))
         return gradients, sums
 
+    def gradients_of_all(self, tokens, targets, opens, targets_in_batch):
+        """`gradients` summed over all processes. The output matrix's, nearly half of all and the first to
+        be known, is summed beside the backward of the layers; what the look-up adds to it is exchanged as rows.
+        """
+        if not self.looks_up:
+            gradients, sums = self.gradients(tokens, targets, opens, targets_in_batch)
+            *gradients, sums = over_all_processes([*gradients, sums])
+            return gradients, sums
+        most = self.share(tokens, targets, opens, 0)[0].numel()         # the first has no fewer than another
+        tokens, targets, opens = self.share(tokens, targets, opens, self.rank)
+        embed, parameters = self.model.backbone.embed.weight, self.parameters
+        embedded = F.embedding(tokens, embed.detach()).requires_grad_()
+        h, notes = self.states(tokens, opens, embedded)
+        ends = [h, *notes.get("penalty", ())]                           # what the layers give the loss
+        cut = [x.detach().requires_grad_() for x in ends]
+        notes = notes | ({"penalty": cut[1:]} if len(cut) > 1 else {})
+        loss, sums = self.objective(cut[0], notes, tokens, targets, opens, targets_in_batch)
+        found = torch.autograd.grad(loss, [*cut, *parameters], allow_unused=True)
+        of_ends, late = found[:len(cut)], found[len(cut):]
+        whole = [p is embed for p in parameters].index(True)
+        output = late[whole].contiguous()
+        sent = dist.all_reduce(output, async_op=True)
+        *early, looked_up = torch.autograd.grad(ends, [*parameters, embedded], of_ends, allow_unused=True)
+        rows = self.sums_of_rows(tokens.flatten(), looked_up.flatten(0, 1)).to(output.dtype)
+
+        both = [y if x is None else x if y is None else x + y for x, y in zip(early, late)]
+        *rest, sums = over_all_processes([*both[:whole], *both[whole + 1:], sums])
+        place = torch.arange(most, device=rows.device).clamp(max=len(rows) - 1)         # the last row again, if fewer
+        theirs = [over_processes(x[place]) for x in (tokens.flatten(), rows)]
+        sent.wait()
+        for token, row in zip(*theirs):
+            output[token] = output[token] + row
+        return [*rest[:whole], output, *rest[whole:]], sums
+
     def step(self):
         """One optimizer step, without a word to the host."""
         tokens, targets, opens, targets_in_batch = self.batch()
-        gradients, sums = self.gradients(tokens, targets, opens, targets_in_batch)
-        if self.world > 1:
-            *gradients, sums = over_all_processes([*gradients, sums])
+        compute = self.gradients if self.world == 1 else self.gradients_of_all
+        gradients, sums = compute(tokens, targets, opens, targets_in_batch)
         sizes = [len(group.parameters) for group in self.groups]
         with self.side_by_side() as turns:
             every = [self.rates[:0]]                                    # a model that stays as it is has none
@@ -545,6 +596,7 @@ class Training:
             by_rule = {"triton.autotune_pointwise": False}
             self.update, self.update_odd = compiled(adamw, by_rule), compiled(adamw_of_odd, by_rule)
             self.batch_of, self.add_rows, self.tally = map(compiled, (batch_of, add_rows, tally))
+            self.sums_of_rows = compiled(sums_of_rows)
             self.model.fuse()
             self.streams = [torch.cuda.Stream(priority=-1) for _ in range(2)]       # theirs goes first
         chained, end = self.chained, len(self.plan.rows)

@@ -282,9 +282,9 @@ def undisturbed(source, tmp_path_factory):
             return runs[arm, flags]
         root, seen = shutil.copytree(source, tmp_path_factory.mktemp("undisturbed") / "root"), []
 
-        def watched(self, tokens, embedded, targets, opens, count):
+        def watched(self, h, notes, tokens, targets, opens, count):
             seen.append((tokens.tolist(), targets.tolist(), None if opens is None else opens.tolist()))
-            return objective(self, tokens, embedded, targets, opens, count)
+            return objective(self, h, notes, tokens, targets, opens, count)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(train, "FULL", SETTINGS)
             patch.setattr(train, "Wandb", NoWandb)
@@ -748,6 +748,46 @@ def test_the_shares_of_processes_add_up(source, share, world):
     for x, *y in zip(whole, *(gradients for gradients, _ in parts)):
         torch.testing.assert_close(sum(y), x, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(sum(part for _, part in parts), sums, rtol=1e-4, atol=1e-6)
+
+
+OF_ALL = """
+import os, sys
+from pathlib import Path
+sys.path[:0] = sys.argv[4:]
+import torch, torch.distributed as dist
+from test_train import training_of
+
+torch.set_num_threads(1)
+source, share, world = Path(sys.argv[2]), float(sys.argv[3]), 3
+rank = next((i for i in range(1, world) if os.fork() == 0), 0)      # here, so that the libraries are imported once
+dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=rank, world_size=world)
+for arm in ("baseline", "with_ltm", "with_bank", "with_mag"):
+    training = training_of(source, arm, share, batch=8)             # 3, 3 and 2 rows; chained, 2, 1 and 1 lanes
+    batch = training.batch()
+    gradients, sums = training.gradients(*batch)                    # of this process's share
+    *wanted, sums = train.over_all_processes([*gradients, sums])
+    got, of_all = training.gradients_of_all(*batch)
+    torch.testing.assert_close(of_all, sums, rtol=1e-4, atol=1e-6)
+    for name, x, y in zip((name for group in training.groups for name in group.names), got, wanted):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6, msg=lambda text: f"{arm} {name}: {text}")
+        assert all(torch.equal(x, other) for other in train.over_processes(x)), "one weight, but for all"
+assert rank or all(os.wait()[1] == 0 for _ in range(1, world)), "another process failed"
+print("right")
+""".replace("from test_train", "import train\nfrom test_train")
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0], ids=["isolated", "chained"])
+def test_processes_sum_as_they_compute(root, tmp_path, share):
+    """Each of three processes with unequal shares has the sums of what all three compute alone, to the bit those of the
+    others: also with a loss that layers add, and with parameters before and behind the final states."""
+    for arm in ("with_bank", "with_mag"):
+        begin(root, arm)
+    (tmp_path / "of_all.py").write_text(OF_ALL)
+    tests = Path(__file__).parent
+    done = subprocess.run([sys.executable, *map(str, (tmp_path / "of_all.py", tmp_path / "meeting", root, share,
+                                                      tests.parent, tests))],
+                          capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0 and done.stdout.split() == ["right"] * 3, done.stderr[-3000:]
 
 
 def test_a_batch_that_lanes_do_not_fill(root, here, monkeypatch):
