@@ -660,8 +660,8 @@ class Store(RowMemory, kind="store"):
         ..); and how many items were merged and dropped, (B,) each.
         """
         none = torch.zeros_like(old.facts[:, 0, 0])
-        asks = items.facts.device.type == "cpu" and not torch.compiler.is_compiling()       # there it is cheaper to
-        if asks and not ended.any():
+        asks = items.facts.device.type == "cpu" and not torch.compiler.is_compiling()
+        if asks and not ended.any():                        # cheaper there than what follows
             return old, none, none
         M, above = self.set["slots"], self.set["merge_above"]
         merged = none

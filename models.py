@@ -1701,10 +1701,11 @@ class GPT(PreTrainedModel, GenerationMixin):
         inference = not (torch.is_grad_enabled() or self.training or torch.compiler.is_compiling())
         for block, mask in cache.blocks(ids.masked_fill(~real, self.config.pad_token_id), real):
             collected = None if hidden is None else []
+            last = every if every < block.size(1) else 0    # all of a block is said in one way
             if block.is_cuda and inference and hidden is None and block.size(1) in replayed:
-                parts.append(cache.replay(block, mask, every))
+                parts.append(cache.replay(block, mask, last))
             else:
-                parts.append(self.stream(block, cache, mask, collected, every))
+                parts.append(self.stream(block, cache, mask, collected, last))
             if every:                                       # not all of a long text at once
                 parts = [kept(torch.cat(parts, 1), keep)]
             states.append(collected)
@@ -1757,9 +1758,8 @@ class GPT(PreTrainedModel, GenerationMixin):
         """
         if real is None:
             real = torch.ones_like(tokens, dtype=torch.bool)
-        read, keep = self._read, 0 if keep >= tokens.size(1) else keep
-        one = tokens.size(1) == 1 and collect is None and not torch.is_grad_enabled()
-        if cache.compiled and one:
+        read, one = self._read, tokens.size(1) == 1 and collect is None
+        if cache.compiled and one and not torch.is_grad_enabled():
             read = torch.compile(read, dynamic=False)
             tokens, real = laid_out(tokens), laid_out(real)
             cache.put({name: laid_out(x) for name, x in cache.tensors().items()})
@@ -1876,6 +1876,11 @@ def check_shards(model):
                          "go on within FSDP.summon_full_params(..)")
 
 
+def is_worth_asking(x):
+    """Whether values of x (B, T) are looked at: a GPU is not kept waiting at each token."""
+    return x.size(1) > 1 or not x.is_cuda
+
+
 def check_inputs(ids, mask, labels, keep, read, vocabulary):
     """Which of the tokens (B, T) are text, bool (B, T); ValueError where shapes do not fit each other,
     given how many tokens a cache has `read`, or a mask says more than yes and no.
@@ -1885,7 +1890,7 @@ def check_inputs(ids, mask, labels, keep, read, vocabulary):
                          f"not {ids.dtype} {tuple(ids.shape)}")
     if ids.numel() == 0 and not read:
         raise ValueError("no tokens: a text is at least one, tokenizer.bos_token_id where it is empty")
-    ask = ids.size(1) > 1 or not ids.is_cuda                # a GPU is not kept waiting at each token
+    ask = is_worth_asking(ids)
     if ask and ((ids < 0) | (ids >= vocabulary)).any():
         raise ValueError(f"a token is not among the {vocabulary} of this model; after tokenizer.add_tokens(..) "
                          f"call model.resize_token_embeddings(len(tokenizer))")
@@ -1918,7 +1923,7 @@ def check_cache(cache, batch, real):
     if real.size(1) == 0:
         raise ValueError("no tokens: generate() takes the whole text so far, or what of it is new, and at "
                          "least one token that the memory has not read")
-    if real.size(1) == 1 and real.is_cuda:                  # a GPU is not kept waiting at each token
+    if not is_worth_asking(real):
         return
     if (real[:, :-1] & ~real[:, 1:]).any():
         raise ValueError("with a cache, pad on the left: tokenizer.padding_side = 'left'")
@@ -1931,7 +1936,7 @@ def check_positions(positions, real, cache=None):
     text, or between a cache's last one and the first: rotary positions are relative, so where they
     begin does not matter, but several documents in one row would see one another.
     """
-    if positions is None or (real.size(1) < 2 and real.is_cuda):
+    if positions is None or not is_worth_asking(real):
         return
     if positions.dim() > 2 or positions.size(-1) != real.size(1):
         raise ValueError(f"position_ids have the shape of input_ids, {tuple(real.shape)}, "
@@ -2095,7 +2100,7 @@ class RevenaCache(Cache):
         The graph works on tensors of its own: what else happened to the cache since is copied
         into them first.
         """
-        length, keep = self.length, 0 if keep >= tokens.size(1) else keep
+        length = self.length
         # tensors made in inference mode can't be written to outside of it
         shape = tokens.size(1), keep, torch.is_inference_mode_enabled()
         one = self.graphs.get(shape)
@@ -2189,8 +2194,8 @@ class RevenaCache(Cache):
         fits = not model.config.stm_window or cls.shapes(named) == cls.shapes(cache.tensors())
         if not fits or named.keys() != cache.tensors().keys():
             raise ValueError(f"{path} is not a memory of this model, or of an earlier models.py")
-        saved, own = about.get("weights"), fingerprint(model)
-        if saved and own and saved != own:
+        saved = about.get("weights")                        # "": of a model that was sharded
+        if saved and fingerprint(model) not in ("", saved):
             warnings.warn(f"{path} was saved by a model with other weights: what it holds may mean "
                           f"nothing to this one")
         cache.put(named)

@@ -279,8 +279,8 @@ def over_all_processes(tensors):
     return found
 
 
-def over_processes(x):
-    """A tensor of each process, of one shape in all: a list."""
+def of_each_process(x):
+    """What each process has for x, of one shape in all: a list."""
     found = [torch.empty_like(x) for _ in range(dist.get_world_size())]
     dist.all_gather(found, x)
     return found
@@ -503,7 +503,7 @@ class Training:
         both = [y if x is None else x if y is None else x + y for x, y in zip(early, late)]
         *rest, sums = over_all_processes([*both[:whole], *both[whole + 1:], sums])
         place = torch.arange(most, device=rows.device).clamp(max=len(rows) - 1)         # the last row again, if fewer
-        theirs = [over_processes(x[place]) for x in (tokens.flatten(), rows)]
+        theirs = [of_each_process(x[place]) for x in (tokens.flatten(), rows)]
         sent.wait()
         for token, row in zip(*theirs):
             output[token] = output[token] + row

@@ -755,6 +755,7 @@ import os, sys
 from pathlib import Path
 sys.path[:0] = sys.argv[4:]
 import torch, torch.distributed as dist
+import train
 from test_train import training_of
 
 torch.set_num_threads(1)
@@ -770,10 +771,10 @@ for arm in ("baseline", "with_ltm", "with_bank", "with_mag"):
     torch.testing.assert_close(of_all, sums, rtol=1e-4, atol=1e-6)
     for name, x, y in zip((name for group in training.groups for name in group.names), got, wanted):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6, msg=lambda text: f"{arm} {name}: {text}")
-        assert all(torch.equal(x, other) for other in train.over_processes(x)), "one weight, but for all"
+        assert all(torch.equal(x, other) for other in train.of_each_process(x)), "one weight, but for all"
 assert rank or all(os.wait()[1] == 0 for _ in range(1, world)), "another process failed"
 print("right")
-""".replace("from test_train", "import train\nfrom test_train")
+"""
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0], ids=["isolated", "chained"])
