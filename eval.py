@@ -16,7 +16,7 @@ writes  trained/<arm>/evaluation.safetensors   what was measured of an arm, and 
     python eval.py --explore FILE   a text of your own, with the arms that are trained; - is
                                     standard input. plot_eval.py shows it first in results.html
 
-Every fourth document of val.bin is the choosing part. Settings are searched on it alone; its words
+Every fourth document of val.bin is the choosing part. Settings are searched on it alone (once not: LongTermMemory); its words
 and formats of facts are never those of the reported part. Each part has files of its own
 (evaluation_choosing.safetensors; evaluation_on_NAME.safetensors), so that neither replaces the
 other; results.json says which part it is of, and the hash of all settings.
@@ -106,7 +106,7 @@ class Settings:
     hops: tuple = (1, 2, 3, 4)  # facts of a chain whose end is asked for, ..
     hop_tokens: int = 512       # .. in a text of so many tokens
     streamed: int = 64          # questions of each of these
-    indirect: tuple = (64, 160, 256, 384, 512)          # distances of questions that no string match answers
+    indirect: tuple = (64, 160, 256, 384, 512)          # distances of questions that word the fact otherwise
     indirect_trials: int = 96   # of each, per format planted and format asked in
     together: int = 32          # texts at a time: each token has log p of the whole vocabulary
     repeats: int = 5            # timed passes, memory on and off in turn, over ..
@@ -597,7 +597,7 @@ def all_streamed(texts, tokenizer, width, settings):
     return {cell: streamed for cell, streamed in made.items() if streamed}
 
 
-# ------------------------------------------------------------ questions that no string match answers
+# ------------------------------------------------------------ questions that word the fact otherwise
 
 INDIRECT = {                    # what the question does not repeat
     "format": "planted in one format, asked in another (in the same: verbatim)",
@@ -718,7 +718,7 @@ class Exam(NamedTuple):
 
     @property
     def indirect_questions(self):
-        """All questions that no string match answers, cell after cell."""
+        """All questions that word the fact otherwise, cell after cell."""
         return [question for cell in self.indirect.values() for question in cell]
 
     @property
@@ -954,7 +954,7 @@ class Measured(NamedTuple):
         windows (W,) float32: log p of the rows' counted targets
         log_p_stm (T,) float32: the same by the backbone alone, nothing read at the output
         outcomes (4, Q) bool, value_nats (Q,): of the questions
-        indirect_outcomes, indirect_value_nats: of those that no string match answers
+        indirect_outcomes, indirect_value_nats: of those that word the fact otherwise
         speed_on, speed_off (repeats,): the second empty where there is no memory to switch off
         turns_forced_choice (2, dialogues) bool, turns_value_nats: persistent and ephemeral
         streamed_forced_choice (cells, questions) bool, streamed_value_nats: needles and hops
@@ -1700,7 +1700,7 @@ class Recall(Said):
 
 
 class Indirect(Said):
-    """The part of results.json about questions that no string match answers: forced choice, top-1
+    """The part of results.json about questions that word the fact otherwise: forced choice, top-1
     and -ln p of the right value over distance, for every arm; verbatim recall of the same facts
     beside it."""
 
@@ -3041,7 +3041,7 @@ def differences(results, arm):
 
 
 def print_indirect(detail, arms):
-    """Forced choice of the questions that no string match answers, beyond the window, and what the
+    """Forced choice of the questions that word the fact otherwise, beyond the window, and what the
     memory costs where it does not help."""
     indirect = detail["indirect"]
     if indirect and indirect["long_range"]:

@@ -938,8 +938,8 @@ class LongTermMemory(Memory, kind="ltm"):
             .. beyond an age of 64 twice the power of age, in evaluation: less by   0.0002
 
     (Without hidden units it was some 0.002 more: read off the reported part, by oversight; they stay.)
-    So rare words cost 0.0008, for which a fact is found in another format in 90 of 100 cases instead
-    of 12 (chance), and in 89 instead of 8 with a word put between its key and its value.
+    So rare words cost 0.0008, for which, of 8 values, a fact's in another format is likeliest in 90 of
+    100 cases instead of 12 (chance), and in 89 instead of 8 with a word put between key and value.
 
     The state: a ring of the items' fields (RING), `count` of items ever stored, and of the last
     position `h`, `log_z`, `tail` and `surprise` (the last E tokens, and their surprisal in bits),

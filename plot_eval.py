@@ -423,12 +423,15 @@ def provenance(results, gone, notes):
     detail = results["detail"]
     data, run = detail["data"], detail["run"]
     chained = ", chained rows" if run["settings"].get("chained") else ""
+    steps = f"{run['steps']:,}"
+    if "curve" in results:                                  # of the study, where each training has its own
+        steps = f"{min(results['curve']['steps']):,} to {max(results['curve']['steps']):,}"
     words = [
         "Quick run. " * data["quick"] + f"Data: {textwrap.shorten(data['source'], 100)};",
         f"{data['val_documents']:,} validation documents{PARTS.get(data.get('part'), '')}, "
         f"{data['val_characters']:,} characters.",
         f"Model: {detail['arms'][REFERENCE]['parameters'] / 1e6:.1f}M parameters,",
-        f"{run['steps']:,} training steps{chained}, seeds: {', '.join(map(str, run['seeds']))}.",
+        f"{steps} training steps{chained}, seeds: {', '.join(map(str, run['seeds']))}.",
         f"Hardware: {made_on(run)}.",
         notes]
     if gone:
@@ -537,6 +540,9 @@ def draw_speed_bars(axes, results, arms):
         medians = np.median(rng.choice(runs, (RESAMPLES, len(runs))), axis=1)
         bars[arm] = results[arm]["tokens_per_sec"], np.percentile(medians, [2.5, 97.5])
     note = f"{per_cent(evaluation_ratio(results, arms[-1])):+.1f}%"
+    if "ratio_ci95" in speed[arms[-1]]:
+        low, high = percent_bounds(speed, arms[-1])
+        note += f"\n({low:+.1f} to {high:+.1f})"
     draw_bars(axes, "{:,.0f}", {"evaluation": (bars, note)})
     axes.yaxis.set_major_formatter("{x:,.0f}")
     heading(axes, "Speed", "tokens/s, higher is better")
@@ -905,10 +911,11 @@ def draw_study(results):
     curve, rows = results["curve"], rows_of_study(results)
     height = 4.9 + 0.22 * len(rows)
     reaches = curve["baseline_reaches"]
-    sentence = (f"Without a memory, the LTM's bits take {reaches:,.0f} steps." if reaches else
-                "Without a memory, the LTM's bits are reached in none of these trainings.")
+    sentence = (f"Without a memory, the LTM's bits take some {round(reaches, -2):,.0f} steps (interpolated)."
+                if reaches else "Without a memory, the LTM's bits are reached in none of these trainings.")
+    asked = "".join(f"; of what is fitted, {part['trials']:,} questions" for part in results["training_free"][:1])
     figure = new_figure(height, results, [], "What else would have bought the gain", sentence,
-                        "Each training has a schedule of its own. Recall: forced choice, verbatim.")
+                        f"Each training has a schedule of its own. Recall: forced choice, verbatim{asked}.")
     page = Page(figure)
     bits = {arm: curve[arm] for arm in (REFERENCE, EXPLAINED)}
     panels = ((bits, ("Bits per character", "lower is better")),
@@ -1345,7 +1352,8 @@ def table_of_speed(bench):
         row = found[what]
         rows.append([what, f"x {row['median']:.2f}", from_to((row["low"], row["high"]), ".2f")])
     run = bench["run"]
-    small_print = f"{run['size']} model, batch {run['batch']}. {run['device']}, torch {run['torch']}."
+    made_by = f", commit {run['commit']}" * ("commit" in run)
+    small_print = f"{run['size']} model, batch {run['batch']}. {run['device']}, torch {run['torch']}{made_by}."
     return markdown(["", "median", "lowest to highest round"], rows, small_print)
 
 

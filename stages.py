@@ -102,7 +102,7 @@ def study():
     # rows of the window, as many tokens a step; more steps, since a document's last row is padded: 98%
     # of the targets of rows of 128 are text, 93% and 83% of these
     for name, window, label, share in (("window_512", 512, "window of 512", 1.05),
-                                       ("attention_1024", 1_024, "full attention over 1,024", 1.18)):
+                                       ("attention_1024", 1_024, "window of 1,024", 1.18)):
         found[name] = Arm(None, label, group="baseline", config=dict(stm_window=window), share=share)
     found["study_wide"] = Arm(None, "the LTM's parameters in the feed-forward", group="baseline",
                               backbone=dict(n_inner=2_720))

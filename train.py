@@ -18,9 +18,9 @@ step - rows gathered, forward, backward, clipping, AdamW, statistics - is one CU
 the host only replays.
 
 Two regimes. Isolated (the default): a step is 8 windows of 128 tokens, each a sequence of its
-own. Chained: the same 1,024 tokens as one lane of 8 consecutive rows of the .bin (i, i+2, i+4,
-..: they start 64 tokens apart and overlap by half), so that there is something beyond attention's
-sight to remember. `--chained SHARE` chains only the last SHARE of the steps.
+own. Chained: as many tokens as one lane of 8 rows, each where the one before it in its document ends
+(every second row of the .bin, where they overlap by half), so that there is something beyond
+attention's sight to remember. `--chained SHARE` chains only the last SHARE of the steps.
 """
 
 import contextlib

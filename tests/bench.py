@@ -36,10 +36,10 @@ How to read it, from runs on H100 machines (torch 2.11):
 * Left alone, the compiler chooses how a kernel sums by timing it, now this, now that: one kernel took 25 or 64
   microseconds a step, and the ratio of two arms 0.93 to 0.97 in eight pairs. It is told to go by rule
   (stages.compiled).
-* The first arm that a machine compiles has what later ones share to do as well: 19 s where the second took 28 s with a
-  memory's own. The stages' import of torch and transformers, some 7 s each, is in none of these numbers.
-* torchrun's processes share a batch; the sum of their gradients is part of the graph. Two H200 make 428,000 tokens/s at
-  8 rows a step, where one makes 485,000; at 64 rows 1.40 million, where one makes 0.84.
+* The first arm that a machine compiles has what later ones share to do as well: 22 s, where the second, with a memory's
+  own, took 10 s. The stages' import of torch and transformers, some 7 s each, is in none of these numbers.
+* torchrun's processes share a batch; the sum of their gradients is part of the graph. Two H200 make 429,000 tokens/s at
+  8 rows a step, where one makes 467,000; at 64 rows 1.43 million, where one makes 0.85.
 * An estimate, not a measurement, for a card of 30 TFLOP/s (bfloat16, float32 sums) and 272 GB/s, an RTX 4060: the floor
   is 26 ms a step there, and twice that, as on an H100 at its published rates, some 9 minutes for 10,000 steps.
 """
@@ -51,6 +51,7 @@ import os
 import statistics
 import sys
 import tempfile
+import textwrap
 import time
 from contextlib import contextmanager
 from functools import partial
@@ -62,7 +63,8 @@ from matplotlib.figure import Figure
 
 import contenders
 from contenders import PROJECT, REFERENCE, SPECIFIED_MEMORY, C, Setup, Skip, has_memory, in_regime
-from stages import ARMS, SPECIFIED, arm_flag, default_root, pick_device, run_stage, sha256, write_atomic, write_json
+from stages import (ARMS, SPECIFIED, arm_flag, commit, default_root, pick_device, run_stage, sha256, write_atomic,
+                    write_json)
 
 ROUNDS = 3
 CODE = ("models.py", "memories.py", "stages.py", "train.py", "eval.py", "tests/contenders.py")
@@ -243,8 +245,8 @@ def tables(rates, compared, notes):
     return "\n".join(lines + [f"\n{kind}: {name}: {why}" for kind, of in notes.items() for name, why in of.items()])
 
 
-def picture(setup, rates, machine):
-    """Training steps per second as bars from zero, the floor as a line: PNG bytes."""
+def picture(rates, run):
+    """Training steps per second as bars from zero, the floor as a line: PNG bytes; `run` as in results_bench.json."""
     shown = sorted(rates.keys() & TRAINING.keys() - {"floor"}, key=lambda name: statistics.median(rates[name]))
     figure = Figure(figsize=(9, 1.3 + 0.42 * len(shown)), layout="constrained")
     axes = figure.subplots()
@@ -260,8 +262,11 @@ def picture(setup, rates, machine):
         axes.annotate(f"floor {floor:,.3g}", (floor, -0.6), (-5, 0), textcoords="offset points", ha="right")
     axes.set(xlim=(0, axes.get_xlim()[1] * 1.1), ylim=(-0.7, len(shown) - 0.4))
     axes.set_yticks(range(len(shown)), [TRAINING[name] for name in shown])
-    axes.set_title(f"Training steps per second, {setup.settings.batch} x {C} tokens, {setup.set.size} model, {machine}",
+    axes.set_title(f"Training steps per second, {run['batch']} x {C} tokens, {run['size']} model, {run['device']}",
                    loc="left", fontsize=10)
+    foot = (f"Bars: median; whiskers: lowest to highest of {ROUNDS} rounds; orange: no memory; blue: memories. "
+            f"torch {run['torch']}, commit {run['commit']}. {run['note']}")
+    axes.set_xlabel(textwrap.fill(foot, 100), loc="left", fontsize=8, color="#555555", multialignment="left")
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
     file = io.BytesIO()
@@ -305,15 +310,17 @@ def main(argv=None):
             rates |= part(setup, turns, args.only, seconds / 3)     # less noise where the GPU has much to do
 
     compared = compare(setup, rates)
+    run = {"device": machine, "note": small, "commit": commit(), "torch": torch.__version__,
+           "transformers": transformers.__version__, "data": setup.data, "size": setup.set.size,
+           "batch": setup.settings.batch, "seconds": time.time() - began,
+           "code": {name: sha256(PROJECT / name) for name in CODE if (PROJECT / name).exists()}}
     write_json(args.out / "results_bench.json", {
-        "run": {"device": machine, "note": small, "torch": torch.__version__, "transformers": transformers.__version__,
-                "data": setup.data, "size": setup.set.size, "batch": setup.settings.batch, "seconds": time.time() - began,
-                "code": {name: sha256(PROJECT / name) for name in CODE if (PROJECT / name).exists()}},
+        "run": run,
         "per_second": {name: summary(values) for name, values in rates.items()},
         "floor": unavoidable(setup) | {name: summary(values) for name, values in limits.items()},
         "start_up": setup.started, "compared": compared, **turns.notes})
     if rates.keys() & TRAINING.keys() - {"floor"}:
-        write_atomic(args.out / "results_bench.png", picture(setup, rates, machine))
+        write_atomic(args.out / "results_bench.png", picture(rates, run))
     print(f"\n{tables(rates, compared, turns.notes)}\n\n{small}".rstrip())
     print(f"wrote {args.out}/results_bench.json and .png in {time.time() - began:.0f} s")
     return 1 if turns.notes["failed"] else 0
