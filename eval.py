@@ -16,9 +16,9 @@ writes  trained/<arm>/evaluation.safetensors   what was measured of an arm, and 
     python eval.py --explore FILE   a text of your own, with the arms that are trained; - is
                                     standard input. plot_eval.py shows it first in results.html
 
-Every fourth document of val.bin is the choosing part. Settings are searched on it alone (once not: LongTermMemory); its words
-and formats of facts are never those of the reported part. Each part has files of its own
-(evaluation_choosing.safetensors; evaluation_on_NAME.safetensors), so that neither replaces the
+Every fourth document of val.bin is the choosing part. Settings are searched on it alone (once not:
+LongTermMemory); its words and formats of facts are never those of the reported part. Each part has
+files of its own (evaluation_choosing.safetensors; evaluation_on_NAME.safetensors), so that neither replaces the
 other; results.json says which part it is of, and the hash of all settings.
 
 An arm is measured once: again only where its weights, the code, the data or the settings below

@@ -827,8 +827,9 @@ class Bank(RowMemory, kind="bank"):
     itself ("token"), by a fading mean of what came before it and itself ("rolling": half of it is
     ROLLING tokens old or less), or by the mean of both ("hybrid"). The router's log p stands in
     the logits, so the language model's own gradient reaches it (Mixture of Chapters); beside it a
-    loss that balances the chapters (Fedus et al. 2021, section 2.2) and one that keeps the
-    router's logits small (Zoph et al. 2022, section 3.3). Weight decay leaves the bank alone.
+    loss that balances the chapters (Fedus et al. 2021, section 2.2; of several processes each
+    balances those of its own rows) and one that keeps the router's logits small (Zoph et al.
+    2022, section 3.3). Weight decay leaves the bank alone.
 
     Start: W_o = 0. Tried as the store was (baseline 4.908): as it is 4.896, in layers 3 and 6 alone
     4.909, without chapters 4.904, its vectors four times as fast 4.897.
@@ -1334,7 +1335,7 @@ class Mag(RowMemory, kind="mag"):
         row = put_in_row(state[f"row.{p}"], came, torch.cat((self.blend(i, three, before), rates), -1))
         parts = self.parts(row, 1)
         weights, momentum = state[f"weights.{p}"], state[f"momentum.{p}"]
-        slopes = slopes_of(*(x[:, :, 0] for x in parts[1:4]), weights)
+        slopes = slopes_of(*(x[:, :, 0] for x in parts[1:4]), weights.detach())        # as `row_starts` has them
         course = course_of(parts.log_eta[:, :, 0], parts.log_keep[:, :, 0])
         us = updates(slopes, parts.k.size(3), y.dtype)
         found = [self.before_chunks(course, *three) for three in zip(us, weights.unbind(2), momentum.unbind(2))]

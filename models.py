@@ -1272,7 +1272,7 @@ class LongTermMemory(Memory, kind="ltm"):
         # read: the query of each position against the ring and what came within this block
         query = Address(*(x[:, 1:] for x in address))
         filed = Address(items["grams"], items["known"], items["rare"], None, items["key"].to(h.dtype), None)
-        item_log_p = (h @ embed(items["value"]).mT).float() - log_z[..., None]
+        item_log_p = (h.detach() @ embed(items["value"]).mT).float() - log_z.detach()[..., None]
         read = self.weigh(query, filed, item_log_p, self.ages(arrived, number))
         weight = read.weights
         same = read.exact[:, -1] + read.words[:, -1] > 0
@@ -1711,6 +1711,8 @@ class GPT(PreTrainedModel, GenerationMixin):
         many = window and every < 2 and cache.length + ids.size(1) >= REPLAYED * window
         replayed = () if not window else (1, window) if many else (1,)
         inference = not (torch.is_grad_enabled() or self.training or torch.compiler.is_compiling())
+        # a graph would not know which adapters are on, and autocast's copies of weights are gone with it
+        inference &= not (hasattr(self, "peft_config") or torch.is_autocast_enabled("cuda"))
         for block, mask in cache.blocks(ids.masked_fill(~real, self.config.pad_token_id), real):
             collected = None if hidden is None else []
             last = every if every < block.size(1) else 0    # all of a block is said in one way
@@ -2034,7 +2036,7 @@ class Recorded(NamedTuple):
     fixed: dict                 # {name: tensor} that it works on: the cache's, tokens, mask
     log_p: torch.Tensor         # what it gives
     drawn: dict                 # .. and what that drew on
-    settings: dict              # of the config
+    settings: dict              # of the config, and where the weights were
 
 
 class RevenaCache(Cache):
@@ -2043,7 +2045,8 @@ class RevenaCache(Cache):
 
     `model.new_cache()` is an empty one. Pass it in as `past_key_values` and it fills; pass it in
     again and the next turn remembers; `save` it, `model.load_cache(path)`, and a later process
-    does; `clear` it and all is forgotten. Its size does not depend on how much it has read.
+    does; `clear` it and all is forgotten. Its size does not depend on how much it has read. What it
+    begins with is a constant: through a cache no gradient reaches a memory's own first weights.
 
     Attributes:
         keys, values: a list of (B, 127, H, D/H) a layer. real: (B, 127) which of them are text.
@@ -2105,9 +2108,11 @@ class RevenaCache(Cache):
     # ---- blocks of one shape on a GPU
 
     def settings(self):
-        """What of the config a recorded graph depends on."""
-        config = vars(self.model.config)
-        return {name: copy.deepcopy(value) for name, value in config.items() if name.startswith(("ltm_", "memory"))}
+        """What of the config and the weights' place a recorded graph depends on."""
+        config, weight = vars(self.model.config), self.model.get_input_embeddings().weight
+        weight = weight.to_local() if hasattr(weight, "to_local") else weight       # of a model that is sharded
+        own = {name: copy.deepcopy(value) for name, value in config.items() if name.startswith(("ltm_", "memory"))}
+        return own | {"weights": (weight.data_ptr(), weight.dtype)}
 
     def replay(self, tokens, real, keep=0):
         """`stream` of a block of each sequence as a CUDA graph, recorded where there is none of

@@ -1352,8 +1352,8 @@ def table_of_speed(bench):
         row = found[what]
         rows.append([what, f"x {row['median']:.2f}", from_to((row["low"], row["high"]), ".2f")])
     run = bench["run"]
-    made_by = f", commit {run['commit']}" * ("commit" in run)
-    small_print = f"{run['size']} model, batch {run['batch']}. {run['device']}, torch {run['torch']}{made_by}."
+    small_print = (f"{run['size']} model, batch {run['batch']}. {run['device']}, torch {run['torch']}, "
+                   f"commit {run['commit']}.")
     return markdown(["", "median", "lowest to highest round"], rows, small_print)
 
 

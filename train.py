@@ -435,7 +435,8 @@ class Training:
 
         bits = torch.where(scores.stored, -scores.log_p_stm / math.log(2), 0.0)
         loss = -total(scores.objective) / targets_in_batch
-        watched = [scores.watched[name] / self.world for name in self.watched]
+        share = len(tokens) / self.order.size(1)            # of the batch's rows
+        watched = [scores.watched[name] * share for name in self.watched]
         sums = (loss, -total(scores.log_p), scores.stored.sum(), bits.sum(), (scores.hit & real).sum(), *watched)
         return loss, torch.stack([x.detach().float() for x in sums])
 
@@ -1341,10 +1342,10 @@ class Job:
         if self.planted:
             plan = with_planted(plan, self.first_planted, self.settings.lane, self.planted, self.seed)
         lanes = plan.opens.size(1)
-        if plan.chained_from < self.steps and lanes < world:
-            raise StageError(f"a step of {lanes} chained lane{'s' * (lanes > 1)} cannot be shared by {world} "
-                             f"processes; start fewer, or raise batch at the top of train.py to "
-                             f"{world * self.settings.lane}")
+        if lanes < world:
+            what, rows = ("chained lane", self.settings.lane) if plan.chained_from < self.steps else ("row", 1)
+            raise StageError(f"a step of {lanes} {what}{'s' * (lanes > 1)} cannot be shared by {world} processes; "
+                             f"start fewer, or raise batch at the top of train.py to {world * rows}")
         return replayed(plan, self.about.replay, self.seed) if self.about.replay else plan
 
     def card(self, training, folder, loss):

@@ -369,6 +369,26 @@ def test_in_bfloat16_it_computes_the_same_up_to_rounding(name, monkeypatch):
 
 
 @with_gradients
+@most_cases
+def test_through_a_cache_the_gradients_are_those_of_the_whole(name):
+    """But that of a sequence's first state, which a cache holds as a constant."""
+    model, ids = make(name), text(length=2 * WINDOW + 5)
+    model.config.ltm_sharpness = 1.0                        # so that the weights of items are no small matter
+    names, parameters = zip(*model.named_parameters())
+
+    def gradients(logits):
+        loss = F.nll_loss(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        return dict(zip(names, torch.autograd.grad(loss, parameters, allow_unused=True)))
+
+    whole, through = gradients(model(ids).logits), gradients(streamed(model, ids, [7])[0])
+    lacking = [key for key in names if through[key] is None and whole[key] is not None]
+    assert all(key.startswith("memory.first") for key in lacking)
+    for key in names:
+        if through[key] is not None:
+            assert differ(through[key], whole[key]) <= 1e-4 * max(1e-3, float(whole[key].abs().max())), key
+
+
+@with_gradients
 @one_compiled
 @pytest.mark.parametrize("chained", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_compiler_takes_it_whole(name, chained):

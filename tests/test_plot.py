@@ -617,7 +617,7 @@ def published(tmp_path):
     several["detail"]["run"]["settings"]["chained"] = 1.0
     (tmp_path / "results_arms.json").write_text(json.dumps(several))
     rows = [{"what": what, "median": 2.0, "low": 1.5, "high": 2.5} for what in plot_eval.RATIOS]
-    bench = {"run": {"device": "NVIDIA H100", "torch": "2.13.0", "size": "70M", "batch": 8},
+    bench = {"run": {"device": "NVIDIA H100", "torch": "2.13.0", "commit": "89abcde", "size": "70M", "batch": 8},
              "compared": rows}
     (tmp_path / "results_bench.json").write_text(json.dumps(bench))
     return tmp_path
@@ -986,7 +986,7 @@ def of_study(root, reaches=25_000.0):
                          "recall": share, "recall_inside": share})
     rows += [dict(rows[0], name=group, group=group, label=f"a {group} $x$") for group in ("baseline", "routing")]
     results = {"rows": rows, "training_free": [{"group": "other models", "name": "six scalars", "bpc_ratio": 0.97,
-                                                "recall": 0.95}],
+                                                "recall": 0.95, "trials": 1_440}],
                "curve": {"steps": [5_000, 10_000, 20_000], "baseline": [1.7, 1.65, 1.6], "ratio": [0.97] * 3,
                          "with_ltm": [1.65, 1.6, 1.55], "baseline_reaches": reaches},
                "detail": {name: detail[name] for name in ("data", "run")}
@@ -1009,7 +1009,7 @@ def test_the_study_is_drawn_from_its_file_alone(tmp_path, capsys):
 def test_the_study_says_what_the_baseline_takes(tmp_path):
     words = {reaches: [text.get_text() for text in plot_eval.draw_study(of_study(tmp_path, reaches)).texts]
              for reaches in (25_000.0, None)}
-    assert any("take 25,000 steps" in word for word in words[25_000.0])
+    assert any("take some 25,000 steps (interpolated)" in word for word in words[25_000.0])
     assert any("in none of these trainings" in word for word in words[None])
 
 

@@ -772,6 +772,7 @@ for arm in ("baseline", "with_ltm", "with_bank", "with_mag"):
     for name, x, y in zip((name for group in training.groups for name in group.names), got, wanted):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6, msg=lambda text: f"{arm} {name}: {text}")
         assert all(torch.equal(x, other) for other in train.of_each_process(x)), "one weight, but for all"
+dist.barrier()                                                      # who ends first takes what others still wait for
 assert rank or all(os.wait()[1] == 0 for _ in range(1, world)), "another process failed"
 print("right")
 """
@@ -801,6 +802,9 @@ def test_a_batch_that_lanes_do_not_fill(root, here, monkeypatch):
                                 about=stages.ARMS["baseline"])
     with pytest.raises(StageError, match="1 chained lane cannot be shared by 2 processes"):
         train.Job.plan(job, world=2)
+    job.chained, job.settings = 0.0, dataclasses.replace(SETTINGS, batch=2)
+    with pytest.raises(StageError, match="2 rows cannot be shared by 3 processes; .* to 3$"):
+        train.Job.plan(job, world=3)
 
 
 @pytest.mark.parametrize("flags", REGIMES.values(), ids=REGIMES)
