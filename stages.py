@@ -195,10 +195,11 @@ def one_line(error, most=200):
 
 
 def leave_on_sigterm():
-    """Turn SIGTERM into SystemExit(143). Outside the main thread (a notebook's) Python allows no
-    handlers: then not.
+    """Turn SIGTERM into SystemExit(143), the first: a second, as of `timeout` and of run_all.sh, finds
+    it leaving. Outside the main thread (a notebook's) Python allows no handlers: then not.
     """
     def on_sigterm(*_):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise SystemExit(143)
 
     with contextlib.suppress(ValueError):

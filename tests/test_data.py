@@ -420,6 +420,21 @@ def test_a_hub_out_of_reach_is_one_line_whatever_its_client_says(make_root):
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "(no network)" in done.stderr
 
 
+TOLD_TWICE = """
+import atexit, os, signal, sys
+sys.path.insert(0, sys.argv[1])
+import stages
+
+atexit.register(os.kill, os.getpid(), signal.SIGTERM)               # while it is leaving
+stages.run_stage(lambda: os.kill(os.getpid(), signal.SIGTERM))
+"""
+
+
+def test_told_to_stop_twice_it_leaves_without_a_word():
+    done = subprocess.run([sys.executable, "-c", TOLD_TWICE, PROJECT], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (143, "", "")
+
+
 def test_a_full_disk_leaves_what_was_there(make_root, write_jsonl, stage, monkeypatch):
     root = make_root()
     prepared(root, write_jsonl(plain(12)))
