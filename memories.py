@@ -30,13 +30,13 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, DynamicCache
 
 try:
-    from .models import (Affine, Memory, RevenaCache, RevenaConfig, RevenaHybridTiny, digest, dtype_for, into_slots,
-                         lagged, norm, noted_change, operator, text_of, tl, triton, where)
+    from .models import (Affine, Memory, RevenaCache, RevenaConfig, RevenaHybridTiny, at_places, digest, dtype_for,
+                         into_slots, lagged, norm, noted_change, operator, text_of, tl, triton, where)
 except ImportError:
     if __package__:
         raise
-    from models import (Affine, Memory, RevenaCache, RevenaConfig, RevenaHybridTiny, digest, dtype_for, into_slots,
-                        lagged, norm, noted_change, operator, text_of, tl, triton, where)
+    from models import (Affine, Memory, RevenaCache, RevenaConfig, RevenaHybridTiny, at_places, digest, dtype_for,
+                        into_slots, lagged, norm, noted_change, operator, text_of, tl, triton, where)
 
 
 # ------------------------------------------------------------ what decays, without a loop
@@ -405,9 +405,7 @@ def from_row(row, came):
     """What a row's buffer (B, C, ..) holds for the new tokens: (B, n, ..)."""
     if came.whole:
         return row
-    slots = came.slots.clamp(max=row.size(1) - 1)
-    index = slots.view(*slots.shape, *[1] * (row.dim() - 2)).expand(-1, -1, *row.shape[2:])
-    return row.gather(1, index)
+    return at_places(row, came.slots.clamp(max=row.size(1) - 1))
 
 
 def note(notes, **scalars):
@@ -668,13 +666,9 @@ class Store(RowMemory, kind="store"):
         if above < 1:
             items, merged = self.merge(items, M, above)
         kept = self.kept(items.facts[..., 0], M)
-
-        def chosen(x):
-            return x.gather(1, kept[..., None].expand(-1, -1, x.size(-1)))
-
         there = (items.facts[..., 0] > -math.inf).sum(1)
         dropped = (there - M).clamp(min=0).float()
-        settled = Items(*(where(ended, chosen(part), was) for part, was in zip(items, old)))
+        settled = Items(*(where(ended, at_places(part, kept), was) for part, was in zip(items, old)))
         return settled, torch.where(ended, merged, none), torch.where(ended, dropped, none)
 
     def kept(self, importance, count):
@@ -740,7 +734,7 @@ class Store(RowMemory, kind="store"):
             if not used:
                 continue
             kept = self.kept(items.facts[..., 0], used)                 # of those in use only: I x I cosines
-            small = Items(*(x.gather(1, kept[..., None].expand(-1, -1, x.size(-1))) for x in items))
+            small = Items(*(at_places(x, kept) for x in items))
             small, merged = self.merge(small, 0, threshold)
             whole = Items(*(F.pad(x, (0, 0, count - used, 0)) for x in small))
             whole.facts[:, :count - used, 0] = -math.inf

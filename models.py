@@ -1743,10 +1743,10 @@ class GPT(PreTrainedModel, GenerationMixin):
         ahead = query[:, None] - key
         within = (ahead >= 0) & (ahead < (window or past + n))
         seen = within & known[:, None] | (ahead == 0)                   # (B, n, past + n)
-        memory, notes, dtype = self.active, {"arriving": tokens}, self.dtype
+        memory, notes = self.active, {"arriving": tokens}
         # what each layer would make anew: keys and queries are turned together, and hidden is what is added
         table = self.backbone.rotary[:, torch.cat((key, query))]
-        hidden = torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, -math.inf)[:, None]
+        hidden = torch.zeros_like(seen, dtype=self.dtype).masked_fill(~seen, -math.inf)[:, None]
         lasting = slice(0 if window is None else n, past + n)
 
         def attention(layer, q, k, v):

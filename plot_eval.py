@@ -913,7 +913,8 @@ def draw_study(results):
     reaches = curve["baseline_reaches"]
     sentence = (f"Without a memory, the LTM's bits take some {round(reaches, -2):,.0f} steps (interpolated)."
                 if reaches else "Without a memory, the LTM's bits are reached in none of these trainings.")
-    asked = "".join(f"; of what is fitted, {part['trials']:,} questions" for part in results["training_free"][:1])
+    fitted = results["training_free"]
+    asked = f"; of what is fitted, {fitted[0]['trials']:,} questions" if fitted else ""
     figure = new_figure(height, results, [], "What else would have bought the gain", sentence,
                         f"Each training has a schedule of its own. Recall: forced choice, verbatim{asked}.")
     page = Page(figure)
