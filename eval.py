@@ -263,6 +263,15 @@ def compiled_method(name):
     return compiled(call, dynamic=False)
 
 
+def made_fast(model):
+    """A model that learns no more, in the precision that its device is made for and, where
+    that is a GPU, with kernels of its own."""
+    model = lower_precision(model)
+    if has_compiler(model.device) and not is_hosted(model):
+        model.fuse().active.tabulate(model.embed_detached)
+    return model
+
+
 def fast(name, model, pack, *given):
     """model.name(*given); on a GPU compiled, where the pack has the usual shape and the
     memory is one of the arms'."""
@@ -1261,10 +1270,7 @@ def load_arm(seed, arm, place):
                          f"train again: {made_by} --fresh")
     if found.step != found.settings.get("steps"):
         tqdm.write(f"note: {found.folder} is at step {found.step} of {found.settings.get('steps')}")
-    model = lower_precision(model)
-    if has_compiler(place.device) and not is_hosted(model):
-        model.fuse()
-    return model, found
+    return made_fast(model), found
 
 
 def trained_arms(root):

@@ -200,11 +200,12 @@ def row_attention(q, k, v, table, opens=None):
 
 # ------------------------------------------------------------ the same as one kernel each way
 #
-# Rows of 128 tokens are so short that starting kernels takes longer than what they compute. Where fuse() was called, as
-# train.py and eval.py do on a GPU, whole rows go through these instead of their twins: `fused_heads` is `heads` with
-# `row_attention` (norm, rotary positions, attention, gate), `fused_log_p` is what GPT.log_p makes of logits, which it
-# reads once; `fused_sums`, without a gradient, LongTermMemory.find, which writes no weight down. On one H200 a
-# baseline's step takes 2.09 ms with all that is fused, and took 2.38 ms before.
+# Rows of 128 tokens are so short that starting kernels takes longer than what they compute. Where
+# fuse() was called, as train.py and eval.py do on a GPU, whole rows go through these instead of
+# their twins: `fused_heads` is `heads` with `row_attention` (norm, rotary positions, attention,
+# gate), `fused_log_p` is what GPT.log_p makes of logits, which it reads once; `fused_sums`, without
+# a gradient, LongTermMemory.find, which writes no weight down. On one H200 a baseline's step takes
+# 2.09 ms with all that is fused, and took 2.38 ms before.
 
 
 def operator(name):
@@ -214,6 +215,8 @@ def operator(name):
 
 
 if triton:
+    LOG2E = tl.constexpr(1.4426950408889634)        # a GPU knows powers of 2: e^x is one, of x log2 e
+
     @triton.jit
     def _halves(start, i, d, stride):
         """Both halves of a head's vectors (C, HALF), RMS-normalised, and what they were multiplied by."""
@@ -246,9 +249,9 @@ if triton:
         return tl.load(start + i[:, None] * stride + tl.arange(0, 2 * d.shape[0])[None, :])
 
     @triton.jit
-    def _scores(q0, q1, k0, k1, away, SCALE: tl.constexpr, C: tl.constexpr):
-        """Logits of attention (BLOCK, BLOCK), by both halves of queries and keys `away` positions before them."""
-        s = (tl.dot(q0, tl.trans(k0)) + tl.dot(q1, tl.trans(k1))) * SCALE
+    def _products(q0, q1, k0, k1, away, C: tl.constexpr):
+        """Products (BLOCK, BLOCK) of queries with the keys `away` positions before them, by halves."""
+        s = tl.dot(q0, tl.trans(k0)) + tl.dot(q1, tl.trans(k1))
         return tl.where((away >= 0) & (away < C), s, float("-inf"))
 
     @triton.jit
@@ -258,11 +261,12 @@ if triton:
     @triton.jit
     def _heads_forward(y, table, opens, out, lse, length, stride, N, H: tl.constexpr, C: tl.constexpr,
                        BLOCK: tl.constexpr, HALF: tl.constexpr, SCALE: tl.constexpr, SLIDING: tl.constexpr):
-        """One block of a row's queries and one head: out (N, C, 2 HALF H), and lse (N C, H), log of each
-        softmax's denominator.
+        """One block of a row's queries and one head: out (N, C, 2 HALF H), and lse (N C, H), log2
+        of each softmax's denominator.
         """
         block, head = tl.program_id(0), tl.program_id(1)
         dtype: tl.constexpr = y.dtype.element_ty
+        BITS: tl.constexpr = SCALE * LOG2E                  # products to logits, base 2
         R: tl.constexpr = C // BLOCK                        # blocks of a row
         width, i, d = 2 * HALF * H, tl.arange(0, BLOCK), tl.arange(0, HALF)
         q0, q1 = _placed(y + block * BLOCK * stride + head * 2 * HALF, i, d, stride, table, C + i, length)
@@ -275,9 +279,9 @@ if triton:
         for t in range(0, earliest + 1):
             start = y + (block + N * R - t) % (N * R) * BLOCK * stride + head * 2 * HALF
             k0, k1 = _placed(start + width, i, d, stride, table, C - t * BLOCK + i, length)
-            s = _scores(q0, q1, k0, k1, t * BLOCK + i[:, None] - i[None, :], SCALE, C)
-            higher = tl.maximum(most, tl.max(s, 1))
-            p, shrink = tl.exp(s - higher[:, None]), tl.exp(most - higher)
+            s = _products(q0, q1, k0, k1, t * BLOCK + i[:, None] - i[None, :], C)
+            higher = tl.maximum(most, tl.max(s, 1) * BITS)
+            p, shrink = tl.exp2(s * BITS - higher[:, None]), tl.exp2(most - higher)
             total = total * shrink + tl.sum(p, 1)
             mixed = mixed * shrink[:, None] + tl.dot(p.to(dtype), _vectors(start + 2 * width, i, d, stride))
             most = higher
@@ -285,7 +289,7 @@ if triton:
         scale = _gate(y, at, stride, head, width) / total
         where = at[:, None] * width + head * 2 * HALF + tl.arange(0, 2 * HALF)[None, :]
         tl.store(out + where, (mixed * scale[:, None]).to(dtype))
-        tl.store(lse + at * H + head, most + tl.log(total))
+        tl.store(lse + at * H + head, most + tl.log2(total))
 
     @triton.jit
     def _asking(y, out, grad, lse, at, head, stride, H: tl.constexpr, HALF: tl.constexpr):
@@ -318,6 +322,7 @@ if triton:
         """
         block, head = tl.program_id(0), tl.program_id(1)
         dtype: tl.constexpr = y.dtype.element_ty
+        BITS: tl.constexpr = SCALE * LOG2E
         R: tl.constexpr = C // BLOCK
         width, i, d = 2 * HALF * H, tl.arange(0, BLOCK), tl.arange(0, HALF)
         offset = block * BLOCK * stride + head * 2 * HALF
@@ -334,12 +339,12 @@ if triton:
             for t in range(0, earliest + 1):
                 start = y + (block + N * R - t) % (N * R) * BLOCK * stride + head * 2 * HALF
                 k0, k1 = _placed(start + width, i, d, stride, table, C - t * BLOCK + i, length)
-                s = _scores(q0, q1, k0, k1, t * BLOCK + i[:, None] - i[None, :], SCALE, C)
+                s = _products(q0, q1, k0, k1, t * BLOCK + i[:, None] - i[None, :], C)
                 dp = tl.dot(do, tl.trans(_vectors(start + 2 * width, i, d, stride)))
-                ds = (tl.exp(s - z[:, None]) * (dp - delta[:, None]) * SCALE).to(dtype)
+                ds = (tl.exp2(s * BITS - z[:, None]) * (dp - delta[:, None])).to(dtype)
                 g0 += tl.dot(ds, k0)
                 g1 += tl.dot(ds, k1)
-            _write_back(dy + offset, i, d, stride, qa, qb, scale, q_cos, q_sin, g0, g1)
+            _write_back(dy + offset, i, d, stride, qa, qb, scale, q_cos, q_sin, g0 * SCALE, g1 * SCALE)
             tl.store(dy + here * stride + 3 * width + head, (delta * (1 - gate / 2)).to(dtype))
             for unused in range(head + H, GATES, H):
                 tl.store(dy + here * stride + 3 * width + unused, tl.zeros_like(delta).to(dtype))
@@ -356,14 +361,20 @@ if triton:
                 later = (block + t) % (N * R) * BLOCK
                 q0, q1 = _placed(y + later * stride + head * 2 * HALF, i, d, stride, table, t * BLOCK + i, length)
                 do, delta, _, z = _asking(y, out, grad, lse, later + i, head, stride, H, HALF)
-                s = _scores(q0, q1, k0, k1, t * BLOCK + i[:, None] - i[None, :], SCALE, C)
-                p = tl.exp(s - z[:, None])
+                s = _products(q0, q1, k0, k1, t * BLOCK + i[:, None] - i[None, :], C)
+                p = tl.exp2(s * BITS - z[:, None])
                 dv += tl.dot(tl.trans(p.to(dtype)), do)
-                ds = tl.trans((p * (tl.dot(do, tl.trans(v)) - delta[:, None]) * SCALE).to(dtype))
+                ds = tl.trans((p * (tl.dot(do, tl.trans(v)) - delta[:, None])).to(dtype))
                 g0 += tl.dot(ds, q0)
                 g1 += tl.dot(ds, q1)
-            _write_back(dy + offset + width, i, d, stride, ka, kb, scale, k_cos, k_sin, g0, g1)
+            _write_back(dy + offset + width, i, d, stride, ka, kb, scale, k_cos, k_sin, g0 * SCALE, g1 * SCALE)
             tl.store(dy + offset + 2 * width + i[:, None] * stride + tl.arange(0, 2 * HALF)[None, :], dv.to(dtype))
+
+    @triton.jit
+    def _and_more(x, most, total):
+        """Maxima, in bits, and sums of logits read so far, and of some more."""
+        higher = tl.maximum(most, tl.max(x, 1) * LOG2E)
+        return higher, total * tl.exp2(most - higher)[:, None] + tl.exp2(x * LOG2E - higher[:, None])
 
     @triton.jit
     def _read_logits(logits, targets, log_p, log_z, V: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
@@ -374,14 +385,16 @@ if triton:
         position, part = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK // 32)
         column = part[:, None] * 32 + tl.arange(0, 32)[None, :]
         most, total = tl.full((BLOCK // 32,), -1e30, tl.float32), tl.zeros((BLOCK // 32, 32), tl.float32)
-        for first in range(0, V, BLOCK):
-            x = tl.load(logits + position * COLUMNS + first + column, first + column < COLUMNS, other=0.0)
-            x = tl.where(first + column < V, x.to(tl.float32), -1e38)
-            higher = tl.maximum(most, tl.max(x, 1))
-            total = total * tl.exp(most - higher)[:, None] + tl.exp(x - higher[:, None])
-            most = higher
+        WHOLE: tl.constexpr = V // BLOCK * BLOCK
+        for first in range(0, WHOLE, BLOCK):
+            x = tl.load(logits + position * COLUMNS + first + column).to(tl.float32)
+            most, total = _and_more(x, most, total)
+        if WHOLE < V:                               # the last block alone asks where it ends
+            column += WHOLE
+            x = tl.load(logits + position * COLUMNS + column, column < COLUMNS, other=0.0).to(tl.float32)
+            most, total = _and_more(tl.where(column < V, x, -1e30), most, total)
         top = tl.max(most, 0)
-        z = top + tl.log(tl.sum(tl.sum(total, 1) * tl.exp(most - top), 0))
+        z = (top + tl.log2(tl.sum(tl.sum(total, 1) * tl.exp2(most - top), 0))) / LOG2E
         picked = tl.load(logits + position * COLUMNS + tl.load(targets + position)).to(tl.float32)
         tl.store(log_p + position, picked - z)
         tl.store(log_z + position, z)
@@ -413,7 +426,7 @@ if triton:
                 stand = tl.load(stands + row * I + i)
                 hold = facts + stand * (2 * E + 3)
                 k_place = key + stand // C * k_row + stand % C * k_at
-                old = tl.log(tl.maximum(age, 1).to(tl.float32))
+                old = tl.log2(tl.maximum(age, 1).to(tl.float32))
                 weight, words = tl.zeros((BLOCK, ITEMS), tl.float32), tl.zeros((BLOCK, ITEMS), tl.float32)
                 same = seen
                 for n in tl.static_range(E):
@@ -421,22 +434,24 @@ if triton:
                     found = same
                     if n == 0:
                         found = same & (tl.load(ask + 2 * E) != 0)[:, None] & (tl.load(hold + 2 * E) != 0)[None, :]
-                    score = tl.load(trust + at * (E + K) + n)[:, None] - exact_fade * old
-                    weight += tl.where(found, tl.exp(tl.minimum(score, 10.0)), 0.0)
+                    score = (tl.load(trust + at * (E + K) + n) * LOG2E)[:, None] - exact_fade * old
+                    weight += tl.where(found, tl.exp2(tl.minimum(score, 10 * LOG2E)), 0.0)
                 for a in tl.static_range(E):
-                    asked = tl.load(ask + E + a)[:, None]
+                    asked = tl.load(ask + E + a)
+                    asked = tl.where(asked < 0, -2, asked)[:, None]     # which equals nothing
                     for b in tl.static_range(E):
                         each = same_place if a == b else near
-                        words += tl.where((asked == tl.load(hold + E + b)[None, :]) & (asked >= 0), each, 0.0)
-                weight += tl.where(seen, words * tl.exp(-rare_fade * old), 0.0)
+                        words += tl.where(asked == tl.load(hold + E + b)[None, :], each, 0.0)
+                weight += tl.where(seen, words * tl.exp2(-rare_fade * old), 0.0)
                 likely = tl.load(products + at[:, None] * I + i[None, :]).to(tl.float32) - tl.load(log_z + at)[:, None]
+                likely *= plausibility * LOG2E
                 for k in range(0, K):
                     q = tl.load(query + row * q_row + k * q_head + c[:, None] * q_at + d[None, :])
                     found_by = tl.load(k_place[:, None] + k * k_head + d[None, :])
                     cosine = tl.dot(q, tl.trans(found_by)).to(q.dtype).to(tl.float32)
-                    score = tl.load(trust + at * (E + K) + E + k)[:, None] + sharpness * (cosine - 1)
-                    score += plausibility * likely - learned_fade * (1 - k / K) * old
-                    weight += tl.where(seen & (cosine > least), tl.exp(tl.minimum(score, 10.0)), 0.0)
+                    score = (tl.load(trust + at * (E + K) + E + k) * LOG2E - sharpness * LOG2E)[:, None] + likely
+                    score += sharpness * LOG2E * cosine - learned_fade * (1 - k / K) * old
+                    weight += tl.where(seen & (cosine > least), tl.exp2(tl.minimum(score, 10 * LOG2E)), 0.0)
                 of_all += tl.sum(weight, 1)
                 of_right += tl.sum(tl.where(tl.load(hold + 2 * E + 2)[None, :] == target[:, None], weight, 0.0), 1)
         tl.store(right + at, of_right)
@@ -450,7 +465,7 @@ if triton:
         y, opens = y.contiguous(), table if opens is None else opens.contiguous()
         out = y.new_empty(*y.shape[:2], 2 * told["HALF"] * n_head)
         lse = y.new_empty(*y.shape[:2], n_head, dtype=torch.float32)
-        _heads_forward[grid](y, table, opens, out, lse, SLIDING=opens is not table, **told)
+        _heads_forward[grid](y, table, opens, out, lse, SLIDING=opens is not table, maxnreg=128, **told)
         return out, lse
 
     @operator("heads_backward")
@@ -487,7 +502,7 @@ if triton:
         log_p, log_z = (logits.new_empty(len(logits), dtype=torch.float32) for _ in range(2))
         logits = logits.contiguous()
         _read_logits[(len(logits),)](logits, targets, log_p, log_z, V=vocabulary, COLUMNS=logits.size(1),
-                                     BLOCK=2048, num_warps=4)
+                                     BLOCK=1024, num_warps=4)
         return log_p, log_z
 
     @fused_log_p.register_fake
@@ -522,7 +537,7 @@ if triton:
         right, total = (torch.empty_like(log_z) for _ in range(2))
         _sum_found[(N, C // 16)](facts, query, key, trust, stands, number, products, log_z, right, total,
                                  number.size(1), *strides, *constants, C=C, E=trust.size(-1) - K, K=K, A=A, BLOCK=16,
-                                 ITEMS=16, num_warps=2, maxnreg=128)   # twice as many at once: 94 us, not 103
+                                 ITEMS=16, num_warps=1)     # 340 us for 512 rows; two warps: 380
         return right, total
 
     @fused_sums.register_fake
@@ -553,6 +568,8 @@ class Block(nn.Module):
     (float32).
     """
 
+    fused = False                   # see GPT.fuse
+
     def __init__(self, config):
         super().__init__()
         D = config.n_embd
@@ -572,8 +589,12 @@ class Block(nn.Module):
 
     def feed(self, x):
         """What the network adds to x (N, T, D)."""
-        inner = self.up(norm(x).to(dtype_for(self.up)))
-        return self.down(F.gelu(inner, approximate="tanh"))
+        x = norm(x).to(dtype_for(self.up))
+        if self.fused and not torch.is_grad_enabled():      # in the product: evaluation 5% faster
+            no_bias = x.new_zeros(self.up.out_features)
+            inner = torch._addmm_activation(no_bias, x.flatten(0, -2), self.up.weight.t(), use_gelu=True)
+            return self.down(inner.view(*x.shape[:-1], -1))
+        return self.down(F.gelu(self.up(x), approximate="tanh"))
 
     def forward(self, x, attention, mix=None):
         """x (N, T, D) -> (N, T, D); mix(x, y) says what a memory makes of what attention adds."""
@@ -773,6 +794,9 @@ class Memory(nn.Module):
 
     # ---- at the output
 
+    def tabulate(self, embed):
+        """Compute once what the weights alone say, of a model that learns no more; embed: see Final."""
+
     def prepare(self, h, tokens, opens, embed):
         """What `score` wants to know of the final states h (N, C, D) alone, as final.prepared: it can be
         computed while the backbone's output is; opens, embed: as in Final.
@@ -947,6 +971,7 @@ class LongTermMemory(Memory, kind="ltm"):
     """
 
     hit_means = "predictions of which items gave at least a tenth (ltm_share)"
+    of_each = None                  # (V, ..): `of_tokens` of the whole vocabulary, after `tabulate`
 
     def __init__(self, config):
         super().__init__(config)
@@ -960,6 +985,12 @@ class LongTermMemory(Memory, kind="ltm"):
         self.from_state = Affine(D, parts + config.ltm_hidden, bias=False)      # .. and hidden units, in one product
         self.from_hidden = Affine(config.ltm_hidden, parts, bias=False)
         self.from_tokens = nn.Linear(D, K * A + E * self.width, bias=False)     # as x_{t+1}, x_t, x_{t-1}, ..
+
+    @torch.no_grad()
+    def tabulate(self, embed):
+        self.of_each = None
+        everything = torch.arange(self.config.vocab_size, device=self.from_tokens.weight.device)
+        self.of_each = torch.cat(self.of_tokens(everything, embed), -1)
 
     # ---- addresses
 
@@ -1008,6 +1039,8 @@ class LongTermMemory(Memory, kind="ltm"):
         after them: 1 + E tensors (N, T, width), of the first the address alone. EOT adds nothing.
         """
         sizes = self.sizes[:1] + (self.width,) * self.config.ltm_ngrams
+        if self.of_each is not None:
+            return self.of_each[tokens].split(sizes, dim=-1)
         known = norm(embed(tokens)) * (tokens != self.eot)[..., None]
         return self.from_tokens(known.to(dtype_for(self.from_tokens))).split(sizes, dim=-1)
 
@@ -1519,12 +1552,16 @@ class GPT(PreTrainedModel, GenerationMixin):
     # ---- whole sequences
 
     def fuse(self):
-        """Let `states` and `log_p` call the kernels made for them, where these fit; returns self. A GPU, and
-        what compiles for it, are there. In float32 (cards before sm_80) the plain twins are faster.
+        """Let whole sequences go through the kernels made for them, where these fit; returns self. A
+        GPU, and what compiles for it, are there. In float32 (cards before sm_80) the plain twins are
+        faster.
         """
         window, half = self.config.stm_window or 0, self.config.n_embd // self.config.n_head // 2
         fits = window in (16, 32, 64, 128) and half in (16, 32, 64)
-        self.fused = triton is not None and fits and self.backbone.embed.weight.dtype == torch.bfloat16
+        fits = triton is not None and fits and self.backbone.embed.weight.dtype == torch.bfloat16
+        for part in self.modules():                 # this one, and what of it has kernels of its own
+            if hasattr(part, "fused"):
+                part.fused = fits
         return self
 
     def logits(self, h):
@@ -1984,14 +2021,6 @@ class RevenaHybridTiny(GPT):
     @property
     def active(self):
         return self.memory if self.config.memory_enabled else NOTHING
-
-    def fuse(self):
-        """.. and what of the memory has kernels of its own."""
-        fits = super().fuse().fused
-        for part in self.memory.modules():
-            if hasattr(part, "fused"):
-                part.fused = fits
-        return self
 
 
 # ------------------------------------------------------------ what generation carries

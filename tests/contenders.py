@@ -33,7 +33,7 @@ import add_memory                                                               
 import eval as evaluation                                                           # noqa: E402
 import train                                                                        # noqa: E402
 from models import EOT, GPT, SIZES, Memory, RevenaCache, RevenaConfig               # noqa: E402
-from stages import (ARMS, SPECIFIED, StageError, has_compiler, load_split, lower_precision,     # noqa: E402
+from stages import (ARMS, SPECIFIED, StageError, load_split, lower_precision,   # noqa: E402
                     model_class, pick_device)
 
 REFERENCE, SPECIFIED_MEMORY = SPECIFIED                 # what is compared with what, where only one memory can be
@@ -310,9 +310,7 @@ def share(root, rows):
 
 def scoring(setup, arm, lanes, rows):
     """One document a lane of `rows` rows, scored as eval.py does it."""
-    model = lower_precision(setup.model(arm)).eval()
-    if setup.cuda and has_compiler(setup.device):
-        model.fuse()
+    model = evaluation.made_fast(setup.model(arm).eval())
     tokens = torch.from_numpy(setup.tokens[:lanes * rows]).to(setup.device)
     targets = F.pad(tokens.flatten()[1:], (0, 1), value=EOT).view_as(tokens)
     opens = (torch.arange(rows, device=setup.device) == 0).expand(lanes, rows)

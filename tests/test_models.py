@@ -492,6 +492,20 @@ def test_a_prefix_says_what_the_whole_says(case):
         torch.testing.assert_close(model(ids[:, :T]).logits, whole[:, :T], **CLOSE)
 
 
+def test_what_is_tabulated_is_what_would_be_computed():
+    """Of weights as they are now, in both forms, and no part of what is saved."""
+    model, ids = lively(), text(40)
+    for _ in range(2):
+        before = model(ids).logits, streamed(model, ids, [WINDOW, 5, 1])[0]
+        model.active.tabulate(model.embed_detached)
+        assert len(model.memory.of_each) == VOCAB and model.memory.of_each[EOT:].abs().max() == 0
+        for one, other in zip((model(ids).logits, streamed(model, ids, [WINDOW, 5, 1])[0]), before):
+            torch.testing.assert_close(one, other, **CLOSE)
+        assert "memory.of_each" not in model.state_dict()
+        model.memory.of_each = None
+        torch.nn.init.normal_(model.memory.from_tokens.weight, std=0.1)
+
+
 def test_no_item_is_visible_to_the_prediction_that_stored_it():
     """Where everything matches everything, the first stored token is found one position later, not by its own."""
     model, ids = everything_matches(), text(WINDOW)
@@ -1072,7 +1086,9 @@ def test_a_fused_model_is_its_twin(opens):
         with torch.enable_grad():
             loss = model.score(tokens, tokens.roll(-1, 1), opens).log_p.mean()
             gradients = torch.autograd.grad(loss, list(model.backbone.parameters()))
-        found[name] = [loss.float()[None], *(g.float().flatten() for g in gradients)]
+        with torch.no_grad():
+            alone = model.score(tokens, tokens.roll(-1, 1), opens).log_p        # where GELU is the product's
+        found[name] = [alone.float().flatten(), loss.float()[None], *(g.float().flatten() for g in gradients)]
     assert fused.fused and not plain.fused
     for exact, plain, fused in zip(found["exact"], found["plain"], found["fused"]):
         assert (fused - exact).norm() <= 1.1 * (plain - exact).norm() + 1e-3 * exact.norm()

@@ -1933,7 +1933,9 @@ def test_the_captured_step_is_the_step(root, arm, share):
                 if not captured:
                     training.graphs.clear()
             training.run(training.ahead() if training.done < 12 else 0)
-        return {**training.weights(), **training.state()}
+        left = training.weights() | training.state()
+        del left["rng"]                                                 # a compiler draws, the first time
+        return left
     first, again, uncaptured = run(True), run(True), run(False)
     assert len(first["statistics"]) == 12 and torch.isfinite(first["statistics"]).all()
     for name, x in first.items():
