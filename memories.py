@@ -31,12 +31,12 @@ from transformers import AutoConfig, AutoModel, DynamicCache
 
 try:
     from .models import (Affine, Memory, RevenaCache, RevenaConfig, RevenaHybridTiny, at_places, digest, dtype_for,
-                         into_slots, lagged, norm, noted_change, operator, text_of, tl, triton, where)
+                         into_slots, lagged, norm, noted_change, operator, region, text_of, tl, triton, where)
 except ImportError:
     if __package__:
         raise
     from models import (Affine, Memory, RevenaCache, RevenaConfig, RevenaHybridTiny, at_places, digest, dtype_for,
-                        into_slots, lagged, norm, noted_change, operator, text_of, tl, triton, where)
+                        into_slots, lagged, norm, noted_change, operator, region, text_of, tl, triton, where)
 
 
 # ------------------------------------------------------------ what decays, without a loop
@@ -452,6 +452,12 @@ def threshold(score, best, top):
     return high
 
 
+@region
+def look_once(store, *given):
+    """Store.look where no gradient is wanted: who compiles many of them compiles one."""
+    return store.look(*given)
+
+
 class Store(RowMemory, kind="store"):
     """Keys and values of hidden states, found again by content, beside a state that fades; in two
     middle layers.
@@ -612,11 +618,11 @@ class Store(RowMemory, kind="store"):
         """`look` of a few sequences at a time, to bound the scores: 2^20 a head."""
         S, T = query.shape[:2]
         size = max(1, 2 ** 20 // T ** 2)
-        found = []
+        look, found = Store.look if torch.is_grad_enabled() else look_once, []
         for start in range(0, S, size):
             some = slice(start, start + size)
             part = Items(*(x[some] for x in items))
-            found.append(self.look(i, query[some], part, seen if len(seen) == 1 else seen[some]))
+            found.append(look(self, i, query[some], part, seen if len(seen) == 1 else seen[some]))
         reads, shares = zip(*found)
         return torch.cat(reads), torch.cat(shares)
 

@@ -614,7 +614,10 @@ def _plain(function):
     return function
 
 
-@getattr(torch.compiler, "nested_compile_region", _plain)
+region = getattr(torch.compiler, "nested_compile_region", _plain)
+
+
+@region
 def whole_block(block, x, normed, attention):
     return block(x, normed, attention)
 
