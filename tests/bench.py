@@ -121,7 +121,7 @@ class Turns:
             self.notes[kind][name] = " ".join(why.split())[:300]
             print(f"{name}: {kind}, {self.notes[kind][name]}", file=sys.stderr)
 
-    def measure(self, builders, seconds):
+    def measure(self, builders, seconds, rounds=ROUNDS):
         """{name: units per second in each round} of {name: function that makes a Case}, without those that fail."""
         cases, calls, rates = {}, {}, {name: [] for name in builders}
         for name, build in builders.items():
@@ -131,7 +131,7 @@ class Turns:
                 print(f"{name}: ready in {time.time() - began:.0f} s", flush=True)
                 calls[name] = 1 if case.most == 1 else max(1, min(case.most, int(seconds * n / case.seconds(n))))
                 cases[name] = case
-        for turn in range(ROUNDS):
+        for turn in range(rounds):
             for name in list(cases)[::-1 if turn % 2 else 1]:
                 with self.noted(name):
                     rates[name].append(calls[name] * cases[name].units / cases[name].seconds(calls[name]))
@@ -180,7 +180,7 @@ def bench_evaluation(setup, turns, wanted, seconds):
     length, many = setup.set.documents
     builders = {f"evaluation, {arm}": partial(contenders.scoring, setup, arm, many, length) for arm in COMPARED}
     builders["evaluation, one document"] = partial(contenders.scoring, setup, SPECIFIED_MEMORY, 1, many * length)
-    return turns.measure(builders, seconds)
+    return turns.measure(builders, seconds / 3, 3 * ROUNDS)         # at full load a card's clock moves within a second
 
 
 @torch.no_grad()
