@@ -265,7 +265,7 @@ def compiled_method(name):
 
 def made_fast(model):
     """A model that learns no more, in the precision that its device is made for and, where
-    that is a GPU, with kernels of its own."""
+    that is a GPU, with its kernels and a table of what its weights alone say."""
     model = lower_precision(model)
     if has_compiler(model.device) and not is_hosted(model):
         model.fuse().active.tabulate(model.embed_detached)
@@ -1122,7 +1122,7 @@ def measure(model, exam, note=None):
     seen = None
     if isinstance(model.active, LongTermMemory):
         seen = observe(model, exam.texts, tally, exam.tokenizer, settings)
-    full = copy.deepcopy(model).float()
+    full = in_float32(model)
     shown = [explored_text(full, exam.texts[i][:settings.seen + 1], exam.tokenizer, settings)
              for i in explored_documents(exam.texts, settings)]
     return tensors, {"observation": seen, "exploration": about_explored(model) | {"texts": shown}}
@@ -2146,7 +2146,7 @@ def observe(model, texts, tally, tokenizer, settings):
     config, window = model.config, model.config.stm_window
     is_word = words_of(tokenizer)
     number = worth_showing(texts, tally, config, is_word, settings)
-    model = altered(model).float()
+    model = in_float32(model)
     ids = sent(texts[number][None, :settings.shown + 1], model.device)
 
     def cost(model):
@@ -2364,7 +2364,7 @@ def explore(name, place, settings):
             print(f"note: the weights of {arm} are elsewhere; it is left out")
             continue
         model, found = load_arm(seeds[0], arm, place)
-        shown = explored_text(model.float(), np.array([model.config.pad_token_id, *tokens]), tokenizer, settings)
+        shown = explored_text(in_float32(model), np.array([model.config.pad_token_id, *tokens]), tokenizer, settings)
         arms[arm] = about_explored(model) | {"weights": found.weights, "text": shown}
     if not arms:
         raise StageError(f"no arm of {place.root}/trained has its weights here; train one with: "
@@ -2395,8 +2395,14 @@ def altered(model, memory_class=None, model_class=None, **settings):
     twin.load_state_dict(shared, strict=False, assign=True)
     if is_hosted(model):                                               # it has buffers that no state dict names
         twin.backbone = copy.deepcopy(model.backbone)
-    twin.fused = model.fused and twin.config.stm_window == model.config.stm_window
-    return twin.to(model.device).eval()
+    twin = twin.to(model.device).eval()
+    return twin.fuse() if model.fused else twin
+
+
+def in_float32(model):
+    """The same, all of it in float32: without the kernels and the table of bfloat16 weights."""
+    twin = altered(model).float()
+    return twin.fuse() if twin.fused else twin                         # which finds that none fits
 
 
 class OtherReads(LongTermMemory):

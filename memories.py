@@ -618,7 +618,7 @@ class Store(RowMemory, kind="store"):
         """`look` of a few sequences at a time, to bound the scores: 2^20 a head."""
         S, T = query.shape[:2]
         size = max(1, 2 ** 20 // T ** 2)
-        look, found = Store.look if torch.is_grad_enabled() else look_once, []
+        look, found = type(self).look if torch.is_grad_enabled() else look_once, []
         for start in range(0, S, size):
             some = slice(start, start + size)
             part = Items(*(x[some] for x in items))

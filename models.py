@@ -372,7 +372,7 @@ if triton:
 
     @triton.jit
     def _and_more(x, most, total):
-        """Maxima, in bits, and sums of logits read so far, and of some more."""
+        """Maxima in bits, and sums of the exponentials, of the logits so far and of some more."""
         higher = tl.maximum(most, tl.max(x, 1) * LOG2E)
         return higher, total * tl.exp2(most - higher)[:, None] + tl.exp2(x * LOG2E - higher[:, None])
 
@@ -460,11 +460,12 @@ if triton:
     @operator("heads")
     def fused_heads(y: torch.Tensor, table: torch.Tensor, opens: Optional[torch.Tensor],
                     n_head: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """`heads` of `row_attention`; the second: log of the softmax's denominators (N, C, H)."""
+        """`heads` of `row_attention`; the second: log2 of the softmax's denominators (N, C, H)."""
         grid, told = _sizes(y, table, n_head)
         y, opens = y.contiguous(), table if opens is None else opens.contiguous()
         out = y.new_empty(*y.shape[:2], 2 * told["HALF"] * n_head)
         lse = y.new_empty(*y.shape[:2], n_head, dtype=torch.float32)
+        # so few registers that four programs share a multiprocessor
         _heads_forward[grid](y, table, opens, out, lse, SLIDING=opens is not table, maxnreg=128, **told)
         return out, lse
 
@@ -590,7 +591,8 @@ class Block(nn.Module):
     def feed(self, x):
         """What the network adds to x (N, T, D)."""
         normed = norm(x).to(dtype_for(self.up))
-        if self.fused and not torch.is_grad_enabled():      # in the product: evaluation 5% faster
+        # GELU (tanh, on a GPU) in the product's own kernel: evaluation 5% faster
+        if self.fused and type(self.up) is nn.Linear and not torch.is_grad_enabled():
             no_bias = normed.new_zeros(self.up.out_features)
             inner = torch._addmm_activation(no_bias, normed.flatten(0, -2), self.up.weight.t(), use_gelu=True)
             return self.down(inner.view(*x.shape[:-1], -1))
@@ -598,7 +600,8 @@ class Block(nn.Module):
 
     def forward(self, x, normed, attention, mix=None):
         """x (N, T, D) and its norm -> the same after this layer; mix(normed, y) says what a memory makes
-        of what attention adds. Who takes a layer for a region (below) norms x where it was summed.
+        of what attention adds. The norm is made here, beside the sum: a compiler that takes each layer
+        for itself (below) fuses nothing across two.
         """
         y = self.attend(normed, attention)
         x = x + (y if mix is None else mix(normed, y))
@@ -609,7 +612,8 @@ class Block(nn.Module):
 # who compiles a model compiles one layer, not each; before torch 2.8 there is no such thing, nor
 # is it needed to run.
 # Only what changes nothing but its result may be such a region (a layer that streams writes a
-# cache), and only where all layers are: with a memory among them torch 2.11 made wrong gradients
+# cache), and with a gradient only where all layers are: with a memory among them torch 2.11 made
+# wrong ones
 def _plain(function):
     return function
 
@@ -715,7 +719,7 @@ class Memory(nn.Module):
 
         inside      `places` (-1: on the embedding, l: beside the attention of layer l, n_layer: on the final state),
                     `mix` for a few tokens and, where that can be had faster, `rows` for whole sequences
-        output      `prepare`, `find`, `score`, `distribution`, `predict`
+        output      `prepare`, `find`, `score`, `distribution`, `predict`, `tabulate`
         state       `empty`, `room`: {name: tensor (B, ..)}; what `mix` and `predict` are given is never changed, the
                     next one is returned
         to be seen  `contents`, `retrieved`, `watched`
@@ -801,7 +805,9 @@ class Memory(nn.Module):
     # ---- at the output
 
     def tabulate(self, embed):
-        """Compute once what the weights alone say, of a model that learns no more; embed: see Final."""
+        """Compute once what the weights alone say, of a model that learns no more; who changes them
+        calls it again. embed: as in Final.
+        """
 
     def prepare(self, h, tokens, opens, embed):
         """What `score` wants to know of the final states h (N, C, D) alone, as final.prepared: it can be
@@ -991,6 +997,10 @@ class LongTermMemory(Memory, kind="ltm"):
         self.from_state = Affine(D, parts + config.ltm_hidden, bias=False)      # .. and hidden units, in one product
         self.from_hidden = Affine(config.ltm_hidden, parts, bias=False)
         self.from_tokens = nn.Linear(D, K * A + E * self.width, bias=False)     # as x_{t+1}, x_t, x_{t-1}, ..
+
+    def _apply(self, fn, recurse=True):
+        self.of_each = None                                             # of weights as they were
+        return super()._apply(fn, recurse)
 
     @torch.no_grad()
     def tabulate(self, embed):
@@ -1558,9 +1568,9 @@ class GPT(PreTrainedModel, GenerationMixin):
     # ---- whole sequences
 
     def fuse(self):
-        """Let whole sequences go through the kernels made for them, where these fit; returns self. A
-        GPU, and what compiles for it, are there. In float32 (cards before sm_80) the plain twins are
-        faster.
+        """Let this model and all parts of it call the kernels made for them, where these fit; returns
+        self. A GPU, and what compiles for it, are there. In float32 (cards before sm_80) the plain twins
+        are faster.
         """
         window, half = self.config.stm_window or 0, self.config.n_embd // self.config.n_head // 2
         fits = window in (16, 32, 64, 128) and half in (16, 32, 64)

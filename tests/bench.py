@@ -38,7 +38,7 @@ How to read it, from runs on H100 machines (torch 2.11):
   (stages.compiled).
 * The first arm that a machine compiles has what later ones share to do as well: 22 s, where the second, with a memory's
   own, took 10 s. The stages' import of torch and transformers, some 7 s each, is in none of these numbers.
-* torchrun's processes share a batch; the sum of their gradients is part of the graph. Two H200 make 458,000 tokens/s at
+* torchrun's processes share a batch; the sum of their gradients is part of the graph. Two H200 make 457,000 tokens/s at
   8 rows a step, where one makes 472,000; at 64 rows 1.44 million, where one makes 0.84.
 * An estimate, not a measurement, for a card of 30 TFLOP/s (bfloat16, float32 sums) and 272 GB/s, an RTX 4060: the floor
   is 26 ms a step there, and twice that, as on an H100 at its published rates, some 9 minutes for 10,000 steps.
@@ -180,7 +180,8 @@ def bench_evaluation(setup, turns, wanted, seconds):
     length, many = setup.set.documents
     builders = {f"evaluation, {arm}": partial(contenders.scoring, setup, arm, many, length) for arm in COMPARED}
     builders["evaluation, one document"] = partial(contenders.scoring, setup, SPECIFIED_MEMORY, 1, many * length)
-    return turns.measure(builders, seconds / 3, 3 * ROUNDS)         # at full load a card's clock moves within a second
+    # as long as the others, in shorter turns: at full load a card's clock moves within a second
+    return turns.measure(builders, seconds / 3, 3 * ROUNDS)
 
 
 @torch.no_grad()

@@ -900,6 +900,25 @@ def test_full_attention_has_the_baselines_weights():
     assert np.allclose(short, found[1], atol=1e-4) and not np.allclose(long, found[0], atol=1e-4)
 
 
+def test_what_is_measured_has_kernels_and_a_table_and_what_is_shown_has_not(monkeypatch):
+    """.. which are of its bfloat16 weights; and the table says what is computed without it."""
+    monkeypatch.setattr(evaluation, "has_compiler", lambda device: True)
+    monkeypatch.setattr(models, "triton", object())
+    model, off = (tiny(stm_window=16, n_embd=64, memory_enabled=enabled).bfloat16() for enabled in (True, False))
+    before = model(torch.arange(1, 60)[None]).logits
+    for one in (model, off):
+        assert evaluation.made_fast(one).fused and all(block.fused for block in one.backbone.blocks)
+    assert model.memory.of_each is not None and off.memory.of_each is None and model.memory.fused
+    shown = evaluation.in_float32(model)
+    assert shown.dtype == torch.float32 and model.dtype == torch.bfloat16 and shown.memory.of_each is None
+    assert not any(getattr(part, "fused", False) for part in shown.modules())
+    assert evaluation.altered(model, ltm_slots=4).memory.fused
+    for part in model.modules():                            # what remains is the table
+        if hasattr(part, "fused"):
+            part.fused = False
+    assert torch.equal(model(torch.arange(1, 60)[None]).logits, before)
+
+
 def test_a_graph_is_compiled_once_for_all_models_of_a_kind(monkeypatch):
     """20 seconds each on a GPU; here with a backend that only counts: states, log_p and score_states once for baseline
     and LTM of all seeds, and states once more for the toy, whose own they are."""

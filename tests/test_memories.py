@@ -21,7 +21,7 @@ from torch.nn import functional as F
 import memories
 import stages
 from memories import RevenaHybrid, decay, scan
-from models import GPT, SIZES, Memory, RevenaConfig, norm
+from models import GPT, SIZES, Memory, RevenaConfig, heads, norm, row_attention
 
 WINDOW = 16                     # tokens of a row
 ROWS = 6
@@ -888,6 +888,34 @@ def test_a_low_rank_or_narrow_bank_is_smaller():
         return sum(p.numel() for p in make("bank", **settings).memory.parameters())
 
     assert size(rank=8) < size() and size(width=16) < size() < size(shared=False)
+
+
+def test_what_a_memory_is_handed_at_each_place():
+    """Layer by layer, written out: the norm of what goes in there, and what it may change."""
+    backbone, tokens, given, expected = make("mean").backbone, rows_of()[0], [], []
+
+    def attention(y, n_head):
+        return heads(y, n_head, functools.partial(row_attention, table=backbone.rotary))
+
+    def mix(place, x, y):
+        given.append((x, y))
+        return y + place + 2
+
+    found = backbone(backbone.embed(tokens), [attention] * 2, mix, (-1, 1, 2))
+    x = norm(backbone.embed(tokens))
+    expected.append((norm(x), x))
+    x = x + 1
+    for layer, block in enumerate(backbone.blocks):
+        y = block.out(attention(block.qkvg(norm(x)), block.n_head))
+        if layer == 1:
+            expected.append((norm(x), y))
+            y = y + 3
+        x = x + y
+        x = x + block.down(F.gelu(block.up(norm(x)), approximate="tanh"))
+    expected.append((norm(x), x))
+    for pair, by_hand in zip(given, expected, strict=True):
+        torch.testing.assert_close(pair, by_hand)
+    torch.testing.assert_close(found, norm(x + 4))
 
 
 @pytest.mark.parametrize("placement, places", [("all", (0, 1, 2, 3)), ("first", (0,)), ("last", (3,)),

@@ -502,7 +502,8 @@ def test_what_is_tabulated_is_what_would_be_computed():
         for one, other in zip((model(ids).logits, streamed(model, ids, [WINDOW, 5, 1])[0]), before):
             torch.testing.assert_close(one, other, **CLOSE)
         assert "memory.of_each" not in model.state_dict()
-        model.memory.of_each = None
+        model.double().float()                                              # converted, it would be of other weights
+        assert model.memory.of_each is None
         torch.nn.init.normal_(model.memory.from_tokens.weight, std=0.1)
 
 
@@ -1049,6 +1050,7 @@ lanes = torch.tensor([[1, 0, 0], [1, 0, 1]]).bool()
 cases = dict(rows=lambda: attention(16, 2, 16, 3, None), gates=lambda: attention(16, 17, 16, 1, None),
              blocks=lambda: attention(128, 1, 16, 2, None), lanes=lambda: attention(32, 2, 16, 6, lanes),
              far=lambda: attention(128, 1, 16, 6, lanes), logits=lambda: readings(9000, 9024), sequences=sequences,
+             whole_blocks=lambda: readings(2048, 2112), short=lambda: readings(900, 960),
              found=lambda: items(None), found_in_lanes=lambda: items(lanes), found_surely=lambda: items(None, 40.0),
              # laid out in memory as no kernel expects it
              lying=lambda: attention(16, 2, 16, 6, lanes[:1].expand(2, 3), lambda y: y.mT.contiguous().mT))
@@ -1065,7 +1067,7 @@ def test_kernels_are_their_twins():
     """What is fused for a GPU, gone through by Triton's interpreter on this machine: values and gradients."""
     done = subprocess.run([sys.executable, "-c", TWINS], cwd=Path(models.__file__).parent, capture_output=True, text=True,
                           env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""})
-    names = ["rows", "gates", "blocks", "lanes", "far", "logits", "sequences", "found",
+    names = ["rows", "gates", "blocks", "lanes", "far", "logits", "sequences", "whole_blocks", "short", "found",
              "found_in_lanes", "found_surely", "lying"]
     assert done.stdout.split() == names, done.stderr[-2000:]
 
@@ -1118,5 +1120,29 @@ def test_what_does_not_fit_the_kernels_stays_plain(settings, monkeypatch):
     monkeypatch.setattr(models, "triton", object())
     small = dict(vocab_size=VOCAB, n_layer=1, n_embd=64, n_head=2)
     assert not GPT(RevenaConfig(**small, **settings)).bfloat16().fuse().fused
-    fitting = GPT(RevenaConfig(**small, stm_window=64))
-    assert not fitting.fuse().fused and fitting.bfloat16().fuse().fused, "in float32 it is slower"
+    fitting = RevenaHybridTiny(RevenaConfig(**small, stm_window=64))
+    for dtype in (torch.float32, torch.bfloat16, torch.float32):            # in float32 it is slower
+        fitting.to(dtype).fuse()
+        parts = fitting, fitting.memory, fitting.backbone.blocks[0]
+        assert [part.fused for part in parts] == [dtype == torch.bfloat16] * 3
+
+
+def test_gelu_in_the_products_kernel_is_gelu():
+    """Without a gradient, and where the matrix is no module of another kind, as an adapter's."""
+    block = lively().backbone.blocks[0]
+    x = torch.randn(3, 5, block.up.in_features, generator=torch.Generator().manual_seed(1))
+    plain = block.feed(x)
+    block.fused = True
+    close = dict(rtol=0, atol=2e-3 * float(plain.abs().max()))              # a CPU's has no tanh
+    torch.testing.assert_close(block.feed(x), plain, **close)
+    assert not torch.equal(block.feed(x), plain)
+    with torch.enable_grad():
+        assert torch.equal(block.feed(x), plain)
+
+    class Twice(torch.nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+    twice = Twice(block.up.in_features, block.up.out_features, bias=False)
+    twice.weight, block.up = block.up.weight, twice
+    fused, block.fused = block.feed(x), False
+    assert torch.equal(fused, block.feed(x)) and not torch.equal(fused, plain)
