@@ -618,11 +618,12 @@ class Store(RowMemory, kind="store"):
         """`look` of a few sequences at a time, to bound the scores: 2^20 a head."""
         S, T = query.shape[:2]
         size = max(1, 2 ** 20 // T ** 2)
-        look, found = type(self).look if torch.is_grad_enabled() else look_once, []
+        once, found = not torch.is_grad_enabled(), []
         for start in range(0, S, size):
             some = slice(start, start + size)
             part = Items(*(x[some] for x in items))
-            found.append(look(self, i, query[some], part, seen if len(seen) == 1 else seen[some]))
+            given = i, query[some], part, seen if len(seen) == 1 else seen[some]
+            found.append(look_once(self, *given) if once else self.look(*given))
         reads, shares = zip(*found)
         return torch.cat(reads), torch.cat(shares)
 

@@ -449,7 +449,7 @@ if triton:
                     q = tl.load(query + row * q_row + k * q_head + c[:, None] * q_at + d[None, :])
                     found_by = tl.load(k_place[:, None] + k * k_head + d[None, :])
                     cosine = tl.dot(q, tl.trans(found_by)).to(q.dtype).to(tl.float32)
-                    score = (tl.load(trust + at * (E + K) + E + k) * LOG2E - sharpness * LOG2E)[:, None] + likely
+                    score = ((tl.load(trust + at * (E + K) + E + k) - sharpness) * LOG2E)[:, None] + likely
                     score += sharpness * LOG2E * cosine - learned_fade * (1 - k / K) * old
                     weight += tl.where(seen & (cosine > least), tl.exp2(tl.minimum(score, 10 * LOG2E)), 0.0)
                 of_all += tl.sum(weight, 1)
@@ -585,7 +585,7 @@ class Block(nn.Module):
         """What attention adds to the stream whose norm is `normed` (N, T, D); attention(y, H), as `heads`
         above, makes the heads' outputs of the layer's product y.
         """
-        y = self.qkvg(normed.to(dtype_for(self.qkvg)))
+        y = self.qkvg(normed)
         return self.out(attention(y, self.n_head).to(dtype_for(self.out)))
 
     def feed(self, x):
@@ -603,8 +603,9 @@ class Block(nn.Module):
         of what attention adds. The norm is made here, beside the sum: a compiler that takes each layer
         for itself (below) fuses nothing across two.
         """
-        y = self.attend(normed, attention)
-        x = x + (y if mix is None else mix(normed, y))
+        taken = normed.to(dtype_for(self.qkvg))
+        y = self.attend(taken, attention)
+        x = x + (y if mix is None else mix(taken, y))
         x = x + self.feed(x)
         return x, norm(x).to(normed.dtype)
 
@@ -656,12 +657,14 @@ class Backbone(nn.Module):
             states: a list that collects what goes into each layer.
             whole: nothing is written but the result, so that a compiler may take each layer for the same.
         """
-        dtype, last = dtype_for(self.blocks[0].qkvg), len(self.blocks)
+        embed, last = dtype_for(self.embed), len(self.blocks)
+        takers = {embed, *(dtype_for(block.qkvg) for block in self.blocks)}
+        dtype = embed if len(takers) == 1 else torch.float32            # some matrices are quantised, or are not
         run = whole_block if whole and not places else Block.__call__
         x = norm(embedded.float())
         normed = norm(x).to(dtype)
         if -1 in places:
-            x = mix(-1, normed, x)
+            x = mix(-1, normed.to(embed), x)
             normed = norm(x).to(dtype)
         for layer, (block, attention) in enumerate(zip(self.blocks, attentions)):
             if states is not None:
@@ -671,8 +674,8 @@ class Backbone(nn.Module):
             else:
                 x, normed = run(block, x, normed, attention)
         if last in places:
-            normed = norm(mix(last, normed, x))
-        return normed.to(dtype_for(self.embed))
+            normed = norm(mix(last, normed.to(embed), x))
+        return normed.to(embed)
 
 
 # ------------------------------------------------------------ the interface of a memory

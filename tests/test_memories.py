@@ -918,6 +918,23 @@ def test_what_a_memory_is_handed_at_each_place():
     torch.testing.assert_close(found, norm(x + 4))
 
 
+@pytest.mark.parametrize("embed, layers", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_each_matrix_is_handed_what_it_takes(embed, layers):
+    """Of two types, the norm is rounded for those alone that compute with fewer bits, and so it is for a memory there."""
+    backbone, given = make("mean").backbone, {}
+    backbone.embed.to(embed)
+    backbone.blocks.to(layers)
+
+    def mix(place, x, y):
+        given[place] = x
+        return y
+    attentions = [lambda y, n_head: heads(y, n_head, functools.partial(row_attention, table=backbone.rotary))] * 2
+    found = backbone(backbone.embed(rows_of()[0]), attentions, mix, (-1, 1, 2))
+    assert {place: x.dtype for place, x in given.items()} == {-1: embed, 1: layers, 2: embed} and found.dtype == embed
+    rounded = {place: torch.equal(x, x.bfloat16().to(x.dtype)) for place, x in given.items()}
+    assert rounded == {place: x.dtype == torch.bfloat16 for place, x in given.items()}
+
+
 @pytest.mark.parametrize("placement, places", [("all", (0, 1, 2, 3)), ("first", (0,)), ("last", (3,)),
                                                ("every 3", (0, 3)), ("upper", (2, 3, 4)), ([2, 1], (1, 2))])
 def test_where_a_memory_acts(placement, places):
