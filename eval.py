@@ -2529,9 +2529,9 @@ class ExactOnly(LongTermMemory):
         super().__init__(config)
         self.log_weights = trust
 
-    def vectors(self, h, tokens, embed, shift):
-        nothing = h.new_zeros(*tokens.shape, self.config.ltm_learned, self.config.ltm_dim)      # similar to nothing
-        trust = torch.tensor(self.log_weights, device=h.device).expand(*tokens.shape, -1)
+    def vectors(self, h, of_tokens, shift):
+        nothing = h.new_zeros(*h.shape[:2], self.config.ltm_learned, self.config.ltm_dim)       # similar to nothing
+        trust = torch.tensor(self.log_weights, device=h.device).expand(*h.shape[:2], -1)
         return Vectors(nothing, nothing, torch.nn.functional.pad(trust, (0, self.config.ltm_learned)))
 
 

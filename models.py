@@ -205,7 +205,7 @@ def row_attention(q, k, v, table, opens=None):
 # their twins: `fused_heads` is `heads` with `row_attention` (norm, rotary positions, attention,
 # gate), `fused_log_p` is what GPT.log_p makes of logits, which it reads once; `fused_sums`, without
 # a gradient, LongTermMemory.find, which writes no weight down. On one H200 a baseline's step takes
-# 2.09 ms with all that is fused, and took 2.38 ms before.
+# 2.05 ms with all that is fused, and took 2.38 ms before.
 
 
 def operator(name):
@@ -238,7 +238,7 @@ if triton:
 
     @triton.jit
     def _placed(start, i, d, stride, table, place, length):
-        """Both halves of a head's vectors as attention compares them: normalised, turned to their places."""
+        """Both halves of a head's vectors as attention compares them: normalised, then turned."""
         a, b, _ = _halves(start, i, d, stride)
         cos, sin = _turns(table, place, d, length)
         return _turned(a, b, cos, sin, start.dtype.element_ty)
@@ -293,8 +293,8 @@ if triton:
 
     @triton.jit
     def _asking(y, out, grad, lse, at, head, stride, H: tl.constexpr, HALF: tl.constexpr):
-        """Of some queries, what their gradient says to each key that they see: gradient of the heads, mean
-        of what it says to all keys, gate, denominator.
+        """Of some queries, what their gradient says to each key that they see: gradient of the heads,
+        mean of what it says to all keys, gate, denominator.
         """
         width = 2 * HALF * H
         where = at[:, None] * width + head * 2 * HALF + tl.arange(0, 2 * HALF)[None, :]
@@ -316,9 +316,9 @@ if triton:
     def _heads_backward(y, table, opens, out, lse, grad, dy, length, stride, N, H: tl.constexpr,
                         C: tl.constexpr, BLOCK: tl.constexpr, HALF: tl.constexpr, GATES: tl.constexpr,
                         SCALE: tl.constexpr, SLIDING: tl.constexpr):
-        """One block of a row and one head: what the gradient says of its queries (third axis of the grid: 0),
-        or of its keys and values (1). What two blocks have to do with each other is computed for both: no
-        two programs write to one place, and the sum is always the same.
+        """One block of a row and one head: what the gradient says of its queries (third axis of the grid:
+        0), or of its keys and values (1). What two blocks have to do with each other is computed for
+        both: no two programs write to one place, and the sum is always the same.
         """
         block, head = tl.program_id(0), tl.program_id(1)
         dtype: tl.constexpr = y.dtype.element_ty
@@ -378,9 +378,9 @@ if triton:
 
     @triton.jit
     def _read_logits(logits, targets, log_p, log_z, V: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-        """One position: log p of its target, and log Z, in one pass over its V logits. Each 32 of a block keep
-        a maximum of their own: no warp waits for another before the end. And what is read ends with the
-        COLUMNS, not amid eight of them, which are one load.
+        """One position: log p of its target, and log Z, in one pass over its V logits. Each 32 of a block
+        keep a maximum of their own: no warp waits for another before the end. And what is read ends
+        with the COLUMNS, not amid eight of them, which are one load.
         """
         position, part = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK // 32)
         column = part[:, None] * 32 + tl.arange(0, 32)[None, :]
@@ -399,12 +399,27 @@ if triton:
         tl.store(log_p + position, picked - z)
         tl.store(log_z + position, z)
 
-    def _sizes(y, table, n_head):
-        """(grid, what both kernels are told) of a layer's product y (N, C, 3 D + gates)."""
+    @triton.jit
+    def _write_gradient(logits, targets, log_z, of_log_p, of_log_z, grad, N, V: tl.constexpr, COLUMNS: tl.constexpr,
+                        BLOCK: tl.constexpr):
+        """A block of one position's logits: their gradient, given those of log p and log Z. The last
+        position first: of what _read_logits read, the end is still in the cache.
+        """
+        column, position = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), N - 1 - tl.program_id(1)
+        where, there = position.to(tl.int64) * COLUMNS + column, column < COLUMNS
+        of_target = tl.load(of_log_p + position)
+        x = tl.load(logits + where, there, other=0.0).to(tl.float32)
+        p = tl.where(column < V, tl.exp2((x - tl.load(log_z + position)) * LOG2E), 0.0)
+        change = tl.where(column == tl.load(targets + position), of_target, 0.0)
+        change += p * (tl.load(of_log_z + position) - of_target)
+        tl.store(grad + where, change.to(grad.dtype.element_ty), there)
+
+    def _sizes(y, table, n_head, most=64):
+        """(grid, what both kernels are told) of a layer's product y (N, C, 3 D + gates), in blocks."""
         N, C, columns = y.shape
-        half, block = (columns - gates_of(n_head)) // (6 * n_head), min(C, 64)
+        half, block = (columns - gates_of(n_head)) // (6 * n_head), min(C, most)
         told = dict(length=table.size(1), stride=columns, H=n_head, N=N, C=C, BLOCK=block, HALF=half,
-                    SCALE=(2 * half) ** -0.5, num_warps=4, num_stages=1)
+                    SCALE=(2 * half) ** -0.5, num_warps=max(4, block // 16), num_stages=1)
         return (N * C // block, n_head), told
 
     @triton.jit
@@ -412,7 +427,7 @@ if triton:
                    k_row, k_head, k_at, slots, least, sharpness, plausibility, same_place, near, exact_fade,
                    learned_fade, rare_fade, C: tl.constexpr, E: tl.constexpr, K: tl.constexpr, A: tl.constexpr,
                    BLOCK: tl.constexpr, ITEMS: tl.constexpr):
-        """One block of a row's positions, over all its candidates: what LongTermMemory.weigh says, summed."""
+        """A block of a row's positions, over all its candidates: what LongTermMemory.weigh says, summed."""
         row, c, d = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, A)
         at = row * C + c
         ask = facts + at * (2 * E + 3)
@@ -461,7 +476,7 @@ if triton:
     def fused_heads(y: torch.Tensor, table: torch.Tensor, opens: Optional[torch.Tensor],
                     n_head: int) -> tuple[torch.Tensor, torch.Tensor]:
         """`heads` of `row_attention`; the second: log2 of the softmax's denominators (N, C, H)."""
-        grid, told = _sizes(y, table, n_head)
+        grid, told = _sizes(y, table, n_head, 128 if opens is None else 64)     # a row alone: whole
         y, opens = y.contiguous(), table if opens is None else opens.contiguous()
         out = y.new_empty(*y.shape[:2], 2 * told["HALF"] * n_head)
         lse = y.new_empty(*y.shape[:2], n_head, dtype=torch.float32)
@@ -510,16 +525,26 @@ if triton:
     def _(logits, targets, vocabulary):
         return tuple(logits.new_empty(len(logits), dtype=torch.float32) for _ in range(2))
 
+    @operator("log_p_backward")
+    def _log_p_gradient(logits: torch.Tensor, targets: torch.Tensor, log_z: torch.Tensor, of_log_p: torch.Tensor,
+                        of_log_z: torch.Tensor, vocabulary: int) -> torch.Tensor:
+        rows, columns = logits.shape
+        logits, of_log_p, of_log_z = (x.contiguous() for x in (logits, of_log_p, of_log_z))
+        grad = torch.empty_like(logits)
+        _write_gradient[(-(-columns // 1024), rows)](logits, targets, log_z, of_log_p, of_log_z, grad, rows,
+                                                     V=vocabulary, COLUMNS=columns, BLOCK=1024, num_warps=4)
+        return grad
+
+    @_log_p_gradient.register_fake
+    def _(logits, targets, log_z, of_log_p, of_log_z, vocabulary):
+        return logits.new_empty(logits.shape)
+
     def _keep_log_p(ctx, inputs, output):
         ctx.save_for_backward(*inputs[:2], output[1])
         ctx.vocabulary = inputs[2]
 
     def _log_p_back(ctx, of_log_p, of_log_z):
-        logits, targets, log_z = ctx.saved_tensors
-        token = torch.arange(logits.size(1), device=logits.device)
-        p = torch.where(token < ctx.vocabulary, (logits.float() - log_z[:, None]).exp(), 0.0)
-        grad = torch.where(token == targets[:, None], of_log_p[:, None], 0.0) + p * (of_log_z - of_log_p)[:, None]
-        return grad.to(logits.dtype), None, None
+        return _log_p_gradient(*ctx.saved_tensors, of_log_p, of_log_z, ctx.vocabulary), None, None
 
     fused_log_p.register_autograd(_log_p_back, setup_context=_keep_log_p)
 
@@ -538,7 +563,7 @@ if triton:
         right, total = (torch.empty_like(log_z) for _ in range(2))
         _sum_found[(N, C // 16)](facts, query, key, trust, stands, number, products, log_z, right, total,
                                  number.size(1), *strides, *constants, C=C, E=trust.size(-1) - K, K=K, A=A, BLOCK=16,
-                                 ITEMS=16, num_warps=1)     # 340 us for 512 rows; two warps: 380
+                                 ITEMS=16, num_warps=1, maxnreg=128)
         return right, total
 
     @fused_sums.register_fake
@@ -812,9 +837,14 @@ class Memory(nn.Module):
         calls it again. embed: as in Final.
         """
 
-    def prepare(self, h, tokens, opens, embed):
+    def of_tokens(self, tokens, embed):
+        """What `prepare` wants to know of the tokens (N, C) alone: to be computed beside the layers."""
+        return None
+
+    def prepare(self, h, tokens, opens, embed, of_tokens=None):
         """What `score` wants to know of the final states h (N, C, D) alone, as final.prepared: it can be
-        computed while the backbone's output is; opens, embed: as in Final.
+        computed while the backbone's output is; opens, embed: as in Final; of_tokens: as above, where
+        it is known.
         """
         return None
 
@@ -1009,7 +1039,7 @@ class LongTermMemory(Memory, kind="ltm"):
     def tabulate(self, embed):
         self.of_each = None
         everything = torch.arange(self.config.vocab_size, device=self.from_tokens.weight.device)
-        self.of_each = torch.cat(self.of_tokens(everything, embed), -1)
+        self.of_each = self.of_tokens(everything, embed)
 
     # ---- addresses
 
@@ -1026,11 +1056,11 @@ class LongTermMemory(Memory, kind="ltm"):
         words = torch.stack([shift(rare, lag, NOT_RARE) for lag in lags], dim=-1)
         return Address(grams, known, words, *vectors)
 
-    def vectors(self, h, tokens, embed, shift):
+    def vectors(self, h, of_tokens, shift):
         """Vectors of each position of some lines of text, queries and keys in h's dtype.
 
         Args:
-            h: (N, T, D) final states. tokens: (N, T). embed: tokens -> (.., D). shift: as above.
+            h: (N, T, D) final states. of_tokens: (N, T, ..), of their tokens. shift: as above.
         """
         config, used = self.config, sum(self.sizes)
         if self.foreign:
@@ -1038,7 +1068,7 @@ class LongTermMemory(Memory, kind="ltm"):
         of_address = self.sizes[0]
         linear, hidden = self.from_state(h).split((self.width + of_address, config.ltm_hidden), dim=-1)
         own, after = (linear + self.from_hidden(F.gelu(hidden).to(h.dtype))).split((self.width, of_address), dim=-1)
-        ahead, *parts = self.of_tokens(tokens, embed)
+        ahead, *parts = of_tokens.split((of_address,) + (self.width,) * config.ltm_ngrams, dim=-1)
         near = own + sum(shift(part, lag, 0.0) for lag, part in enumerate(parts))
         query, trust = near[..., :used].split(self.sizes, dim=-1)
         value = shift(ahead + after, -1, 0.0)           # of the token after t
@@ -1047,21 +1077,22 @@ class LongTermMemory(Memory, kind="ltm"):
             heads = x.unflatten(-1, (config.ltm_learned, config.ltm_dim)).transpose(1, 2)
             return F.normalize(heads, dim=-1).to(h.dtype).contiguous().transpose(1, 2)
 
+        trust = trust.contiguous()                      # as its gradient will lie
         return Vectors(unit(query), unit(query + value), trust)
 
-    def prepare(self, h, tokens, opens, embed):
+    def prepare(self, h, tokens, opens, embed, of_tokens=None):
         """Vectors of whole sequences."""
-        return self.vectors(h, tokens, embed, functools.partial(lagged, opens=opens))
+        of_tokens = self.of_tokens(tokens, embed) if of_tokens is None else of_tokens
+        return self.vectors(h, of_tokens, functools.partial(lagged, opens=opens))
 
     def of_tokens(self, tokens, embed):
-        """What tokens (N, T) add to the addresses of the position before them, their own, and those
-        after them: 1 + E tensors (N, T, width), of the first the address alone. EOT adds nothing.
+        """What tokens (N, T) add to the addresses of the position before them (to the address alone),
+        their own, and those after them: (N, T, ..), side by side. EOT adds nothing.
         """
-        sizes = self.sizes[:1] + (self.width,) * self.config.ltm_ngrams
         if self.of_each is not None:
-            return self.of_each[tokens].split(sizes, dim=-1)
+            return self.of_each[tokens]
         known = norm(embed(tokens)) * (tokens != self.eot)[..., None]
-        return self.from_tokens(known.to(dtype_for(self.from_tokens))).split(sizes, dim=-1)
+        return self.from_tokens(known.to(dtype_for(self.from_tokens)))
 
     # ---- write
 
@@ -1307,7 +1338,7 @@ class LongTermMemory(Memory, kind="ltm"):
         known = torch.cat((F.pad(state["stored"][:, None], (E - 1, 0)), stored), 1)
         surprise = torch.cat((state["surprise"], bits), 1)
         shift = functools.partial(moved, length=E + n)
-        vectors = self.vectors(F.pad(earlier, (0, 0, E - 1, 0)), line, embed, shift)
+        vectors = self.vectors(F.pad(earlier, (0, 0, E - 1, 0)), self.of_tokens(line, embed), shift)
         address = self.addresses(vectors, line, known, self.rare_words(line, surprise), shift)
         address = Address(*(x[:, E - 1:] for x in address))                             # positions -1 .. n-1
         arrived = state["count"][:, None] + stored.cumsum(1)                            # items each position can see
@@ -1657,9 +1688,13 @@ class GPT(PreTrainedModel, GenerationMixin):
         h, notes = self.states(tokens, opens, embedded)
         return self.score_states(h, notes, tokens, targets, *self.log_p(h, targets), opens)
 
-    def prepare(self, h, tokens, opens=None):
+    def of_tokens(self, tokens):
+        """What the memory wants to know of the tokens alone: see there."""
+        return self.active.of_tokens(tokens, self.embed_detached)
+
+    def prepare(self, h, tokens, opens=None, of_tokens=None):
         """What the memory wants to know of the final states alone: see there."""
-        return self.active.prepare(h, tokens, opens, self.embed_detached)
+        return self.active.prepare(h, tokens, opens, self.embed_detached, of_tokens)
 
     def find(self, h, tokens, targets, log_p, log_z, opens=None, prepared=None):
         """What the memory wants to know of what it retrieves: see there."""

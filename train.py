@@ -378,7 +378,7 @@ class Training:
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         # what a compiler takes piece by piece
-        self.states, self.prepare = self.model.states, self.model.prepare
+        self.of_tokens, self.states, self.prepare = self.model.of_tokens, self.model.states, self.model.prepare
         self.log_p, self.find = self.model.log_p, self.model.find
         self.batch_of, self.outcome, self.add_rows, self.tally = batch_of, self._outcome, add_rows, tally
         self.sums_of_rows = sums_of_rows
@@ -406,10 +406,19 @@ class Training:
         """The CUDA graph of the next step; None: it is launched kernel by kernel."""
         return self.graphs.get(self.chained)
 
-    def objective(self, h, notes, tokens, targets, opens, targets_in_batch):
+    def passed(self, tokens, opens, embedded):
+        """(final states, notes) as model.states gives them, and what the memory makes of the tokens alone, beside
+        the layers.
+        """
+        with self.side_by_side() as turns:
+            with next(turns):
+                of_tokens = self.of_tokens(tokens)
+            return *self.states(tokens, opens, embedded), of_tokens
+
+    def objective(self, h, notes, of_tokens, tokens, targets, opens, targets_in_batch):
         """-objective summed over this process's rows / targets in the whole batch; that and the statistics' sums.
 
-        It is model.score after `states`, piece by piece. What a memory prepares on the final states is done beside the
+        It is model.score after `passed`, piece by piece. What a memory prepares on the final states is done beside the
         logits. Its gradient, and that of what it finds, are computed beside the gradient of the logits:
         autograd stays on the stream of the forward, and what `find` gave is not given back before its
         own gradient, the next to want room there, has waited for `outcome`'s.
@@ -417,7 +426,7 @@ class Training:
         with self.side_by_side() as turns:
             log_p, log_z = self.log_p(h, targets)
             with next(turns):
-                prepared = self.prepare(h, tokens, opens)
+                prepared = self.prepare(h, tokens, opens, of_tokens)
         with self.side_by_side() as turns, next(turns):
             found = self.find(h, tokens, targets, log_p, log_z, opens, prepared)
             if self.streams:                    # this one may still read them where the first has done with them
@@ -462,12 +471,12 @@ class Training:
         tokens, targets, opens = self.share(tokens, targets, opens, self.rank)
         given, parameters = (tokens, targets, opens, targets_in_batch), self.parameters
         if not self.looks_up:
-            loss, sums = self.objective(*self.states(tokens, opens, None), *given)
+            loss, sums = self.objective(*self.passed(tokens, opens, None), *given)
             # of a host, not every parameter need have a hand in it
             return torch.autograd.grad(loss, parameters, materialize_grads=True) if parameters else (), sums
         embed = self.model.backbone.embed.weight
         embedded = F.embedding(tokens, embed.detach()).requires_grad_()
-        loss, sums = self.objective(*self.states(tokens, opens, embedded), *given)
+        loss, sums = self.objective(*self.passed(tokens, opens, embedded), *given)
         *gradients, looked_up = torch.autograd.grad(loss, [*parameters, embedded])
 
         # the embedding is also the output matrix, whose gradient is whole; the look-up adds to
@@ -488,11 +497,11 @@ class Training:
         tokens, targets, opens = self.share(tokens, targets, opens, self.rank)
         embed, parameters = self.model.backbone.embed.weight, self.parameters
         embedded = F.embedding(tokens, embed.detach()).requires_grad_()
-        h, notes = self.states(tokens, opens, embedded)
+        h, notes, of_tokens = self.passed(tokens, opens, embedded)
         ends = [h, *notes.get("penalty", ())]                           # what the layers give the loss
         cut = [x.detach().requires_grad_() for x in ends]
         notes = notes | ({"penalty": cut[1:]} if len(cut) > 1 else {})
-        loss, sums = self.objective(cut[0], notes, tokens, targets, opens, targets_in_batch)
+        loss, sums = self.objective(cut[0], notes, of_tokens, tokens, targets, opens, targets_in_batch)
         found = torch.autograd.grad(loss, [*cut, *parameters], allow_unused=True)
         of_ends, late = found[:len(cut)], found[len(cut):]
         whole = [p is embed for p in parameters].index(True)
@@ -590,9 +599,8 @@ class Training:
         how = "captured as one CUDA graph, not compiled (that takes Triton, a C compiler and Python's headers)"
         if has_compiler(self.device) and not is_hosted(self.model):     # a host's code is its own
             how = "compiled and captured as one CUDA graph"
-            pieces = self.states, self.prepare, self.log_p, self.find, self.outcome
-            pieces = (compiled(piece, dynamic=False) for piece in pieces)
-            self.states, self.prepare, self.log_p, self.find, self.outcome = pieces
+            for piece in ("of_tokens", "states", "prepare", "log_p", "find", "outcome"):
+                setattr(self, piece, compiled(getattr(self, piece), dynamic=False))
             # one kernel for tensors of all sizes: its shape is not to be the one that was quickest for a small one
             by_rule = {"triton.autotune_pointwise": False}
             self.update, self.update_odd = compiled(adamw, by_rule), compiled(adamw_of_odd, by_rule)

@@ -282,9 +282,9 @@ def undisturbed(source, tmp_path_factory):
             return runs[arm, flags]
         root, seen = shutil.copytree(source, tmp_path_factory.mktemp("undisturbed") / "root"), []
 
-        def watched(self, h, notes, tokens, targets, opens, count):
+        def watched(self, h, notes, of_tokens, tokens, targets, opens, count):
             seen.append((tokens.tolist(), targets.tolist(), None if opens is None else opens.tolist()))
-            return objective(self, h, notes, tokens, targets, opens, count)
+            return objective(self, h, notes, of_tokens, tokens, targets, opens, count)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(train, "FULL", SETTINGS)
             patch.setattr(train, "Wandb", NoWandb)
