@@ -31,7 +31,7 @@ long_range_recall   8 facts planted in real text, one asked for 160 to 384 token
                     128-token window: how often the right value is the likeliest of the 8 (chance 1/8);
                     verbatim: the question repeats the fact's words (detail.indirect: where it does not)
 memory_hit_rate     share of predictions that the memory had a hand in: its `hit_means` says how
-tokens_per_sec      scoring those documents; the same model with its memory off is timed in turn
+tokens_per_sec      scoring those documents, all seeds; the same model with its memory off is timed in turn
 """
 
 import codecs
@@ -58,7 +58,8 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from models import EOT, GPT, Address, Final, LongTermMemory, Memory, Reading, Vectors, lagged, mix, of_asked, of_rows
+from models import (EOT, GPT, Address, Final, LongTermMemory, Memory, Reading, Scores, Vectors, lagged, mix,
+                    of_asked, of_rows)
 from stages import (ARMS, PROJECT, REGIME, SPECIFIED, STUDY, StageError, about, arm_flag, arm_folder, byte_level,
                     characters_per_token, command, commit, compiled, default_root, device_name, documents,
                     encoded, has_compiler, init_command, init_name, is_hosted, load_model, load_own, load_split,
@@ -272,11 +273,17 @@ def made_fast(model):
     return model
 
 
-def fast(name, model, pack, *given):
-    """model.name(*given); on a GPU compiled, where the pack has the usual shape and the
-    memory is one of the arms'."""
+def is_compiled(model, pack):
+    """Whether what a model makes of a pack is compiled: on a GPU, where the pack has the usual
+    shape and the memory is one of the arms'."""
     memory = getattr(model, "memory", None)
-    if not is_hosted(model) and pack.usual and type(memory) in Memory.kinds.values() and has_compiler(model.device):
+    return (pack.usual and not is_hosted(model) and type(memory) in Memory.kinds.values()
+            and has_compiler(model.device))
+
+
+def fast(name, model, pack, *given):
+    """model.name(*given), compiled where it can be."""
+    if is_compiled(model, pack):
         return compiled_method(name)(model, *given)
     return getattr(model, name)(*given)
 
@@ -300,10 +307,16 @@ def states(model, pack):
 
 def score(pack, *variants):
     """Scores of a pack's targets by each of some models that differ in nothing but their
-    memory at the output.
+    memory at the output."""
+    model = variants[0]
+    if len(variants) == 1 and pack.tokens.is_cuda and is_compiled(model, pack) and not torch.is_grad_enabled():
+        return [replay_of(model, pack.tokens.shape, pack.opens.shape)(pack)]
+    return scores_by_parts(pack, *variants)
 
-    The parts of model.score one by one: the arms have the first two in common, so that
-    these are compiled once. What only one of several variants does is not compiled: that
+
+def scores_by_parts(pack, *variants):
+    """`score`, the parts of model.score one by one: the arms have the first two in common, so
+    that these are compiled once. What only one of several variants does is not compiled: that
     would take longer than it saves.
     """
     model = variants[0]
@@ -313,6 +326,42 @@ def score(pack, *variants):
     if len(variants) == 1 and isinstance(model.active, LongTermMemory):
         return [fast("score_states", model, pack, *given)]
     return [variant.score_states(*given) for variant in variants]
+
+
+@functools.lru_cache(maxsize=2)                             # a model, and itself with its memory off
+def replay_of(model, *shapes):
+    """The Replay of a model, whose weights and settings stay as they are, for packs of these shapes."""
+    return Replay(model)
+
+
+class Replay:
+    """A model's scores of packs of the usual shape, recorded with the first as one CUDA graph: to
+    start them one by one takes a host about as long as its kernels take a large GPU."""
+
+    def __init__(self, model):
+        self.model, self.graph = model, None
+
+    def __call__(self, pack):
+        if self.graph is None:
+            self.record(pack)
+        for kept, x in zip(self.pack, pack[:3]):
+            kept.copy_(x)
+        self.graph.replay()
+        *fields, watched = self.scores
+        return Scores(*(x.clone() for x in fields), {name: x.clone() for name, x in watched.items()})
+
+    def record(self, pack):
+        """Record what is done with a pack, which is done once before: it compiles."""
+        self.pack = pack._replace(**{name: getattr(pack, name).clone() for name in pack._fields[:3]})
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            scores_by_parts(self.pack, self.model)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            self.scores, = scores_by_parts(self.pack, self.model)
+        self.graph = graph
 
 
 class Tally(NamedTuple):
@@ -1800,7 +1849,7 @@ def summarise_streamed(evidence):
 
 def summarise_speed(on, off, settings):
     """The throughput of one arm, and by that of the same model with its memory off, timed
-    in turn."""
+    in turn: runs of all seeds."""
     on, off = np.asarray(on), np.asarray(off)
     part = {"median": float(np.median(on)), "runs": on.tolist()}
     if not len(off):
@@ -2053,8 +2102,8 @@ def assemble(evidence, meta, root):
     kinds = kinds_of_all(evidence)
     speed, training = {}, {}
     for arm, seeds in arms.items():
-        tensors = evidence.first(arm).tensors
-        speed[arm] = summarise_speed(tensors["speed_on"], tensors["speed_off"], settings)
+        runs = (np.concatenate([one.tensors[name] for one in evidence.of(arm)]) for name in ("speed_on", "speed_off"))
+        speed[arm] = summarise_speed(*runs, settings)
         training[arm] = summarise_training([arm_folder(root, seed, arm) for seed in seeds])
     results = {}
     for arm in arms:

@@ -942,6 +942,24 @@ def test_a_graph_is_compiled_once_for_all_models_of_a_kind(monkeypatch):
     evaluation.compiled_method.cache_clear()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="records a graph of a CUDA device")
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_a_gpu_replays_what_it_scores(memory):
+    """Of the second pack on; and of another model, or other shapes, not what was recorded before."""
+    draw = np.random.default_rng(1)
+    texts = [text_of(length, draw) for length in (90, 60, 30, 90, 70, 90)]
+    evaluation.replay_of.cache_clear()
+    for seed, settings in ((0, SMALL), (1, SMALL), (1, dataclasses.replace(SMALL, pack=9))):
+        model = evaluation.made_fast(tiny(seed, n_embd=64, **MEMORIES[memory]).cuda())
+        ready = list(evaluation.packs(texts, WIDTH, model.device, settings))
+        with torch.no_grad():
+            for pack in 2 * ready:
+                ours, plain = evaluation.score(pack, model)[0], evaluation.scores_by_parts(pack, model)[0]
+                for x, y in zip(ours[:5], plain[:5]):
+                    assert torch.equal(x, y)
+    assert evaluation.replay_of.cache_info().misses == 3
+
+
 # ------------------------------------------------------------------ one memory at work
 
 
@@ -1217,7 +1235,7 @@ def test_the_rest_of_the_results(evaluated):
         total *= detail["data"]["val_tokens"]
         assert total == pytest.approx(results[arm]["bpc"] * detail["data"]["val_characters"])
         assert len(detail["position"]["arms"][arm]) == len(detail["position"]["edges"]) - 1
-        assert len(detail["tokens_per_sec"][arm]["runs"]) == 2 and results[arm]["tokens_per_sec"] > 0
+        assert len(detail["tokens_per_sec"][arm]["runs"]) == 2 * 2 and results[arm]["tokens_per_sec"] > 0   # two seeds
         assert detail["turns"][arm]["trials"] == SMALL.dialogues
         assert {"forced_choice", "value_nats"} < detail["turns"][arm]["ephemeral"].keys()
         for kind, numbers in (("needle", [160]), ("hops", [1, 2])):
@@ -1227,7 +1245,7 @@ def test_the_rest_of_the_results(evaluated):
                 assert 0 <= low <= share <= high <= 1
         assert detail["training"][arm] == {"tokens_per_sec": None, "loss": None}      # no history.jsonl was written
     speed = detail["tokens_per_sec"]["with_ltm"]
-    assert len(speed["off_runs"]) == 2 and speed["verdict"] in VERDICTS
+    assert len(speed["off_runs"]) == 2 * 2 and speed["verdict"] in VERDICTS
     assert detail["tokens_per_sec"]["baseline"].keys() == {"median", "runs"}
 
 
