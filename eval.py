@@ -31,7 +31,7 @@ long_range_recall   8 facts planted in real text, one asked for 160 to 384 token
                     128-token window: how often the right value is the likeliest of the 8 (chance 1/8);
                     verbatim: the question repeats the fact's words (detail.indirect: where it does not)
 memory_hit_rate     share of predictions that the memory had a hand in: its `hit_means` says how
-tokens_per_sec      scoring those documents, all seeds; the same model with its memory off is timed in turn
+tokens_per_sec      scoring those documents, runs of all seeds; the same model with its memory off is timed in turn
 """
 
 import codecs
@@ -58,8 +58,8 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from models import (EOT, GPT, Address, Final, LongTermMemory, Memory, Reading, Scores, Vectors, lagged, mix,
-                    of_asked, of_rows)
+from models import (EOT, GPT, Address, Final, LongTermMemory, Memory, Reading, Scores, Vectors, graph_settings,
+                    lagged, mix, of_asked, of_rows)
 from stages import (ARMS, PROJECT, REGIME, SPECIFIED, STUDY, StageError, about, arm_flag, arm_folder, byte_level,
                     characters_per_token, command, commit, compiled, default_root, device_name, documents,
                     encoded, has_compiler, init_command, init_name, is_hosted, load_model, load_own, load_split,
@@ -307,7 +307,7 @@ def states(model, pack):
 
 def score(pack, *variants):
     """Scores of a pack's targets by each of some models that differ in nothing but their
-    memory at the output."""
+    memory at the output; on a GPU a Replay of what is asked of one alone."""
     model = variants[0]
     if len(variants) == 1 and pack.tokens.is_cuda and is_compiled(model, pack) and not torch.is_grad_enabled():
         return [replay_of(model, pack.tokens.shape, pack.opens.shape)(pack)]
@@ -330,19 +330,26 @@ def scores_by_parts(pack, *variants):
 
 @functools.lru_cache(maxsize=2)                             # a model, and itself with its memory off
 def replay_of(model, *shapes):
-    """The Replay of a model, whose weights and settings stay as they are, for packs of these shapes."""
+    """The Replay of a model for packs of these shapes. It holds what a pass takes: who is done with
+    the packs clears this cache."""
     return Replay(model)
 
 
+@functools.cache
+def recording_stream(device):
+    """One stream for all that is recorded: cuBLAS keeps room for each that it met."""
+    return torch.cuda.Stream(device)
+
+
 class Replay:
-    """A model's scores of packs of the usual shape, recorded with the first as one CUDA graph: to
-    start them one by one takes a host about as long as its kernels take a large GPU."""
+    """A model's scores of packs of one shape, recorded with the first as one CUDA graph: to start
+    its kernels one by one takes a host about as long as they take a large GPU."""
 
     def __init__(self, model):
-        self.model, self.graph = model, None
+        self.model, self.settings = model, None
 
     def __call__(self, pack):
-        if self.graph is None:
+        if self.settings != graph_settings(self.model):     # a graph has those it was made with
             self.record(pack)
         for kept, x in zip(self.pack, pack[:3]):
             kept.copy_(x)
@@ -353,7 +360,8 @@ class Replay:
     def record(self, pack):
         """Record what is done with a pack, which is done once before: it compiles."""
         self.pack = pack._replace(**{name: getattr(pack, name).clone() for name in pack._fields[:3]})
-        stream = torch.cuda.Stream()
+        self.graph = self.scores = None                     # those before give their room back
+        stream = recording_stream(pack.tokens.device)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             scores_by_parts(self.pack, self.model)
@@ -361,7 +369,7 @@ class Replay:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             self.scores, = scores_by_parts(self.pack, self.model)
-        self.graph = graph
+        self.graph, self.settings = graph, graph_settings(self.model)
 
 
 class Tally(NamedTuple):
@@ -390,6 +398,7 @@ def score_text(model, sequences, width, settings, note=None):
                 field[i] = values[first:first + length - 1].copy()
         if note:
             note(len(pack.places))
+    replay_of.cache_clear()
     return kept
 
 
@@ -999,6 +1008,7 @@ def throughput(models, exam):
             last.sum().item()                                          # waits for the device
             if repeat:
                 runs[name].append(tokens / (time.perf_counter() - start))
+    replay_of.cache_clear()
     return {name: np.array(values) for name, values in runs.items()}
 
 
@@ -2577,6 +2587,9 @@ class ExactOnly(LongTermMemory):
     def __init__(self, config, trust):
         super().__init__(config)
         self.log_weights = trust
+
+    def of_tokens(self, tokens, embed):
+        return None
 
     def vectors(self, h, of_tokens, shift):
         nothing = h.new_zeros(*h.shape[:2], self.config.ltm_learned, self.config.ltm_dim)       # similar to nothing

@@ -415,7 +415,9 @@ if triton:
         tl.store(grad + where, change.to(grad.dtype.element_ty), there)
 
     def _sizes(y, table, n_head, most=64):
-        """(grid, what both kernels are told) of a layer's product y (N, C, 3 D + gates), in blocks."""
+        """(grid, what both kernels are told) of a layer's product y (N, C, 3 D + gates), in blocks of
+        at most `most` positions.
+        """
         N, C, columns = y.shape
         half, block = (columns - gates_of(n_head)) // (6 * n_head), min(C, most)
         told = dict(length=table.size(1), stride=columns, H=n_head, N=N, C=C, BLOCK=block, HALF=half,
@@ -480,7 +482,7 @@ if triton:
         y, opens = y.contiguous(), table if opens is None else opens.contiguous()
         out = y.new_empty(*y.shape[:2], 2 * told["HALF"] * n_head)
         lse = y.new_empty(*y.shape[:2], n_head, dtype=torch.float32)
-        # so few registers that four programs share a multiprocessor
+        # so few registers that four programs, two of whole rows, share a multiprocessor
         _heads_forward[grid](y, table, opens, out, lse, SLIDING=opens is not table, maxnreg=128, **told)
         return out, lse
 
@@ -563,7 +565,8 @@ if triton:
         right, total = (torch.empty_like(log_z) for _ in range(2))
         _sum_found[(N, C // 16)](facts, query, key, trust, stands, number, products, log_z, right, total,
                                  number.size(1), *strides, *constants, C=C, E=trust.size(-1) - K, K=K, A=A, BLOCK=16,
-                                 ITEMS=16, num_warps=1, maxnreg=128)
+                                 ITEMS=16, num_warps=1,
+                                 maxnreg=128)           # 261 us for 512 rows; without: 302
         return right, total
 
     @fused_sums.register_fake
@@ -747,7 +750,7 @@ class Memory(nn.Module):
 
         inside      `places` (-1: on the embedding, l: beside the attention of layer l, n_layer: on the final state),
                     `mix` for a few tokens and, where that can be had faster, `rows` for whole sequences
-        output      `prepare`, `find`, `score`, `distribution`, `predict`, `tabulate`
+        output      `of_tokens`, `prepare`, `find`, `score`, `distribution`, `predict`, `tabulate`
         state       `empty`, `room`: {name: tensor (B, ..)}; what `mix` and `predict` are given is never changed, the
                     next one is returned
         to be seen  `contents`, `retrieved`, `watched`
@@ -1077,13 +1080,13 @@ class LongTermMemory(Memory, kind="ltm"):
             heads = x.unflatten(-1, (config.ltm_learned, config.ltm_dim)).transpose(1, 2)
             return F.normalize(heads, dim=-1).to(h.dtype).contiguous().transpose(1, 2)
 
-        trust = trust.contiguous()                      # as its gradient will lie
+        trust = trust.contiguous()                      # as its gradient comes, which else is copied
         return Vectors(unit(query), unit(query + value), trust)
 
     def prepare(self, h, tokens, opens, embed, of_tokens=None):
         """Vectors of whole sequences."""
-        of_tokens = self.of_tokens(tokens, embed) if of_tokens is None else of_tokens
-        return self.vectors(h, of_tokens, functools.partial(lagged, opens=opens))
+        parts = self.of_tokens(tokens, embed) if of_tokens is None else of_tokens
+        return self.vectors(h, parts, functools.partial(lagged, opens=opens))
 
     def of_tokens(self, tokens, embed):
         """What tokens (N, T) add to the addresses of the position before them (to the address alone),
@@ -2112,6 +2115,18 @@ def fingerprint(model):
     return sha256(repr(totals).encode()).hexdigest()[:16]
 
 
+def graph_settings(model):
+    """What of a model's config and of the place of its tensors a recorded graph depends on."""
+    weight = model.get_input_embeddings().weight
+    if hasattr(weight, "to_local"):                         # of a model that is sharded
+        weight = weight.to_local()
+    table = getattr(getattr(model, "memory", None), "of_each", None)
+    own = {name: copy.deepcopy(value) for name, value in vars(model.config).items()
+           if name.startswith(("ltm_", "memory"))}
+    places = {"weights": weight.data_ptr(), "table": None if table is None else table.data_ptr()}
+    return own | places | {"dtype": weight.dtype}
+
+
 class Recorded(NamedTuple):
     """A CUDA graph that streams blocks of one shape."""
 
@@ -2190,13 +2205,6 @@ class RevenaCache(Cache):
 
     # ---- blocks of one shape on a GPU
 
-    def settings(self):
-        """What of the config and the weights' place a recorded graph depends on."""
-        config, weight = vars(self.model.config), self.model.get_input_embeddings().weight
-        weight = weight.to_local() if hasattr(weight, "to_local") else weight       # of a model that is sharded
-        own = {name: copy.deepcopy(value) for name, value in config.items() if name.startswith(("ltm_", "memory"))}
-        return own | {"weights": (weight.data_ptr(), weight.dtype)}
-
     def replay(self, tokens, real, keep=0):
         """`stream` of a block of each sequence as a CUDA graph, recorded where there is none of
         this shape: log p, and the cache has moved on.
@@ -2208,7 +2216,7 @@ class RevenaCache(Cache):
         # tensors made in inference mode can't be written to outside of it
         shape = tokens.size(1), keep, torch.is_inference_mode_enabled()
         one = self.graphs.get(shape)
-        if one is None or one.settings != self.settings():      # a graph has those it was made with
+        if one is None or one.settings != graph_settings(self.model):       # it has those it was made with
             one = self.graphs[shape] = self.record(tokens, real, keep)
         for name, x in {**self.tensors(), "tokens": tokens, "mask": real}.items():
             if x is not one.fixed[name]:
@@ -2234,7 +2242,7 @@ class RevenaCache(Cache):
             log_p = self.model.stream(fixed["tokens"], self, fixed["mask"], keep=keep)
             for name, x in self.tensors().items():
                 fixed[name].copy_(x)
-        recorded = Recorded(graph, fixed, log_p, self.drawn, self.settings())
+        recorded = Recorded(graph, fixed, log_p, self.drawn, graph_settings(self.model))
         self.put(current)
         self.length, self.drawn = length, drawn
         return recorded

@@ -945,19 +945,32 @@ def test_a_graph_is_compiled_once_for_all_models_of_a_kind(monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="records a graph of a CUDA device")
 @pytest.mark.parametrize("memory", MEMORIES)
 def test_a_gpu_replays_what_it_scores(memory):
-    """Of the second pack on; and of another model, or other shapes, not what was recorded before."""
+    """Of the second pack on; and of another model, other shapes or other settings not what was recorded before."""
     draw = np.random.default_rng(1)
     texts = [text_of(length, draw) for length in (90, 60, 30, 90, 70, 90)]
+    settings = dict(n_embd=64, ltm_slots=WIDTH, **MEMORIES[memory])
+    first, second = (evaluation.made_fast(tiny(seed, **settings).cuda()) for seed in range(2))
     evaluation.replay_of.cache_clear()
-    for seed, settings in ((0, SMALL), (1, SMALL), (1, dataclasses.replace(SMALL, pack=9))):
-        model = evaluation.made_fast(tiny(seed, n_embd=64, **MEMORIES[memory]).cuda())
-        ready = list(evaluation.packs(texts, WIDTH, model.device, settings))
+
+    def same(model, pack_rows):
+        ready = list(evaluation.packs(texts, WIDTH, model.device, dataclasses.replace(SMALL, pack=pack_rows)))
+        assert len(ready) > 1 and all(pack.usual for pack in ready)
         with torch.no_grad():
-            for pack in 2 * ready:
-                ours, plain = evaluation.score(pack, model)[0], evaluation.scores_by_parts(pack, model)[0]
-                for x, y in zip(ours[:5], plain[:5]):
-                    assert torch.equal(x, y)
+            ours = [evaluation.score(pack, model)[0] for pack in 2 * ready]
+            plain = [evaluation.scores_by_parts(pack, model)[0] for pack in 2 * ready]
+        for one, other in zip(ours, plain):
+            for x, y in zip(one[:5], other[:5]):
+                assert torch.equal(x, y)
+        return ours[0].log_p
+
+    before = same(first, 6)
+    assert not torch.equal(same(second, 6), before)
+    before = same(second, 9)
     assert evaluation.replay_of.cache_info().misses == 3
+    if memory == "ltm":
+        second.config.ltm_surprisal_bits = 2.0
+        assert not torch.equal(same(second, 9), before) and evaluation.replay_of.cache_info().misses == 3
+    evaluation.replay_of.cache_clear()
 
 
 # ------------------------------------------------------------------ one memory at work

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import eval as evaluation
 import memories
 import stages
 from memories import RevenaHybrid, decay, scan
@@ -698,6 +699,25 @@ def test_a_gpu_replays_what_is_compiled(name):
         assert (1, 0, False) in compiled.graphs
         for held, state in plain.state.items():
             torch.testing.assert_close(compiled.state[held], state, rtol=1e-3, atol=1e-3)
+
+
+@on_a_gpu
+@torch.no_grad()
+@every_kind
+def test_a_gpu_replays_what_it_scores(name):
+    """Each pack, recorded with the first, as eval.py's parts one by one."""
+    torch._dynamo.reset()
+    model, draw = evaluation.made_fast(make(name).cuda()), torch.Generator().manual_seed(0)
+    texts = [torch.randint(VOCAB - 1, (length,), generator=draw).numpy() for length in (45, 30, 48, 20, 16, 40)]
+    settings = evaluation.Settings(pack=6, lane=3, eot=VOCAB - 1)
+    ready = list(evaluation.packs(texts, WINDOW, model.device, settings))
+    ours = [evaluation.score(pack, model)[0] for pack in ready]
+    for pack, scores in zip(ready, ours):
+        assert pack.usual
+        for x, y in zip(scores[:5], evaluation.scores_by_parts(pack, model)[0]):
+            torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-3)
+    assert len(ready) > 1 and evaluation.replay_of.cache_info().currsize
+    evaluation.replay_of.cache_clear()
 
 
 @torch.no_grad()
