@@ -59,7 +59,7 @@ from tqdm import tqdm
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from models import (EOT, GPT, Address, Final, LongTermMemory, Memory, Reading, Scores, Vectors, graph_settings,
-                    lagged, mix, of_asked, of_rows)
+                    lagged, mix, of_asked, of_rows, recorded)
 from stages import (ARMS, PROJECT, REGIME, SPECIFIED, STUDY, StageError, about, arm_flag, arm_folder, byte_level,
                     characters_per_token, command, commit, compiled, default_root, device_name, documents,
                     encoded, has_compiler, init_command, init_name, is_hosted, load_model, load_own, load_split,
@@ -335,12 +335,6 @@ def replay_of(model, *shapes):
     return Replay(model)
 
 
-@functools.cache
-def recording_stream(device):
-    """One stream for all that is recorded: cuBLAS keeps room for each that it met."""
-    return torch.cuda.Stream(device)
-
-
 class Replay:
     """A model's scores of packs of one shape, recorded with the first as one CUDA graph: to start
     its kernels one by one takes a host about as long as they take a large GPU."""
@@ -361,15 +355,9 @@ class Replay:
         """Record what is done with a pack, which is done once before: it compiles."""
         self.pack = pack._replace(**{name: getattr(pack, name).clone() for name in pack._fields[:3]})
         self.graph = self.scores = None                     # those before give their room back
-        stream = recording_stream(pack.tokens.device)
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            scores_by_parts(self.pack, self.model)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            self.scores, = scores_by_parts(self.pack, self.model)
-        self.graph, self.settings = graph, graph_settings(self.model)
+        run = functools.partial(scores_by_parts, self.pack, self.model)
+        self.graph, (self.scores,) = recorded(run, run, pack.tokens.device)
+        self.settings = copy.deepcopy(graph_settings(self.model))
 
 
 class Tally(NamedTuple):
@@ -2460,8 +2448,7 @@ def altered(model, memory_class=None, model_class=None, **settings):
 
 def in_float32(model):
     """The same, all of it in float32: without the kernels and the table of bfloat16 weights."""
-    twin = altered(model).float()
-    return twin.fuse() if twin.fused else twin                         # which finds that none fits
+    return altered(model).float()
 
 
 class OtherReads(LongTermMemory):

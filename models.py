@@ -1604,6 +1604,10 @@ class GPT(PreTrainedModel, GenerationMixin):
 
     # ---- whole sequences
 
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        return self.fuse() if self.fused else self          # what fits depends on the weights' type
+
     def fuse(self):
         """Let this model and all parts of it call the kernels made for them, where these fit; returns
         self. A GPU, and what compiles for it, are there. In float32 (cards before sm_80) the plain twins
@@ -2116,15 +2120,37 @@ def fingerprint(model):
 
 
 def graph_settings(model):
-    """What of a model's config and of the place of its tensors a recorded graph depends on."""
+    """What of a model's config and of the place of its tensors a recorded graph depends on: who keeps
+    it copies it.
+    """
     weight = model.get_input_embeddings().weight
     if hasattr(weight, "to_local"):                         # of a model that is sharded
         weight = weight.to_local()
     table = getattr(getattr(model, "memory", None), "of_each", None)
-    own = {name: copy.deepcopy(value) for name, value in vars(model.config).items()
+    own = {name: value for name, value in vars(model.config).items()
            if name.startswith(("ltm_", "memory"))}
     places = {"weights": weight.data_ptr(), "table": None if table is None else table.data_ptr()}
     return own | places | {"dtype": weight.dtype}
+
+
+@functools.cache
+def stream_aside(device):
+    """One stream for all that is tried before it is recorded: cuBLAS keeps room for each."""
+    return torch.cuda.Stream(device)
+
+
+def recorded(trial, run, device):
+    """(CUDA graph of run(), which is recorded and not run; what it will give). trial() is done before,
+    on a stream of its own: what is set up once is set up there.
+    """
+    stream = stream_aside(device)
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        trial()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        return graph, run()
 
 
 class Recorded(NamedTuple):
@@ -2231,21 +2257,21 @@ class RevenaCache(Cache):
         current, length, drawn = self.tensors(), self.length, self.drawn
         fixed = {name: x.clone() for name, x in current.items()}
         fixed |= {"tokens": tokens.clone(), "mask": real.clone()}
-        stream, trial = torch.cuda.Stream(), copy.deepcopy(self)
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):                                     # what is set up once is set up here
-            self.model.stream(tokens, trial, real, keep=keep)
-        torch.cuda.current_stream().wait_stream(stream)
+        other = copy.deepcopy(self)
         self.put({name: fixed[name] for name in current})
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):                                       # recorded, not run
+
+        def run():
             log_p = self.model.stream(fixed["tokens"], self, fixed["mask"], keep=keep)
             for name, x in self.tensors().items():
                 fixed[name].copy_(x)
-        recorded = Recorded(graph, fixed, log_p, self.drawn, graph_settings(self.model))
+            return log_p
+
+        trial = functools.partial(self.model.stream, tokens, other, real, keep=keep)
+        graph, log_p = recorded(trial, run, tokens.device)
+        one = Recorded(graph, fixed, log_p, self.drawn, copy.deepcopy(graph_settings(self.model)))
         self.put(current)
         self.length, self.drawn = length, drawn
-        return recorded
+        return one
 
     # ---- to be seen
 

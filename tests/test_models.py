@@ -1125,6 +1125,7 @@ def test_what_does_not_fit_the_kernels_stays_plain(settings, monkeypatch):
         fitting.to(dtype).fuse()
         parts = fitting, fitting.memory, fitting.backbone.blocks[0]
         assert [part.fused for part in parts] == [dtype == torch.bfloat16] * 3
+    assert fitting.bfloat16().fuse().fused and not fitting.float().fused, "what is converted knows it by itself"
 
 
 def test_gelu_in_the_products_kernel_is_gelu():
