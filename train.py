@@ -608,6 +608,8 @@ class Training:
             self.sums_of_rows = compiled(sums_of_rows)
             self.model.fuse()
             self.streams = [torch.cuda.Stream(priority=-1) for _ in range(2)]       # theirs goes first
+            # a weight used on several of them has its gradient added up on one, which waits for the others: as meant
+            torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
         chained, end = self.chained, len(self.plan.rows)
         stop = end if chained else self.plan.chained_from
         stream = torch.cuda.Stream()

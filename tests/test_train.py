@@ -1917,6 +1917,7 @@ def test_torchrun_shares_the_batch(root, away, here, undisturbed):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a CUDA device")
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("arm", (*stages.SPECIFIED, "with_store"))              # which has rates of its own
+@pytest.mark.filterwarnings("error:The AccumulateGrad node")                    # it would open every user's log
 def test_the_captured_step_is_the_step(root, arm, share):
     """Replayed as CUDA graphs, one a regime, or called one by one, and twice over, the steps leave the same bits."""
     if arm not in stages.SPECIFIED:
