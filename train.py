@@ -608,7 +608,7 @@ class Training:
             self.sums_of_rows = compiled(sums_of_rows)
             self.model.fuse()
             self.streams = [torch.cuda.Stream(priority=-1) for _ in range(2)]       # theirs goes first
-            # a weight used on several of them has its gradient added up on one, which waits for the others: as meant
+            # gradients that come from them are added up on another, which waits for them: as meant
             torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
         chained, end = self.chained, len(self.plan.rows)
         stop = end if chained else self.plan.chained_from
