@@ -80,6 +80,7 @@ RATIOS = (                      # of tests/bench.py, those in README.md
     "steps/s over the conventional compiled loop",
     "step time over the floor",
     "with_ltm over baseline, training",
+    "with_ltm over baseline, evaluation",
     "generation over KV-cached GPT after 2,048 tokens",
 )
 
