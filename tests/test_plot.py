@@ -646,6 +646,7 @@ def test_the_tables_of_the_readme_are_written_from_the_results(published):
                        "| x 0.37 | 41 MB |")
     assert ", seed 0, chained." in arms[-1]
     assert speed[2:-2] == [f"| {ratio} | x 2.00 | 1.50 to 2.50 |" for ratio in plot_eval.RATIOS]
+    assert len(speed) == 10
     # all else is as it was, nothing is drawn, and once more changes nothing
     text = (published / "README.md").read_text()
     outside = re.compile("( -->\n).*?(<!-- end)", re.DOTALL)
